@@ -1,0 +1,28 @@
+"""Trains a Megatron GPT with BRAIn.
+
+    python examples/megatron_brain.py                                       # conf/brain.yaml, one process
+    python examples/megatron_brain.py --config-name toy seed=1
+    torchrun --nproc-per-node 4 examples/megatron_brain.py --config-name toy \
+        model.tensor_model_parallel_size=2 model.pipeline_model_parallel_size=2
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+def main() -> None:
+    # Megatron's checkpoint writer starts processes that import this file: the heavy imports are theirs to skip.
+    from nemo_brain import cpu
+
+    cpu.enable()
+
+    from nemo.core.config import hydra_runner
+
+    from nemo_brain.run import run
+
+    hydra_runner(config_path=str(Path(__file__).resolve().parent.parent / "conf"), config_name="brain")(run)()
+
+
+if __name__ == "__main__":
+    main()

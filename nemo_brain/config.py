@@ -1,0 +1,245 @@
+"""The configuration: its keys, their types and what they may be. ``check`` turns a Hydra config into a ``Config``.
+
+Everything that can be wrong without looking at data or weights is refused here, before any heavy work.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
+
+from nemo_brain.groups import LAYOUTS
+
+
+@dataclass
+class TrainerConfig:
+    devices: int | None = None  # processes per node; null: what torchrun started, else 1
+    num_nodes: int = 1
+    accelerator: str = "auto"
+    precision: str = "32"
+    max_iterations: int = MISSING
+    val_every_iterations: int = 1
+    log_every_steps: int = 1
+
+
+@dataclass
+class ModelConfig:
+    restore_from: str | None = None
+    tokenizer: str | None = None
+    tensor_model_parallel_size: int = 1
+    pipeline_model_parallel_size: int = 1
+    virtual_pipeline_model_parallel_size: int | None = None
+    sequence_parallel: bool = False
+    context_parallel_size: int = 1
+    recompute: str = "none"
+    gpt: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class PriorConfig:
+    placement: str = "resident"
+
+
+@dataclass
+class ObjectiveConfig:
+    name: str = "brain"
+    gamma: float | None = None
+    goodness: str | None = None
+    goodness_center: float | None = None
+    beta: float | None = None
+
+
+@dataclass
+class RolloutConfig:
+    prompts_per_iteration: int = MISSING
+    outputs_per_prompt: int = MISSING
+    max_new_tokens: int = MISSING
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    truncated_sampling_ok: bool = False
+    truncated: str = "keep"
+    rescore_proposal: bool = True
+    rows_in_flight: int = 256
+    save: bool = False
+
+
+@dataclass
+class TrainConfig:
+    epochs_per_iteration: int = 1
+    global_batch_size: int = MISSING
+    micro_batch_tokens: int = 4096
+    layout: str = "auto"
+
+
+@dataclass
+class DataConfig:
+    train: Any = None
+    validation: Any = None
+    rollouts: Any = None
+    holdout: float = 0.1
+    max_prompt_tokens: int = MISSING
+    template: str | None = None
+
+
+@dataclass
+class ValidationConfig:
+    outputs_per_prompt: int = 1
+    max_prompts: int | None = None
+
+
+@dataclass
+class LoggerConfig:
+    tensorboard: bool = True
+    wandb: dict[str, Any] | None = None
+
+
+@dataclass
+class Config:
+    run_dir: str = MISSING
+    seed: int = 0
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    prior: PriorConfig = field(default_factory=PriorConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    optim: dict[str, Any] = field(default_factory=dict)
+    reward: dict[str, Any] | None = None
+    data: DataConfig = field(default_factory=DataConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    logger: LoggerConfig = field(default_factory=LoggerConfig)
+
+    @property
+    def steps_per_iteration(self) -> int:
+        return self.train.epochs_per_iteration * (self.rollout.prompts_per_iteration // self.train.global_batch_size)
+
+    @property
+    def objective_options(self) -> dict[str, Any]:
+        """The options that were given for the objective, without its name."""
+        return {key: value for key, value in vars(self.objective).items() if key != "name" and value is not None}
+
+    @property
+    def layout(self) -> str:
+        """``train.layout`` with ``auto`` resolved: the prompt of a group is computed once wherever that is exact."""
+        return "shared_prefix" if self.train.layout == "auto" else self.train.layout
+
+
+def check(cfg: DictConfig) -> Config:
+    """Validates a configuration.
+
+    Raises:
+        ValueError: names the key, what is wrong with it, and the remedy.
+    """
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(Config), cfg)
+        OmegaConf.resolve(merged)
+        config = OmegaConf.to_object(merged)
+    except (ConfigKeyError, ConfigAttributeError) as error:
+        key = error.full_key or str(error.key)
+        close = difflib.get_close_matches(key, _keys(Config), n=3)
+        hint = f"; did you mean {' or '.join(close)}?" if close else "; the known keys are in conf/brain.yaml"
+        raise ValueError(f"unknown configuration key {key}{hint}") from None
+    except MissingMandatoryValue as error:
+        raise ValueError(
+            f"configuration key {error.full_key} has no value: set it in the YAML or on the command line"
+        ) from None
+    except OmegaConfBaseException as error:
+        raise ValueError(f"configuration key {error.full_key}: {str(error).splitlines()[0]}") from None
+    _check_values(config)
+    return config
+
+
+def _keys(kind: type, prefix: str = "") -> list[str]:
+    """All dotted keys of the schema."""
+    keys = []
+    for item in dataclasses.fields(kind):
+        keys.append(prefix + item.name)
+        nested = item.default_factory
+        if dataclasses.is_dataclass(nested):
+            keys += _keys(nested, f"{prefix}{item.name}.")
+    return keys
+
+
+def _check_values(config: Config) -> None:
+    model, rollout, train, trainer = config.model, config.rollout, config.train, config.trainer
+    _among("trainer.precision", trainer.precision, ("32", "bf16-mixed"))
+    _among("trainer.accelerator", trainer.accelerator, ("auto", "cpu", "gpu"))
+    _among("model.recompute", model.recompute, ("none", "selective", "full"))
+    _among("prior.placement", config.prior.placement, ("resident", "offload"))
+    _among("rollout.truncated", rollout.truncated, ("keep", "mask"))
+    _among("train.layout", train.layout, ("auto", *LAYOUTS))
+    _at_least(
+        1,
+        {
+            "trainer.devices": trainer.devices,
+            "trainer.num_nodes": trainer.num_nodes,
+            "trainer.max_iterations": trainer.max_iterations,
+            "trainer.val_every_iterations": trainer.val_every_iterations,
+            "trainer.log_every_steps": trainer.log_every_steps,
+            "model.tensor_model_parallel_size": model.tensor_model_parallel_size,
+            "model.pipeline_model_parallel_size": model.pipeline_model_parallel_size,
+            "rollout.prompts_per_iteration": rollout.prompts_per_iteration,
+            "rollout.max_new_tokens": rollout.max_new_tokens,
+            "rollout.rows_in_flight": rollout.rows_in_flight,
+            "train.epochs_per_iteration": train.epochs_per_iteration,
+            "train.global_batch_size": train.global_batch_size,
+            "train.micro_batch_tokens": train.micro_batch_tokens,
+            "data.max_prompt_tokens": config.data.max_prompt_tokens,
+            "validation.outputs_per_prompt": config.validation.outputs_per_prompt,
+            "validation.max_prompts": config.validation.max_prompts,
+        },
+    )
+    _at_least(2, {"rollout.outputs_per_prompt": rollout.outputs_per_prompt})
+    if model.context_parallel_size != 1:
+        raise ValueError(
+            "model.context_parallel_size must be 1: groups are packed rows, which context parallelism does not split; "
+            "use tensor and sequence parallelism for long rows"
+        )
+    if model.sequence_parallel and model.tensor_model_parallel_size == 1:
+        raise ValueError("model.sequence_parallel needs model.tensor_model_parallel_size above 1")
+    if model.virtual_pipeline_model_parallel_size is not None:
+        _at_least(2, {"model.virtual_pipeline_model_parallel_size": model.virtual_pipeline_model_parallel_size})
+        if model.pipeline_model_parallel_size == 1:
+            raise ValueError(
+                "model.virtual_pipeline_model_parallel_size needs model.pipeline_model_parallel_size above 1"
+            )
+    if not rollout.temperature > 0:
+        raise ValueError(f"rollout.temperature must be above 0, not {rollout.temperature}")
+    if rollout.top_k < 0 or not 0 < rollout.top_p <= 1:
+        raise ValueError("rollout.top_k must be at least 0 (0: off) and rollout.top_p in (0, 1] (1: off)")
+    if (rollout.top_k or rollout.top_p < 1) and not rollout.truncated_sampling_ok:
+        raise ValueError(
+            "rollout.top_k and rollout.top_p give outputs outside the truncation probability zero, and the importance "
+            "weights cannot correct that; leave them off, or set rollout.truncated_sampling_ok=true"
+        )
+    if (rollout.top_k or rollout.top_p < 1) and rollout.rescore_proposal:
+        raise ValueError(
+            "rollout.rescore_proposal scores the untruncated law, which is not the one that top_k/top_p sample: "
+            "set rollout.rescore_proposal=false"
+        )
+    if rollout.prompts_per_iteration % train.global_batch_size:
+        raise ValueError(
+            f"rollout.prompts_per_iteration ({rollout.prompts_per_iteration}) must be a multiple of "
+            f"train.global_batch_size ({train.global_batch_size} groups), so that every step has a whole batch"
+        )
+    if (config.data.train is None) == (config.data.rollouts is None):
+        raise ValueError("set either data.train (prompts to sample for) or data.rollouts (groups sampled elsewhere)")
+    if not config.data.holdout >= 0:
+        raise ValueError(f"data.holdout must be a fraction below 1 or a number of prompts, not {config.data.holdout}")
+
+
+def _among(key: str, value: Any, known: tuple) -> None:
+    if value not in known:
+        raise ValueError(f"{key} must be one of {', '.join(map(str, known))}, not {value!r}")
+
+
+def _at_least(least: int, values: dict[str, int | None]) -> None:
+    for key, value in values.items():
+        if value is not None and value < least:
+            raise ValueError(f"{key} must be at least {least}, not {value}")

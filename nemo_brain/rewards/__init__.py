@@ -1,0 +1,1 @@
+"""Rewards: the protocol that they follow and the ways to make one."""

@@ -1,0 +1,29 @@
+"""Makes the reward that a configuration names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from hydra.utils import instantiate
+
+from nemo_brain.rewards.protocol import Reward
+
+
+def make_reward(cfg: Mapping | None) -> Reward:
+    """Instantiates the ``reward`` section: ``_target_`` and its arguments.
+
+    Raises:
+        ValueError: there is no ``_target_``, or it cannot be made, or what it makes is not callable.
+    """
+    remedy = "for a function of your own: _target_=nemo_brain.rewards.function.FunctionReward and function=file.py:name"
+    target = (cfg or {}).get("_target_")
+    if not target:
+        raise ValueError(f"reward._target_ is missing (name a reward class; {remedy})")
+    try:
+        reward = instantiate(cfg, _convert_="all")
+    except Exception as error:  # Hydra wraps what the target raises
+        cause = " ".join(str(error.__cause__ or error).split())
+        raise ValueError(f"reward._target_={target} cannot be made: {cause} ({remedy})") from error
+    if not callable(reward):
+        raise ValueError(f"reward._target_={target} makes a {type(reward).__name__}, which is not callable ({remedy})")
+    return reward

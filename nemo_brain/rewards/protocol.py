@@ -1,0 +1,137 @@
+"""What a reward is, and the one place that calls it and checks what it returns."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import math
+import numbers
+from collections.abc import Sequence
+from typing import Protocol
+
+from nemo_brain.groups import Group
+
+SHOWN = 200  # characters of a prompt or an output in an error
+
+
+class Reward(Protocol):
+    """Scores a batch of outputs; higher is better. One finite number per output, in their order.
+
+    ``prompts`` are what the tokenizer saw (the template applied); ``references`` and ``metadata`` are the prompts' own.
+    A reward with the attribute ``rescorable = True``, like every plain function, may be called again on a part of a
+    batch that it failed on, to find the output that caused it. One with ``name`` is called so in errors.
+    """
+
+    def __call__(
+        self, prompts: list[str], outputs: list[str], *, references: list[str | None], metadata: list[dict]
+    ) -> Sequence[float]: ...
+
+
+def score_groups(reward: Reward, groups: Sequence[Group]) -> None:
+    """Sets ``reward`` on every output of the groups, in one call of the reward.
+
+    Raises:
+        ValueError: see ``compute_rewards``.
+    """
+    pairs = [(group.prompt, output) for group in groups for output in group.outputs]
+    rewards = compute_rewards(
+        reward,
+        [prompt.text for prompt, _ in pairs],
+        [output.text for _, output in pairs],
+        references=[prompt.reference for prompt, _ in pairs],
+        metadata=[prompt.metadata for prompt, _ in pairs],
+    )
+    for (_, output), value in zip(pairs, rewards, strict=True):
+        output.reward = value
+
+
+def compute_rewards(
+    reward: Reward, prompts: list[str], outputs: list[str], *, references: list[str | None], metadata: list[dict]
+) -> list[float]:
+    """The rewards of outputs, in one call. Python, NumPy and torch numbers are taken.
+
+    Raises:
+        ValueError: the reward failed (its own error is the cause), or did not return one finite number per output. The
+            message names the reward and shows the first prompt and output concerned.
+    """
+    if not outputs:
+        return []
+    batch = (prompts, outputs, references, metadata)
+    name = _name(reward)
+    try:
+        result = _call(reward, batch, 0, len(outputs))
+    except Exception as error:
+        place = _first_failure(reward, batch, error)
+        where = f"a batch of {len(outputs)} from {_show(batch, 0)}" if place is None else _show(batch, place)
+        raise ValueError(f"{name} failed with {type(error).__name__}: {error}, on {where}") from error
+    values = result.tolist() if hasattr(result, "tolist") else result
+    if not isinstance(values, (list, tuple)):
+        raise ValueError(f"{name} returned a {type(result).__name__} (return a list of one number per output)")
+    if len(values) != len(outputs):
+        place = min(len(values), len(outputs) - 1)
+        raise ValueError(
+            f"{name} returned {len(values)} rewards for {len(outputs)} outputs (return one number per output); the "
+            f"first without a partner is {_show(batch, place)}"
+        )
+    return [_number(value, name, batch, index) for index, value in enumerate(values)]
+
+
+def _call(reward: Reward, batch: tuple, start: int, end: int) -> Sequence[float]:
+    prompts, outputs, references, metadata = (part[start:end] for part in batch)
+    return reward(prompts, outputs, references=references, metadata=metadata)
+
+
+def _first_failure(reward: Reward, batch: tuple, error: Exception) -> int | None:
+    """The first output that the reward fails on, by halving; None where that is not known."""
+    # A failed connection or file is no output's fault, and rewards that run on several ranks must be called in step.
+    local = inspect.isfunction(reward) or getattr(reward, "rescorable", False)
+    if isinstance(error, OSError) or not local:
+        return None
+
+    def fails(start: int, end: int) -> bool:
+        try:
+            _call(reward, batch, start, end)
+        except Exception:
+            return True
+        return False
+
+    start, end = 0, len(batch[0])
+    while end - start > 1:
+        middle = (start + end) // 2
+        if fails(start, middle):
+            end = middle
+        elif fails(middle, end):
+            start = middle
+        else:
+            return None
+    return start
+
+
+def _number(value: object, name: str, batch: tuple, index: int) -> float:
+    """A Python float, checked."""
+    # A NumPy or torch number has ``item``; one that is an array of several stays what it is, and is refused.
+    with contextlib.suppress(AttributeError, ValueError, RuntimeError):
+        value = value.item()
+    try:
+        number = float(value) if isinstance(value, numbers.Real) else math.nan
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise ValueError(
+            f"{name} returned {_shorten(repr(value))} for {_show(batch, index)} (return one finite number per output)"
+        )
+    return number
+
+
+def _name(reward: Reward) -> str:
+    own = getattr(reward, "name", None) or getattr(reward, "__qualname__", None) or type(reward).__qualname__
+    return f"the reward {own}"
+
+
+def _show(batch: tuple, index: int) -> str:
+    prompts, outputs = batch[:2]
+    return f"output {index}: {_shorten(repr(outputs[index]))} to the prompt {_shorten(repr(prompts[index]))}"
+
+
+def _shorten(text: str) -> str:
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}... ({len(text)} characters)"

@@ -1,0 +1,10 @@
+"""The reward of the toy configuration: simple enough for a byte model from scratch to learn within seconds."""
+
+from __future__ import annotations
+
+
+def vowel_fraction(
+    prompts: list[str], outputs: list[str], *, references: list[str | None], metadata: list[dict]
+) -> list[float]:
+    """The fraction of each output's characters that are lower-case vowels, in [0, 1]; 0 for an empty output."""
+    return [sum(character in "aeiou" for character in output) / max(1, len(output)) for output in outputs]

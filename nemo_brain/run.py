@@ -1,0 +1,301 @@
+"""Puts a run together from its configuration: model, strategy, trainer, data, reward, loop."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+from collections.abc import Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from hydra.utils import instantiate
+from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
+from megatron.core.optimizer import OptimizerConfig
+from nemo import lightning as nl
+from nemo.collections.llm.gpt.model.base import GPTConfig
+from nemo.lightning.pytorch import optim as nemo_optim
+from nemo.lightning.pytorch.optim import MegatronOptimizerModule
+from omegaconf import DictConfig, OmegaConf
+
+from nemo_brain import cpu
+from nemo_brain.config import Config, check
+from nemo_brain.convert.random import RandomWeights
+from nemo_brain.convert.weights import Weights, open_weights
+from nemo_brain.data.prompts import load_prompts, split_holdout
+from nemo_brain.data.rollouts import read_rollouts
+from nemo_brain.data.tokenizers import byte_tokenizer, load_tokenizer
+from nemo_brain.gpt import PackedGPTConfig
+from nemo_brain.loop import BRAInLoop
+from nemo_brain.metrics import prepare_run_dir, read_metrics
+from nemo_brain.model import BRAInGPTModel
+from nemo_brain.objectives import make_objective
+from nemo_brain.progress import summary_lines
+from nemo_brain.report import write_report
+from nemo_brain.rewards.build import make_reward
+from nemo_brain.strategy import BRAInStrategy
+
+
+def run(cfg: DictConfig, callbacks: list[pl.Callback] | None = None) -> BRAInGPTModel:
+    """Trains as the configuration says and leaves the results in its ``run_dir``.
+
+    Args:
+        cfg: the composed Hydra configuration.
+        callbacks: more Lightning callbacks for the trainer.
+
+    Raises:
+        ValueError: on every rank, for what is wrong with the configuration, the data or the weights.
+    """
+    config = check(cfg)
+    world_size = _world_size(config)
+    objective = make_objective(config.objective.name, **config.objective_options)
+    reward = make_reward(config.reward)
+    weights = _weights(config)
+    gpt = _gpt_config(config, weights)
+    optim = _optimizer(config)
+    prompts, offline, held_out = _data(config, weights.tokenizer, gpt)
+    rank_zero = int(os.environ.get("RANK", 0)) == 0
+    run_dir = Path(config.run_dir)
+    if rank_zero:
+        prepare_run_dir(run_dir)
+        (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True), encoding="utf-8")
+    loop = BRAInLoop(config, prompts, offline, held_out, reward, run_dir)
+    model = BRAInGPTModel(gpt, weights, objective, optim=optim, tokenizer=weights.tokenizer)
+    trainer = _trainer(config, world_size, [loop, *(callbacks or [])])
+    trainer.fit(model, train_dataloaders=loop)
+    if rank_zero:
+        report = write_report(run_dir)
+        print("\n".join(summary_lines(read_metrics(run_dir / "metrics.jsonl"), report)))
+    return model
+
+
+def _world_size(config: Config) -> int:
+    """The number of ranks, which the parallel sizes must divide."""
+    trainer, model = config.trainer, config.model
+    started = int(os.environ.get("WORLD_SIZE", 1))
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if trainer.devices is None:
+        trainer.devices = local
+    world = trainer.devices * trainer.num_nodes
+    if started > 1 and world != started:
+        raise ValueError(
+            f"trainer.devices ({trainer.devices}) x trainer.num_nodes ({trainer.num_nodes}) is not the {started} "
+            "processes that were started: leave trainer.devices unset and set trainer.num_nodes to torchrun's --nnodes"
+        )
+    split = model.tensor_model_parallel_size * model.pipeline_model_parallel_size
+    if world % split:
+        raise ValueError(
+            f"model.tensor_model_parallel_size ({model.tensor_model_parallel_size}) x "
+            f"model.pipeline_model_parallel_size ({model.pipeline_model_parallel_size}) must divide the number of "
+            f"processes ({world}): start more (torchrun --nproc-per-node) or lower the sizes"
+        )
+    return world
+
+
+def _weights(config: Config) -> Weights:
+    if config.model.restore_from is not None:
+        if config.model.gpt:
+            raise ValueError("model.gpt describes a model from scratch: leave it empty with model.restore_from")
+        weights = open_weights(config.model.restore_from)
+    else:
+        tokenizer = _tokenizer(config)
+        weights = RandomWeights(dict(config.model.gpt), len(tokenizer), tokenizer, config.seed)
+    if len(weights.tokenizer) > weights.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {len(weights.tokenizer)} tokens, the checkpoint model.restore_from="
+            f"{config.model.restore_from} only {weights.vocab_size}: they do not belong together"
+        )
+    return weights
+
+
+def _tokenizer(config: Config):
+    if config.model.tokenizer is None:
+        return byte_tokenizer()
+    return load_tokenizer(config.model.tokenizer, key="model.tokenizer")
+
+
+def _gpt_config(config: Config, weights: Weights) -> PackedGPTConfig:
+    model = config.model
+    given = dict(weights.gpt_config)
+    _known(given, GPTConfig, "model.gpt")
+    for name in ("hidden_dropout", "attention_dropout"):
+        if given.setdefault(name, 0.0) != 0.0:
+            raise ValueError(
+                f"model.gpt.{name} must be 0: with dropout the policy is not the law that was sampled from"
+            )
+    if given.get("num_moe_experts"):
+        raise ValueError("model.gpt.num_moe_experts is not supported: the router's statistics depend on the packing")
+    for needed in ("num_layers", "hidden_size", "num_attention_heads"):
+        if not given.get(needed):
+            raise ValueError(f"model.gpt.{needed} is needed: set model.restore_from, or describe a model in model.gpt")
+    heads, groups = given["num_attention_heads"], given.get("num_query_groups") or given["num_attention_heads"]
+    tensor, pipeline = model.tensor_model_parallel_size, model.pipeline_model_parallel_size
+    if heads % tensor or groups % tensor:
+        raise ValueError(
+            f"model.tensor_model_parallel_size ({tensor}) must divide the {heads} attention heads and the {groups} "
+            "key-value heads"
+        )
+    stages = pipeline * (model.virtual_pipeline_model_parallel_size or 1)
+    if given["num_layers"] % stages:
+        raise ValueError(
+            f"the {given['num_layers']} layers do not divide over {stages} stages: change "
+            "model.pipeline_model_parallel_size or model.virtual_pipeline_model_parallel_size"
+        )
+    if given["hidden_size"] % heads and not given.get("kv_channels"):
+        raise ValueError(f"model.gpt.hidden_size ({given['hidden_size']}) must be a multiple of the {heads} heads")
+    bf16 = config.trainer.precision == "bf16-mixed"
+    options: dict[str, Any] = {
+        "vocab_size": weights.vocab_size,
+        "seq_length": 1024,
+        "params_dtype": torch.bfloat16 if bf16 else torch.float32,
+        "pipeline_dtype": torch.bfloat16 if bf16 else torch.float32,
+        # Rows differ in length; Megatron ties the option to this dispatcher even for dense models.
+        "variable_seq_lengths": True,
+        "moe_token_dispatcher_type": "alltoall",
+        "cross_entropy_loss_fusion": False,
+    }
+    if model.virtual_pipeline_model_parallel_size is not None:
+        # With batched, deallocating communication the interleaved schedule computes wrong losses at two stages.
+        options |= {"overlap_p2p_comm": True, "batch_p2p_comm": False, "deallocate_pipeline_outputs": False}
+    if model.recompute == "full":
+        options |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    elif model.recompute == "selective":
+        options["recompute_granularity"] = "selective"
+    if not torch.cuda.is_available():
+        options |= {
+            "use_cpu_initialization": True,
+            "masked_softmax_fusion": False,
+            "gradient_accumulation_fusion": False,
+        }
+    gpt = PackedGPTConfig(**{**options, **given})
+    longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
+    if longest > gpt.seq_length:
+        raise ValueError(
+            f"data.max_prompt_tokens + rollout.max_new_tokens is {longest}, more than the model's {gpt.seq_length} "
+            "positions (model.gpt.seq_length): lower them"
+        )
+    return gpt
+
+
+def _optimizer(config: Config) -> MegatronOptimizerModule:
+    """``optim``: ``name``, fields of Megatron's OptimizerConfig, and ``sched`` (one of NeMo's LR schedulers)."""
+    given = dict(config.optim)
+    sched = given.pop("sched", None)
+    given["optimizer"] = given.pop("name", "adam")
+    _known(given, OptimizerConfig, "optim")
+    if given["optimizer"] not in ("adam", "sgd"):
+        raise ValueError(f"optim.name must be adam or sgd, not {given['optimizer']!r}")
+    if not given.get("lr", 0) > 0:
+        raise ValueError("optim.lr must be set, and above 0")
+    bf16 = config.trainer.precision == "bf16-mixed"
+    given = {"bf16": bf16, "params_dtype": torch.bfloat16 if bf16 else torch.float32, **given}
+    return MegatronOptimizerModule(config=OptimizerConfig(**given), lr_scheduler=_scheduler(sched))
+
+
+def _scheduler(sched: Mapping | None):
+    if not sched:
+        return None
+    options = dict(sched)
+    name = options.pop("name", None)
+    kinds = {kind.removesuffix("Scheduler"): kind for kind in dir(nemo_optim) if kind.endswith("Scheduler")}
+    if name not in kinds:
+        raise ValueError(f"optim.sched.name must be one of {', '.join(sorted(kinds))}, not {name!r}")
+    try:
+        return getattr(nemo_optim, kinds[name])(**options)
+    except TypeError as error:
+        raise ValueError(f"optim.sched: {error}") from None
+
+
+def _known(given: Mapping, kind: type, key: str) -> None:
+    names = [item.name for item in dataclasses.fields(kind)]
+    for name in given:
+        if name not in names:
+            close = difflib.get_close_matches(name, names, n=3)
+            hint = f"; did you mean {' or '.join(close)}?" if close else ""
+            raise ValueError(f"unknown configuration key {key}.{name}: {kind.__name__} has no such field{hint}")
+
+
+def _data(config: Config, tokenizer, gpt: PackedGPTConfig):
+    """Training prompts, offline groups and held-out prompts, all read and checked before training."""
+    data = config.data
+    options = {"tokenizer": tokenizer, "template": data.template, "max_prompt_tokens": data.max_prompt_tokens}
+
+    def prompts(source, key):
+        if isinstance(source, Mapping):
+            source = instantiate(source, _convert_="all")
+        loaded = load_prompts(source, key=key, **options)
+        if loaded.truncated:
+            print(
+                f"{key}: {loaded.truncated} of {len(loaded.prompts)} prompts were cut to {data.max_prompt_tokens} tokens"
+            )
+        return loaded.prompts
+
+    held_out = [] if data.validation is None else prompts(data.validation, "data.validation")
+    train, offline = [], []
+    if data.rollouts is not None:
+        offline = read_rollouts(
+            data.rollouts, max_new_tokens=config.rollout.max_new_tokens, key="data.rollouts", **options
+        )
+    else:
+        train = prompts(data.train, "data.train")
+        if data.validation is None and data.holdout:
+            holdout = int(data.holdout) if data.holdout >= 1 else data.holdout
+            train, held_out = split_holdout(train, holdout, config.seed)
+    return train, offline, held_out[: config.validation.max_prompts]
+
+
+def _trainer(config: Config, world_size: int, callbacks: list[pl.Callback]) -> nl.Trainer:
+    model, trainer = config.model, config.trainer
+    strategy = BRAInStrategy(
+        layout=config.layout,
+        micro_batch_tokens=config.train.micro_batch_tokens,
+        prior_placement=config.prior.placement,
+        seed=config.seed,
+        tensor_model_parallel_size=model.tensor_model_parallel_size,
+        pipeline_model_parallel_size=model.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=model.virtual_pipeline_model_parallel_size,
+        sequence_parallel=model.sequence_parallel,
+        pipeline_dtype=torch.bfloat16 if trainer.precision == "bf16-mixed" else torch.float32,
+        ckpt_async_save=False,
+        # NeMo's progress bar gathers on rank 0 alone, which the other ranks' collectives do not survive on gloo.
+        replace_progress_bar=False,
+        timeout=timedelta(minutes=30),
+    )
+    plugins = []
+    if trainer.precision == "bf16-mixed":
+        plugins.append(
+            nl.MegatronMixedPrecision(
+                precision="bf16-mixed",
+                params_dtype=torch.bfloat16,
+                pipeline_dtype=torch.bfloat16,
+                autocast_enabled=False,
+            )
+        )
+    on_cpu = cpu.enable()
+    if trainer.accelerator == "gpu" and on_cpu:
+        raise ValueError("trainer.accelerator=gpu, but no CUDA device is visible: use auto or cpu")
+    loggers: list = []
+    if config.logger.tensorboard:
+        loggers.append(TensorBoardLogger(config.run_dir, name="", version="tensorboard"))
+    if config.logger.wandb is not None:
+        loggers.append(WandbLogger(save_dir=config.run_dir, **config.logger.wandb))
+    return nl.Trainer(
+        accelerator="cpu" if on_cpu else "gpu",
+        devices=trainer.devices,
+        num_nodes=trainer.num_nodes,
+        strategy=strategy,
+        plugins=plugins,
+        max_steps=trainer.max_iterations * config.steps_per_iteration,
+        callbacks=callbacks,
+        logger=loggers,
+        limit_val_batches=0,
+        num_sanity_val_steps=0,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        log_every_n_steps=trainer.log_every_steps,
+        use_distributed_sampler=False,
+    )

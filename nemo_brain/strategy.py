@@ -1,0 +1,122 @@
+"""The MegatronStrategy of ours: a training step over groups, scoring passes, sampling, and the prior's placement."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from megatron.core import parallel_state, tensor_parallel
+from nemo.lightning import MegatronStrategy
+
+from nemo_brain.convert.weights import load_weights
+from nemo_brain.groups import Group, Prompt
+from nemo_brain.passes import GroupPasses, Scores, StepResult
+from nemo_brain.prior import OffloadedPrior, ResidentPrior
+from nemo_brain.sampling import Sampler, SamplingOptions
+
+
+@dataclass
+class TrainStep:
+    """One optimizer step: the groups of a global batch (the same on every rank) and, where the training kernels have
+    scored the policy since its last change, its log-probs [G, N]. ``result`` is filled in by the step."""
+
+    iteration: int
+    groups: Sequence[Group]
+    scores: Scores
+    policy_logprobs_GN: torch.Tensor | None = None
+    result: StepResult | None = None
+
+
+class BRAInStrategy(MegatronStrategy):
+    """MegatronStrategy whose batches are ``TrainStep``s.
+
+    Args:
+        layout, micro_batch_tokens: how groups are packed, see ``passes.GroupPasses``.
+        prior_placement: ``resident`` or ``offload``, see ``prior``.
+        seed: of Megatron's random-number tracker.
+        **options: MegatronStrategy's own.
+    """
+
+    def __init__(self, *, layout: str, micro_batch_tokens: int, prior_placement: str, seed: int, **options):
+        super().__init__(**options)
+        self._layout = layout
+        self._micro_batch_tokens = micro_batch_tokens
+        self._prior_placement = prior_placement
+        self._seed = seed
+
+    def setup_distributed(self) -> None:
+        """NeMo's, and Megatron's random-number tracker where NeMo leaves it unseeded: on a machine without a GPU."""
+        super().setup_distributed()
+        if not torch.cuda.is_available():
+            tensor_parallel.model_parallel_cuda_manual_seed(
+                self._seed + 100 * parallel_state.get_pipeline_model_parallel_rank()
+            )
+
+    def setup(self, trainer) -> None:
+        """NeMo's, then the passes and the prior, which is the model as it stands before any checkpoint is restored."""
+        super().setup(trainer)
+        model = self.lightning_module
+        self.chunks = [module.module for module in self.megatron_parallel]
+        self.passes = GroupPasses(model.config, self._layout, self._micro_batch_tokens)
+        if self._prior_placement == "offload":
+            self._prior = OffloadedPrior(self.chunks)
+        else:
+            self._prior = ResidentPrior(self._prior_chunks(model))
+
+    def _prior_chunks(self, model) -> list[torch.nn.Module]:
+        config = copy.copy(model.config)
+        # The policy's gradient and parameter synchronisation is none of the prior's business.
+        config.no_sync_func = config.grad_sync_func = config.param_sync_func = None
+        config.finalize_model_grads_func = config.grad_scale_func = None
+        chunks = []
+        for stage in range(len(self.chunks)):
+            chunk = config.configure_model(model.tokenizer, vp_stage=stage)
+            load_weights([chunk], model.weights)
+            if torch.cuda.is_available():
+                chunk.cuda(torch.cuda.current_device())
+            if hasattr(self.precision_plugin, "convert_module"):
+                # NeMo's precision plugin converts the module inside a Lightning module.
+                holder = torch.nn.Module()
+                holder.module, holder.config = chunk, config
+                chunk = self.precision_plugin.convert_module(holder).module
+            chunks.append(chunk)
+        return chunks
+
+    def training_step(self, dataloader_iter, *args, **kwargs) -> dict[str, torch.Tensor]:
+        """The forward and backward passes of one optimizer step."""
+        step, *_ = next(dataloader_iter)
+        with self.precision_plugin.train_step_context():
+            for chunk in self.chunks:
+                chunk.zero_grad_buffer()
+            for optimizer in self.optimizers:
+                optimizer.zero_grad()
+            step.result = self.passes.train(
+                self.chunks, step.groups, step.scores, self.lightning_module.objective, step.policy_logprobs_GN
+            )
+        return {"loss": step.result.objective.loss_G.mean()}
+
+    def policy_logprobs(
+        self, groups: Sequence[Group], temperatures: tuple[float, ...], on_tokens: Callable[[int], None]
+    ) -> torch.Tensor:
+        """log q of the policy as it stands, by the training kernels: [E, G, N], the same on every rank."""
+        return self.passes.logprobs(self.chunks, groups, temperatures, on_tokens)
+
+    def prior_logprobs(self, groups: Sequence[Group], on_tokens: Callable[[int], None]) -> torch.Tensor:
+        """log p by the same kernels: [G, N], the same on every rank."""
+        with self._prior.chunks(self.chunks) as chunks:
+            return self.passes.logprobs(chunks, groups, on_tokens=on_tokens)[0]
+
+    def sample(
+        self,
+        prompts: Sequence[Prompt],
+        options: SamplingOptions,
+        seed: int,
+        iteration: int,
+        on_outputs: Callable[[int], None],
+    ) -> list[Group]:
+        """Groups sampled from the policy as it stands, by this rank's model-parallel group."""
+        model = self.lightning_module
+        sampler = Sampler(self.chunks, model.config, model.tokenizer, options)
+        return sampler.sample(prompts, seed, iteration, on_outputs)
