@@ -426,6 +426,12 @@ def test_configurations_that_would_change_meaning_are_refused(directory, changes
         open_weights(directory)
 
 
+def test_heads_that_config_json_miscounts_are_named(directory):
+    edit_config(directory, num_key_value_heads=2)
+    with pytest.raises(ValueError, match=r"layers\.0\.\S+linear_qkv\S+ .*\[96, 48, 48\] rows, .* \[96, 24, 24\]"):
+        open_weights(directory).tensor("decoder.layers.0.self_attention.linear_qkv.weight", (144, 64))
+
+
 def test_rotary_base_is_read_as_transformers_5_writes_it(directory):
     edit_config(directory, rope_parameters={"rope_type": "default", "rope_theta": 12345.0})
     assert open_weights(directory).gpt_config["rotary_base"] == 12345

@@ -62,8 +62,8 @@ def test_sigmoid_goodness_of_extreme_rewards():
     known = {name: torch.zeros(2, 3) for name in scores()}
     known["rewards_GN"] = torch.tensor([[-1e4, 2e3, 1e4], [-1e4, -2e3, -2e3]])
     out = make_objective("brain", gamma=1.0, goodness="sigmoid")(**known)
-    # Group 0: both good outputs are surely good, Bradley-Terry would have taken the last one alone. Group 1: surely bad,
-    # with probabilities that underflow, but not their ratios.
+    # Group 0: two outputs are surely good, where Bradley-Terry would have taken the last one alone. Group 1: all are
+    # surely bad, with probabilities that underflow, but not their ratios.
     assert out.alpha_GN.tolist() == [[0.0, 0.5, 0.5], [0.0, 0.5, 0.5]]
 
 

@@ -139,7 +139,7 @@ def test_splits_share_no_source_whatever_the_arguments(monkeypatch, tmp_path):
     assert len(train) + len(validation) == 300
     assert 70 <= len(validation) <= 130  # a third, within 3.7 standard deviations of a fair draw
     held_out = {r["source"] for r in validation}
-    for arguments in ({}, {"limit": 50}, {"max_words": 40}):
+    for arguments in ({}, {"limit": 50}, {"max_words": 30}):
         assert not held_out & {r["source"] for r in package_synopses("train", **arguments)}
     assert {r["source"] for r in package_synopses("validation", seed=1)} != held_out
 
@@ -171,7 +171,7 @@ def test_this_machine_has_enough_packages():
     train, validation = package_synopses("train"), package_synopses("validation", limit=64)
     assert len(validation) == 64
     assert len(train) >= 100
-    assert all(15 <= len(r["description"].split()) <= 60 for r in train)
+    assert all(15 <= len(r["description"].split()) <= 40 for r in train)
 
 
 @pytest.fixture(scope="module")
@@ -209,7 +209,7 @@ def test_each_charge_lowers_the_score_of_the_same_meaning(reward):
         "This package is a Perl module for XML": 0.1,
         "Summary: Perl module for XML": 0.1,
         "Perl module for processing huge XML documents in the": 0.2,
-        "XML module": 0.05,
+        "XML module": 0.2,
         "allows huge documents to be": 0.2 + 0.2,  # five words in a row, and cut short
         "Perl code for XML files, JSON, YAML, TOML, INI, CSV, TSV, HTML": 0.05 * 2,
     }.items():

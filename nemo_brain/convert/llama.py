@@ -96,12 +96,16 @@ class LlamaWeights:
             raise ValueError(f"{name}: a Llama checkpoint of {self.gpt_config['num_layers']} layers has no such tensor")
         parts = [self.source.tensor(f"model.layers.{match[1]}.{part}") for part in _LAYER[match[2]]]
         if len(parts) == 3:
-            return self._interleave(*parts)
+            return self._interleave(name, *parts)
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
-    def _interleave(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    def _interleave(self, name: str, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """Megatron's order, group by group: [G*R*D, H], [G*D, H], [G*D, H] -> [G*(R+2)*D, H]."""
         groups, channels = self.gpt_config["num_query_groups"], self.gpt_config["kv_channels"]
+        rows = [self.gpt_config["num_attention_heads"] * channels, groups * channels, groups * channels]
+        found = [len(part) for part in (query, key, value)]
+        if found != rows:
+            raise ValueError(f"{name}: queries, keys and values have {found} rows, config.json implies {rows}")
         split = [part.view(groups, -1, channels, part.shape[-1]) for part in (query, key, value)]
         return torch.cat(split, dim=1).flatten(0, 2)
 

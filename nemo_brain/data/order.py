@@ -34,8 +34,8 @@ def prompts_of_iteration(prompts: Sequence[Prompt], iteration: int, count: int, 
 
 
 def visits(size: int, iteration: int, count: int, seed: int) -> list[tuple[int, int]]:
-    """The order behind ``prompts_of_iteration``, for ``size`` items of any kind: each visit's item, and which occurrence
-    of it within the iteration it is, counted from 1."""
+    """The order behind ``prompts_of_iteration``, for ``size`` items of any kind: each visit's item, and which
+    occurrence of it within the iteration it is, counted from 1."""
     seen: Counter[int] = Counter()
     order = []
     for visit in range(iteration * count, (iteration + 1) * count):

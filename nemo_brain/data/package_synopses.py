@@ -42,7 +42,7 @@ NOT_ABOUT_THE_SOFTWARE = re.compile(
 SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[A-Z0-9'\"(])")
 
 
-def package_synopses(split: str, limit: int | None = None, max_words: int = 60, seed: int = 0) -> list[dict]:
+def package_synopses(split: str, limit: int | None = None, max_words: int = 40, seed: int = 0) -> list[dict]:
     """Records of one split, at most one per source package, in an order that depends on ``seed`` and the sources only.
 
     A source package belongs to the same split whatever the machine, ``limit`` and ``max_words``, so no text of a

@@ -15,7 +15,8 @@ from nemo_brain.rewards.minilm import MiniLM
 
 EMPTY_REWARD = -1.0
 WORDS = (3, 10)  # the length without a charge; 88 % of Debian's synopses have it
-WORD_CHARGE = 0.05  # per word outside of it
+LONG_CHARGE = 0.05  # per further word
+SHORT_CHARGE = 0.2  # per missing word: a name alone is close to its description and says nothing
 FREE_RUN = 3  # words that may stand in the description in the same order; 85 % of human synopses stay within
 RUN_CHARGE = 0.1  # per further word of the longest verbatim run
 REPEAT_CHARGE = 0.1  # per repeated word of four letters or more
@@ -87,11 +88,11 @@ def words(text: str) -> list[str]:
 def charges(synopsis: str, description: str) -> float:
     """What is taken off the similarity for length, copying, repetition and form; at least 0."""
     said, source = words(synopsis), words(description)
-    outside = max(WORDS[0] - len(said), 0) + max(len(said) - WORDS[1], 0)
     run = SequenceMatcher(None, said, source, autojunk=False).find_longest_match().size
     long = [word for word in said if len(word) >= 4]
     return (
-        WORD_CHARGE * outside
+        SHORT_CHARGE * max(WORDS[0] - len(said), 0)
+        + LONG_CHARGE * max(len(said) - WORDS[1], 0)
         + RUN_CHARGE * max(run - FREE_RUN, 0)
         + REPEAT_CHARGE * (len(long) - len(set(long)))
         + LINES_CHARGE * bool(SECOND_SENTENCE.search(synopsis))

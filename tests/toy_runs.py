@@ -1,0 +1,68 @@
+"""Runs of conf/toy.yaml inside tests, with every gradient of every step recorded."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from pathlib import Path
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from megatron.core import parallel_state
+from omegaconf import DictConfig
+
+from nemo_brain.convert.sharding import global_parameters
+from nemo_brain.metrics import read_metrics
+from nemo_brain.run import run
+
+ROOT = Path(__file__).resolve().parent.parent
+QUIET = ("logger.tensorboard=false",)
+
+
+def toy_config(*overrides: str, name: str = "toy") -> DictConfig:
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(ROOT / "conf"), version_base=None):
+        return compose(name, overrides=[f"data.train={ROOT}/examples/data/prompts.jsonl", *QUIET, *overrides])
+
+
+class GradientRecorder(pl.Callback):
+    """The full gradients of each step, by canonical name, after Megatron has reduced them and before they are clipped."""
+
+    def __init__(self):
+        self.steps: list[dict[str, torch.Tensor]] = []
+
+    def on_before_optimizer_step(self, trainer, module, optimizer) -> None:
+        gradients = {}
+        for chunk in trainer.strategy.chunks:
+            if chunk.ddp_config.use_distributed_optimizer:
+                _complete(chunk)
+            inner = chunk
+            while hasattr(inner, "module"):
+                inner = inner.module
+            for parameter in global_parameters(inner):
+                gradients[parameter.name] = parameter.gather(parameter.parameter.main_grad).clone()
+        self.steps.append(gradients)
+
+
+def _complete(chunk) -> None:
+    """The distributed optimizer leaves each data-parallel rank its own slice of every bucket: gather the others'."""
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    for buffer in chunk.buffers:
+        for bucket in buffer.buckets:
+            slices = list(bucket.grad_data.view(group.size(), -1).unbind())
+            dist.all_gather(slices, slices[group.rank()].clone(), group=group)
+
+
+def recorded_run(*overrides: str, name: str = "toy") -> dict:
+    """One rank's view of a run: its gradients per step, and rank 0's metrics and sampled outputs."""
+    logging.disable(logging.WARNING)
+    recorder = GradientRecorder()
+    with tempfile.TemporaryDirectory() as scratch:
+        run_dir = Path(scratch) / "run"
+        run(toy_config(f"run_dir={run_dir}", *overrides, name=name), callbacks=[recorder])
+        metrics = read_metrics(run_dir / "metrics.jsonl") if dist.get_rank() == 0 else None
+        samples = (run_dir / "samples.jsonl").read_text() if dist.get_rank() == 0 else None
+    return {"gradients": recorder.steps, "metrics": metrics, "samples": samples}
