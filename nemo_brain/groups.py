@@ -1,6 +1,7 @@
 """Groups (a prompt with its n outputs), and how they are laid out in the packed rows of micro-batches.
 
-Shapes: G groups, N outputs per group, S positions of a row, T positions that carry a target, K outputs of a micro-batch.
+Shapes: G groups, N outputs per group, S positions of a row, T positions that carry a target, K outputs of a
+micro-batch.
 
 A micro-batch is one packed row without padding. It consists of blocks; a block is a causal prefix followed by segments
 that attend to the prefix and to themselves, never to each other. Both layouts are such rows:
@@ -37,8 +38,9 @@ class Prompt:
 class Output:
     """One output y. ``token_ids`` includes the end token when the model emitted it (``ended``).
 
-    Log-probs are sums over ``token_ids`` in nats: ``proposal_logprob`` is log q' of the law that was sampled (temperature
-    included), ``policy_logprob`` is the policy's own log-prob at temperature 1 when the proposal was refreshed.
+    Log-probs are sums over ``token_ids`` in nats: ``proposal_logprob`` is log q' of the law that was sampled
+    (temperature included), ``policy_logprob`` is the policy's own log-prob at temperature 1 when the proposal was
+    refreshed.
     """
 
     token_ids: list[int]
@@ -78,10 +80,10 @@ class Chunk:
 class MicroBatch:
     """One packed row.
 
-    tokens_1S, positions_1S: int64, the row; layout: int32 [blocks, 1 + segments], each block's prefix length and segment
-    lengths, zero-padded; target_positions_T: int64, where in the row the T targets are predicted; targets_T: int64;
-    output_of_target_T: int64, which of the micro-batch's K outputs a target belongs to; rows: (group, output) of each
-    of the K outputs.
+    tokens_1S, positions_1S: int64, the row; layout: int32 [blocks, 1 + segments], each block's prefix length and
+    segment lengths, zero-padded; target_positions_T: int64, where in the row the T targets are predicted; targets_T:
+    int64; output_of_target_T: int64, which of the micro-batch's K outputs a target belongs to; rows: (group, output) of
+    each of the K outputs.
     """
 
     tokens_1S: torch.Tensor
@@ -188,9 +190,7 @@ class Plan:
     whole: bool
 
 
-def plan(
-    groups: Sequence[Group], budget: int, layout: str, ranks: int = 1, multiple: int = 1, even: int | None = None
-) -> Plan:
+def plan(groups: Sequence[Group], budget: int, layout: str, ranks: int = 1, multiple: int = 1) -> Plan:
     """Distributes groups over data-parallel ranks and micro-batches of at most ``budget`` tokens.
 
     A group stays whole where it fits the budget and there are at least as many groups as ranks; otherwise it is split
@@ -203,9 +203,8 @@ def plan(
         layout: one of ``LAYOUTS``.
         ranks: the data-parallel size.
         multiple: the number of micro-batches is made a multiple of this (interleaved pipeline schedules need it).
-        even: splits every group into at least this many chunks.
     """
-    pieces = even or max(1, -(-ranks // max(1, len(groups))))
+    pieces = -(-ranks // max(1, len(groups)))
     chunks: list[tuple[int, Chunk]] = []
     for index, group in enumerate(groups):
         for outputs in _split(group, pieces, budget, layout):
@@ -231,17 +230,17 @@ def plan(
 
 
 def _split(group: Group, pieces: int, budget: int, layout: str) -> list[tuple[int, ...]]:
-    """The group's outputs in consecutive runs: at least ``pieces`` of them where there are as many outputs, each within the
-    budget where one output is."""
+    """The group's outputs in consecutive runs: at least ``pieces`` of them where there are as many outputs, each within
+    the budget where one output is."""
     everything = tuple(range(len(group.outputs)))
     if pieces == 1 and chunk_tokens(group, everything, layout) <= budget:
         return [everything]
-    longest = -(-len(everything) // pieces)
     runs: list[tuple[int, ...]] = []
     current: tuple[int, ...] = ()
     for index in everything:
         grown = (*current, index)
-        if current and (len(grown) > longest or chunk_tokens(group, grown, layout) > budget):
+        next_piece = index * pieces // len(everything) > (index - 1) * pieces // len(everything)
+        if current and (next_piece or chunk_tokens(group, grown, layout) > budget):
             runs.append(current)
             grown = (index,)
         current = grown

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import inspect
+import logging
 import os
 from collections.abc import Mapping
 from datetime import timedelta
@@ -19,10 +21,11 @@ from nemo import lightning as nl
 from nemo.collections.llm.gpt.model.base import GPTConfig
 from nemo.lightning.pytorch import optim as nemo_optim
 from nemo.lightning.pytorch.optim import MegatronOptimizerModule
+from nemo.utils import logging as nemo_logging
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_brain import cpu
-from nemo_brain.config import Config, check
+from nemo_brain.config import Config, ModelConfig, check
 from nemo_brain.convert.random import RandomWeights
 from nemo_brain.convert.weights import Weights, open_weights
 from nemo_brain.data.prompts import load_prompts, split_holdout
@@ -32,7 +35,7 @@ from nemo_brain.gpt import PackedGPTConfig
 from nemo_brain.loop import BRAInLoop
 from nemo_brain.metrics import prepare_run_dir, read_metrics
 from nemo_brain.model import BRAInGPTModel
-from nemo_brain.objectives import make_objective
+from nemo_brain.objectives import OBJECTIVES, Objective, make_objective
 from nemo_brain.progress import summary_lines
 from nemo_brain.report import write_report
 from nemo_brain.rewards.build import make_reward
@@ -49,9 +52,10 @@ def run(cfg: DictConfig, callbacks: list[pl.Callback] | None = None) -> BRAInGPT
     Raises:
         ValueError: on every rank, for what is wrong with the configuration, the data or the weights.
     """
+    _quiet()
     config = check(cfg)
     world_size = _world_size(config)
-    objective = make_objective(config.objective.name, **config.objective_options)
+    objective = _objective(config)
     reward = make_reward(config.reward)
     weights = _weights(config)
     gpt = _gpt_config(config, weights)
@@ -72,6 +76,22 @@ def run(cfg: DictConfig, callbacks: list[pl.Callback] | None = None) -> BRAInGPT
     return model
 
 
+def _quiet() -> None:
+    """Warnings and errors only from NeMo, Megatron and Lightning, which describe groups, buckets and configurations."""
+    nemo_logging.setLevel(logging.WARNING)
+    for name in ("megatron", "lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def _objective(config: Config) -> Objective:
+    options = config.objective_options
+    if config.objective.name in OBJECTIVES:
+        # conf/brain.yaml sets these for brain: an objective without them is not to stumble over them.
+        for name in {"gamma", "goodness"} - inspect.signature(OBJECTIVES[config.objective.name]).parameters.keys():
+            options.pop(name, None)
+    return make_objective(config.objective.name, **options)
+
+
 def _world_size(config: Config) -> int:
     """The number of ranks, which the parallel sizes must divide."""
     trainer, model = config.trainer, config.model
@@ -80,10 +100,11 @@ def _world_size(config: Config) -> int:
     if trainer.devices is None:
         trainer.devices = local
     world = trainer.devices * trainer.num_nodes
-    if started > 1 and world != started:
+    if world != started:
         raise ValueError(
-            f"trainer.devices ({trainer.devices}) x trainer.num_nodes ({trainer.num_nodes}) is not the {started} "
-            "processes that were started: leave trainer.devices unset and set trainer.num_nodes to torchrun's --nnodes"
+            f"trainer.devices ({trainer.devices}) x trainer.num_nodes ({trainer.num_nodes}) is {world}, but the number "
+            f"of processes started is {started}: start them with torchrun, leave trainer.devices unset and set "
+            "trainer.num_nodes to torchrun's --nnodes"
         )
     split = model.tensor_model_parallel_size * model.pipeline_model_parallel_size
     if world % split:
@@ -98,11 +119,11 @@ def _world_size(config: Config) -> int:
 def _weights(config: Config) -> Weights:
     if config.model.restore_from is not None:
         if config.model.gpt:
-            raise ValueError("model.gpt describes a model from scratch: leave it empty with model.restore_from")
+            raise ValueError("model.gpt describes a model from scratch: set model.gpt=null with model.restore_from")
         weights = open_weights(config.model.restore_from)
     else:
         tokenizer = _tokenizer(config)
-        weights = RandomWeights(dict(config.model.gpt), len(tokenizer), tokenizer, config.seed)
+        weights = RandomWeights(dict(config.model.gpt or {}), len(tokenizer), tokenizer, config.seed)
     if len(weights.tokenizer) > weights.vocab_size:
         raise ValueError(
             f"the tokenizer has {len(weights.tokenizer)} tokens, the checkpoint model.restore_from="
@@ -121,6 +142,11 @@ def _gpt_config(config: Config, weights: Weights) -> PackedGPTConfig:
     model = config.model
     given = dict(weights.gpt_config)
     _known(given, GPTConfig, "model.gpt")
+    for item in dataclasses.fields(ModelConfig):
+        if item.name in given:
+            raise ValueError(f"model.gpt.{item.name} has a key of its own: set model.{item.name}")
+    if given.get("vocab_size", weights.vocab_size) != weights.vocab_size:
+        raise ValueError(f"model.gpt.vocab_size must be the tokenizer's {weights.vocab_size}: leave it out")
     for name in ("hidden_dropout", "attention_dropout"):
         if given.setdefault(name, 0.0) != 0.0:
             raise ValueError(
@@ -225,12 +251,15 @@ def _data(config: Config, tokenizer, gpt: PackedGPTConfig):
 
     def prompts(source, key):
         if isinstance(source, Mapping):
-            source = instantiate(source, _convert_="all")
+            try:
+                source = instantiate(source, _convert_="all")
+            except Exception as error:  # Hydra wraps what the target raises
+                cause = " ".join(str(error.__cause__ or error).split())
+                raise ValueError(f"{key}: _target_={source.get('_target_')} failed: {cause}") from error
         loaded = load_prompts(source, key=key, **options)
         if loaded.truncated:
-            print(
-                f"{key}: {loaded.truncated} of {len(loaded.prompts)} prompts were cut to {data.max_prompt_tokens} tokens"
-            )
+            cut = f"{loaded.truncated} of {len(loaded.prompts)} prompts were cut"
+            print(f"{key}: {cut} to {data.max_prompt_tokens} tokens")
         return loaded.prompts
 
     held_out = [] if data.validation is None else prompts(data.validation, "data.validation")

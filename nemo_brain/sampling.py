@@ -2,8 +2,8 @@
 
 Shapes: R rows (outputs in flight), V vocabulary columns of this rank, S positions of a row, H hidden.
 
-Every draw is one uniform number keyed by (seed, iteration, prompt id, output index, position) and turned into a token by
-the inverse of the cumulative distribution over the whole vocabulary, so every layout samples the same outputs.
+Every draw is one uniform number keyed by (seed, iteration, prompt id, output index, position) and turned into a token
+by the inverse of the cumulative distribution over the whole vocabulary, so every layout samples the same outputs.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from nemo_brain.logprobs import vocab_parallel_logprobs
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """``top_k`` (0: all) and ``top_p`` (1: all) truncate the law that is sampled; log q' is then the truncated law's."""
+    """``top_k`` (0: all) and ``top_p`` (1: all) truncate the law that is sampled; log q' is then that law's."""
 
     outputs: int
     max_new_tokens: int
@@ -78,17 +78,24 @@ def draw_tokens(law_RV: torch.Tensor, uniforms_R: torch.Tensor, real_vocab_size:
     shares = _gather(torch.stack([peak_R, total_R]), ranks, group)  # [ranks, 2, R]
     top_R = shares[:, 0].amax(dim=0)
     masses = shares[:, 1] * (shares[:, 0] - top_R).exp()  # [ranks, R], in units of exp(top)
-    before_R, mass_R = masses[:rank].sum(dim=0), masses.sum(dim=0)
-    draw_R = (uniforms_R * mass_R).clamp(max=torch.nextafter(mass_R, torch.zeros_like(mass_R)))
+    edges = torch.cat([torch.zeros_like(masses[:1]), masses.cumsum(dim=0)])  # where the ranks' intervals meet
+    before_R, after_R, mass_R = edges[rank], edges[rank + 1], edges[-1]
+    draw_R = torch.minimum(uniforms_R * mass_R, _below(mass_R))
     tokens_R = torch.full_like(draw_R, -1, dtype=torch.int64)
     if real:
-        inside_R = (draw_R >= before_R) & (draw_R < before_R + masses[rank])
-        local_R = (draw_R - before_R) * (top_R - peak_R).exp()
-        index_R = torch.searchsorted(cumulative_RV, local_R[:, None], right=True)[:, 0].clamp(max=real - 1)
+        inside_R = (draw_R >= before_R) & (draw_R < after_R)
+        # Rounding must not carry a draw past this rank's last token that has any probability.
+        local_R = torch.minimum((draw_R - before_R) * (top_R - peak_R).exp(), _below(total_R))
+        index_R = torch.searchsorted(cumulative_RV, local_R[:, None], right=True)[:, 0]
         tokens_R = torch.where(inside_R, start + index_R, tokens_R)
     if ranks > 1:
         dist.all_reduce(tokens_R, op=dist.ReduceOp.MAX, group=group)
     return tokens_R
+
+
+def _below(tensor: torch.Tensor) -> torch.Tensor:
+    """The next smaller number of each (they are positive, or zero)."""
+    return torch.nextafter(tensor, torch.zeros_like(tensor))
 
 
 def _gather(tensor: torch.Tensor, ranks: int, group) -> torch.Tensor:
@@ -185,8 +192,8 @@ class Sampler:
     ) -> list[Group]:
         """n outputs for each prompt, with ``proposal_logprob`` and ``policy_logprob`` filled in.
 
-        All ranks of a model-parallel group call it with the same prompts and get the same groups; ``on_outputs`` is told
-        how many outputs have ended since its last call.
+        All ranks of a model-parallel group call it with the same prompts and get the same groups; ``on_outputs`` is
+        told how many outputs have ended since its last call.
         """
         modes = [chunk.training for chunk in self.forward.chunks]
         for chunk in self.forward.chunks:

@@ -13,6 +13,8 @@ from toy_runs import recorded_run
 
 # fp32; sums over ranks and micro-batches are taken in different orders. Measured: at most 4e-6.
 RELATIVE = 1e-5
+# kl_to_prior is a difference of log-probs of about 45 nats, of which fp32 holds 4e-6.
+KL_NATS = 2e-5
 
 RUN = (
     "trainer.max_iterations=2",
@@ -22,6 +24,8 @@ RUN = (
     "train.global_batch_size=4",
     "train.epochs_per_iteration=1",
     "data.holdout=4",
+    # Adam divides by the gradient's size: a larger epsilon keeps rounding errors of tiny gradients tiny.
+    "optim.adam_eps=1e-3",
 )
 TP2 = "model.tensor_model_parallel_size=2"
 PP2 = "model.pipeline_model_parallel_size=2"
@@ -77,8 +81,13 @@ def compare(expected: dict, ranks: list[dict]) -> None:
     for ours, theirs in zip(actual["metrics"], expected["metrics"], strict=True):
         # The layouts differ in how many positions they compute, and the gap is rounding error itself.
         for name in theirs.keys() - {"tokens", "proposal_gap"}:
-            if not name.endswith(TIMINGS):
-                assert ours[name] == pytest.approx(theirs[name], rel=RELATIVE, abs=1e-6), (theirs["step"], name)
+            if name.endswith(TIMINGS):
+                continue
+            if isinstance(theirs[name], float):
+                absolute = KL_NATS if "kl_to_prior" in name else 1e-7
+                assert ours[name] == pytest.approx(theirs[name], rel=RELATIVE, abs=absolute), (theirs["step"], name)
+            else:
+                assert ours[name] == theirs[name], (theirs["step"], name)
     for step, full in enumerate(expected["gradients"]):
         seen = set()
         for rank in ranks:
@@ -109,7 +118,13 @@ def test_groups_spread_over_data_parallel_ranks_equal_groups_on_one(overrides):
 
 
 def test_sampling_temperature_and_masking_do_not_depend_on_the_layout():
-    options = ["rollout.temperature=1.3", "rollout.truncated=mask", "rollout.max_new_tokens=24", "objective.gamma=0.05"]
+    options = [
+        "rollout.temperature=1.3",
+        "rollout.truncated=mask",
+        # Enough outputs end by themselves to leave groups with several.
+        "rollout.outputs_per_prompt=16",
+        "rollout.max_new_tokens=32",
+    ]
     compare(reference(*RUN, *options), run_ranks(recorded_run, 2, *RUN, *options, TP2, "train.micro_batch_tokens=1"))
 
 

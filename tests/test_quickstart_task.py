@@ -38,6 +38,12 @@ Description: command line tool for archives
  A command line tool that creates, lists and extracts compressed archives of several formats,
  with a progress bar and parallel workers.
 
+Package: za
+Section: utils
+Source: zap (3.1-2)
+Description: short name for the archive tool
+ This is the archive tool under a shorter name that saves two letters for people who type it many times a day.
+
 Package: libzap-dev
 Section: libdevel
 Source: zap
@@ -78,7 +84,7 @@ def _maybe(split, **arguments):
 
 def test_stanzas_keep_continuation_lines_and_split_at_blank_lines():
     found = list(stanzas(STATUS.splitlines()))
-    assert [f["Package"] for f in found] == ["libzap3", "zap", "libzap-dev", "oldzap", "tiny"]
+    assert [f["Package"] for f in found] == ["libzap3", "zap", "za", "libzap-dev", "oldzap", "tiny"]
     assert found[0]["Description"].startswith("archive compression library (shared library)\n Zap is a library")
     assert found[0]["Homepage"] == "https://zap.example.org/"
     assert found[1]["Source"] == "zap"
@@ -198,7 +204,7 @@ def test_a_synopsis_beats_copies_and_copies_beat_repetition_and_nothing(reward):
     assert copied > repeated + 0.1
     assert repeated > empty + 0.1
     assert empty == score(reward, "?!") == EMPTY_REWARD
-    assert score(reward, XML) < 0
+    assert score(reward, XML) == -1.0  # a whole copy; rewards end there
 
 
 def test_each_charge_lowers_the_score_of_the_same_meaning(reward):

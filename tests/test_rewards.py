@@ -11,7 +11,7 @@ from nemo_brain.groups import Group, Output, Prompt
 from nemo_brain.rewards.build import make_reward
 from nemo_brain.rewards.function import FunctionReward
 from nemo_brain.rewards.protocol import compute_rewards, score_groups
-from nemo_brain.rewards.toy import vowel_fraction
+from nemo_brain.rewards.toy import letter_fraction
 
 OUTPUTS = ["a", "bb", "ccc", "dddd", "eeeee"]
 
@@ -157,7 +157,7 @@ def test_a_failure_of_the_whole_batch_blames_no_output():
 
 
 def test_function_reward_by_dotted_path_binds_its_arguments():
-    assert compute(FunctionReward("nemo_brain.rewards.toy.vowel_fraction")) == [1.0, 0.0, 0.0, 0.0, 1.0]
+    assert compute(FunctionReward("nemo_brain.rewards.toy.letter_fraction")) == [1.0, 0.0, 0.0, 0.0, 1.0]
     assert compute(FunctionReward(f"{__name__}.length", scale=2.0)) == [2.0, 4.0, 6.0, 8.0, 10.0]
 
 
@@ -190,7 +190,7 @@ def test_function_reward_failures_name_the_function_and_the_output(tmp_path):
     [
         ("no_such_package.sub.reward", "reward.function: there is no module 'no_such_package' .install it"),
         ("nemo_brain.nothing.reward", "reward.function: there is no module 'nemo_brain.nothing' .*PYTHONPATH"),
-        ("nemo_brain.rewards.toy.vowels", "nemo_brain.rewards.toy has no 'vowels' .define it there"),
+        ("nemo_brain.rewards.toy.letters", "nemo_brain.rewards.toy has no 'letters' .define it there"),
         ("nemo_brain.rewards.protocol.SHOWN", "reward.function=.* is a int, not callable .name a function"),
         ("reward", "reward.function='reward' names no function .write package.module.name or path"),
         ("a.b.", "reward.function='a.b.' names no function"),
@@ -254,7 +254,7 @@ def test_make_reward_gives_plain_containers():
             "reward._target_=nemo_brain.rewards.Nothing cannot be made: .*for a",
         ),
         (
-            {"_target_": "nemo_brain.rewards.toy.vowel_fraction"},
+            {"_target_": "nemo_brain.rewards.toy.letter_fraction"},
             "cannot be made: .*missing 2 required positional.*for a",
         ),
         ({"_target_": "builtins.dict"}, "reward._target_=builtins.dict makes a dict, which is not callable"),
@@ -270,6 +270,6 @@ def test_make_reward_errors_name_the_key(cfg, message):
             make_reward(section)
 
 
-def test_vowel_fraction_is_a_fraction_of_the_characters():
-    rewards = vowel_fraction([""] * 4, ["", "aeiou", "AEab", "xyz"], references=[None] * 4, metadata=[{}] * 4)
+def test_letter_fraction_is_a_fraction_of_the_characters():
+    rewards = letter_fraction([""] * 4, ["", "aeiou", "AEab", "xyz"], references=[None] * 4, metadata=[{}] * 4)
     assert rewards == [0.0, 1.0, 0.25, 0.0]

