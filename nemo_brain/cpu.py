@@ -1,7 +1,7 @@
 """What Megatron and NeMo need on a machine without CUDA. With CUDA, ``enable`` does nothing.
 
-Megatron-core calls ``torch.cuda`` functions and names the device "cuda" unconditionally. ``enable`` gives both their CPU
-meaning through torch's public override mechanism; no line of Megatron or NeMo is replaced.
+Megatron-core calls ``torch.cuda`` functions and names the device "cuda" unconditionally. ``enable`` gives both their
+CPU meaning; no line of Megatron or NeMo is replaced.
 """
 
 from __future__ import annotations

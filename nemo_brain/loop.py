@@ -1,7 +1,8 @@
 """Algorithm 1: iterations of sampling, scoring and several optimizer steps, with validation between them.
 
-``BRAInLoop`` is the training data of the Lightning trainer: iterating over it samples and scores when the next step needs
-new groups. It is also a callback, which records each step once the optimizer is done. Every rank holds the whole rollout.
+``BRAInLoop`` is the training data of the Lightning trainer: iterating over it samples and scores when the next step
+needs new groups. It is also a callback, which records each step once the optimizer is done. Every rank holds the whole
+rollout.
 """
 
 from __future__ import annotations

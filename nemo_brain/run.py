@@ -79,7 +79,7 @@ def run(cfg: DictConfig, callbacks: list[pl.Callback] | None = None) -> BRAInGPT
 def _quiet() -> None:
     """Warnings and errors only from NeMo, Megatron and Lightning, which describe groups, buckets and configurations."""
     nemo_logging.setLevel(logging.WARNING)
-    for name in ("megatron", "lightning.pytorch", "lightning.fabric"):
+    for name in ("megatron", "nemo", "lightning.pytorch", "lightning.fabric", "pytorch_lightning"):
         logging.getLogger(name).setLevel(logging.WARNING)
 
 

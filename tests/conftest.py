@@ -5,9 +5,9 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import torch  # noqa: E402
+import torch
 
-from nemo_brain import cpu  # noqa: E402
+from nemo_brain import cpu
 
 torch.set_num_threads(1)
 cpu.enable()

@@ -1,4 +1,4 @@
-"""Runs a function on several ranks. The ranks are forks of the test process, so NeMo is imported once for all of them."""
+"""Runs a function on several ranks: forks of the test process, so that NeMo is imported once for all of them."""
 
 from __future__ import annotations
 

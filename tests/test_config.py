@@ -1,4 +1,4 @@
-"""The configuration: the shipped files are valid and complete, and every mistake is refused with its key and a remedy."""
+"""The configuration: the shipped files are valid and complete; a mistake is refused with its key and a remedy."""
 
 from __future__ import annotations
 
@@ -97,7 +97,11 @@ REFUSED = {
     "no batch": (["train.global_batch_size=0"], "train.global_batch_size", "at least 1, not 0"),
     "no validation prompts": (["validation.max_prompts=0"], "validation.max_prompts", "at least 1, not 0"),
     "context parallel": (["model.context_parallel_size=2"], "model.context_parallel_size", "tensor and sequence"),
-    "sequence parallel alone": (["model.sequence_parallel=true"], "model.sequence_parallel", "model.tensor_model_paral"),
+    "sequence parallel alone": (
+        ["model.sequence_parallel=true"],
+        "model.sequence_parallel",
+        "model.tensor_model_paral",
+    ),
     "virtual stages alone": (
         ["model.virtual_pipeline_model_parallel_size=2"],
         "model.virtual_pipeline_model_parallel_size",

@@ -93,9 +93,12 @@ def test_draw_tokens():
     large = 2 * torch.randn(48, 131_072, generator=generator)
     cases = [(padded, uniform(4000), 25), (padded, extremes, 25), (holes, uniform(4000), 48), (holes, extremes, 48)]
     cases += [(holes, edges, 48), (small, uniform(30_000), 12), (large, uniform(48), 131_000)]
+    # Draws that equal a cumulative probability, with tokens of probability zero there.
+    exact = torch.tensor([[-torch.inf, 0.0] * 4]).repeat(3, 1)
+    cases.append((exact, torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64), 8))
     one, two, four = (run_ranks(drawn, ranks, cases) for ranks in (1, 2, 4))
     for name, results in (("TP2", two), ("TP4", four)):
-        for index in (0, 1, 2, 3, 5, 6):
+        for index in (0, 1, 2, 3, 5, 6, 7):
             for result in results:
                 assert torch.equal(result[index], one[0][index]), (name, index)
     for results in (one, two, four):
@@ -105,7 +108,7 @@ def test_draw_tokens():
         assert all(torch.equal(result[4], results[0][4]) for result in results)
 
     # By definition: the first token whose cumulative probability exceeds the draw.
-    for index in (0, 2, 6):
+    for index in (0, 2, 6, 7):
         law, draws, real = cases[index]
         cumulative = law[:, :real].double().softmax(-1).cumsum(-1)
         assert torch.equal(one[0][index], (cumulative <= draws[:, None]).sum(-1)), index
@@ -126,9 +129,9 @@ GPT = {
     "add_bias_linear": False,
     "position_embedding_type": "rope",
     "share_embeddings_and_output_weights": True,
-    "init_method_std": 0.3,  # a law far from uniform
+    "init_method_std": 0.2,  # a law far from uniform
 }
-GPT2 = {**GPT, "num_query_groups": 4, "normalization": "LayerNorm", "gated_linear_unit": False, "init_method_std": 0.2}
+GPT2 = {**GPT, "num_query_groups": 4, "normalization": "LayerNorm", "gated_linear_unit": False}
 GPT2 |= {"position_embedding_type": "learned_absolute", "share_embeddings_and_output_weights": False}
 VOCAB, END = 37, 5
 TOKENIZER = SimpleNamespace(eos_token_id=END, decode=lambda ids, skip_special_tokens: " ".join(map(str, ids)))
@@ -206,6 +209,7 @@ LAYOUTS = {
     ],
     4: [dict(tensor=2, stages=2), dict(tensor=2, stages=2, virtual=2, sequence_parallel=True)],
 }
+GPT2_LAYOUTS = {1: [{}], 2: [dict(tensor=2, sequence_parallel=True), dict(stages=2)]}
 
 
 @pytest.mark.parametrize("gpt", [GPT, GPT2], ids=["llama", "gpt2"])
@@ -224,16 +228,13 @@ def test_every_layout_samples_the_same_outputs_with_their_log_probs(gpt):
             same = output.proposal_logprob == output.policy_logprob
             assert same == (temperature == 1.0), "the temperature enters log q' only"
     assert tokens_of(reference[1.0]["groups"]) != tokens_of(reference[1.4]["groups"])
-    for ranks, layouts in LAYOUTS.items():
-        if ranks == 4 and gpt is GPT2:
-            continue
+    for ranks, layouts in (LAYOUTS if gpt is GPT else GPT2_LAYOUTS).items():
         for results in run_ranks(sampled, ranks, layouts, gpt):
             for layout, result in zip(layouts, results, strict=True):
                 for temperature in (1.0, 1.4):
                     ours, theirs = result[temperature], reference[temperature]
                     assert tokens_of(ours["groups"]) == tokens_of(theirs["groups"]), (layout, temperature)
-                    # fp32 sums of up to 70 log-probs by other kernels; measured: at most 2e-5.
-                    print("ERR", layout, temperature, ours["errors"])
+                    # fp32, other kernels, sums as large as 241 nats; measured: at most 2e-5.
                     assert max(ours["errors"]) < 1e-4, (layout, temperature, ours["errors"])
 
 

@@ -29,7 +29,7 @@ def toy_config(*overrides: str, name: str = "toy") -> DictConfig:
 
 
 class GradientRecorder(pl.Callback):
-    """The full gradients of each step, by canonical name, after Megatron has reduced them and before they are clipped."""
+    """The full gradients of each step by canonical name, after Megatron has reduced and before it has clipped them."""
 
     def __init__(self):
         self.steps: list[dict[str, torch.Tensor]] = []
