@@ -21,7 +21,7 @@ help:
 	@echo "make clean    remove .venv, caches and build outputs; runs/ stays"
 
 demo: $(STAMP)
-	@$(RUN) examples/megatron_brain.py --config-name quickstart
+	@$(VENV)/bin/torchrun --standalone --nproc-per-node 2 examples/megatron_brain.py --config-name quickstart
 
 # pytest comes last, so that its summary is the last thing on the screen.
 test: lint

@@ -4,13 +4,15 @@ Requirements are ranges, so that installing into an NGC NeMo container keeps the
 Megatron. The exact versions of the CPU environment are in constraints-cpu.txt.
 """
 
+from pathlib import Path
+
 from setuptools import find_packages, setup
 
 setup(
     name="nemo_brain",
     version="0.1.0",
     description="BRAIn (Bayesian Reward-conditioned Amortized Inference) for Megatron GPT models in NeMo",
-    long_description=open("README.md", encoding="utf-8").read(),
+    long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["nemo_brain", "nemo_brain.*"]),

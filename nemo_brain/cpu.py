@@ -6,6 +6,8 @@ CPU meaning; no line of Megatron or NeMo is replaced.
 
 from __future__ import annotations
 
+import os
+
 import torch
 from torch.overrides import TorchFunctionMode
 
@@ -57,6 +59,9 @@ def enable() -> bool:
         return False
     if _mode is not None:
         return True
+    if "OMP_NUM_THREADS" not in os.environ:
+        # Threads of one process wait for each other on small matrices; data-parallel ranks use the cores better.
+        torch.set_num_threads(1)
     cuda = torch.cuda
     cuda.current_device = lambda: _CPU
     cuda.set_device = lambda *args, **kwargs: None

@@ -98,6 +98,10 @@ class BRAInLoop(pl.Callback):
         for iteration in range(self.config.trainer.max_iterations):
             yield from self._iteration(iteration)
 
+    def on_before_optimizer_step(self, trainer, model, optimizer) -> None:
+        # Read here: the scheduler has moved on by the end of the batch.
+        self._lr = optimizer.param_groups[0]["lr"]
+
     def on_train_batch_end(self, trainer, model, outputs, batch, batch_idx) -> None:
         """Records the step that the optimizer has just made; after the iteration's last one, the iteration."""
         step, result = self._current, self._current.result
@@ -115,7 +119,7 @@ class BRAInLoop(pl.Callback):
                 "ess_beta": out.ess_beta_G.mean(),
                 "max_alpha": out.max_alpha_G.mean(),
                 "grad_norm": trainer.callback_metrics.get("grad_norm"),
-                "lr": trainer.optimizers[0].param_groups[0]["lr"],
+                "lr": self._lr,
                 "tokens": result.tokens,
                 "step_seconds": seconds,
                 "tokens_per_second": result.tokens / seconds,
@@ -322,7 +326,9 @@ def _matrix(groups: Sequence[Group], name: str) -> torch.Tensor:
     """One field of every output, [G, N] float64; zero where a group has no such output."""
     matrix_GN = torch.zeros(len(groups), max(len(group.outputs) for group in groups), dtype=torch.float64)
     for g, group in enumerate(groups):
-        matrix_GN[g, : len(group.outputs)] = torch.tensor([getattr(output, name) for output in group.outputs])
+        matrix_GN[g, : len(group.outputs)] = torch.tensor(
+            [getattr(output, name) for output in group.outputs], dtype=torch.float64
+        )
     return matrix_GN
 
 

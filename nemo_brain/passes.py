@@ -38,7 +38,9 @@ class Scores:
         mask_GN = torch.zeros(len(groups), outputs, dtype=torch.bool)
         for g, group in enumerate(groups):
             for i, output in enumerate(group.outputs):
-                matrices[:, g, i] = torch.tensor([output.prior_logprob, output.proposal_logprob, output.reward])
+                matrices[:, g, i] = torch.tensor(
+                    [output.prior_logprob, output.proposal_logprob, output.reward], dtype=torch.float64
+                )
                 mask_GN[g, i] = keep_truncated or output.ended
         return cls(*matrices, mask_GN)
 

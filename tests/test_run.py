@@ -172,7 +172,6 @@ def test_groups_of_equal_rewards_teach_nothing_at_the_start(constant_reward):
     assert step["loss"] < 1e-10 and step["grad_norm"] < 1e-4
 
 
-@pytest.mark.xfail(strict=True, reason="Scores.of rounds log p and log q' to float32, but not log q")
 def test_groups_of_equal_rewards_are_counted(constant_reward):
     assert [record["groups/zero_gradient"] for record in records(constant_reward, "iteration")] == [8]
 
@@ -229,7 +228,6 @@ def test_the_scheduler_sets_the_learning_rate(scheduled):
     assert used == pytest.approx([1e-3, 2e-3, *cosine])
 
 
-@pytest.mark.xfail(strict=True, reason="read after Lightning has advanced the scheduler: it is the next step's")
 def test_metrics_have_the_learning_rate_that_was_used(scheduled):
     used, recorded = scheduled
     assert recorded == pytest.approx(used)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -61,13 +62,13 @@ def _complete(chunk) -> None:
             dist.all_gather(slices, slices[group.rank()].clone(), group=group)
 
 
-def recorded_run(*overrides: str, name: str = "toy") -> dict:
+def recorded_run(*overrides: str, name: str = "toy", callbacks: Sequence[pl.Callback] = ()) -> dict:
     """One rank's view of a run: its gradients per step, and rank 0's metrics and sampled outputs."""
     logging.disable(logging.WARNING)
     recorder = GradientRecorder()
     with tempfile.TemporaryDirectory() as scratch:
         run_dir = Path(scratch) / "run"
-        run(toy_config(f"run_dir={run_dir}", *overrides, name=name), callbacks=[recorder])
+        run(toy_config(f"run_dir={run_dir}", *overrides, name=name), callbacks=[recorder, *callbacks])
         metrics = read_metrics(run_dir / "metrics.jsonl") if dist.get_rank() == 0 else None
         samples = (run_dir / "samples.jsonl").read_text() if dist.get_rank() == 0 else None
     return {"gradients": recorder.steps, "metrics": metrics, "samples": samples}
