@@ -7,11 +7,11 @@ from html.parser import HTMLParser
 
 import pytest
 
+from nemo_brain.charts import CURVE_POINTS
 from nemo_brain.evaluate import evaluate
 from nemo_brain.groups import Group, Output, Prompt
 from nemo_brain.metrics import MetricsWriter, read_metrics, write_samples
 from nemo_brain.report import (
-    CURVE_POINTS,
     TEXT_CHARACTERS,
     compare,
     main,
