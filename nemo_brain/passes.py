@@ -17,7 +17,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from nemo_brain.groups import Group, MicroBatch, Plan, pack, plan
+from nemo_brain.groups import Group, MicroBatch, Plan, chunk_tokens, pack, plan
 from nemo_brain.objectives import Objective, ObjectiveOutput, coefficients
 
 
@@ -52,7 +52,7 @@ class Scores:
 @dataclass
 class StepResult:
     """A training pass's outcome, the same on every rank: log q [G, N] before the step, the objective's output on the
-    whole global batch, and the number of row positions that were computed (over all data-parallel ranks)."""
+    whole global batch, and the number of row positions that it took (over all ranks, without padding)."""
 
     policy_logprobs_GN: torch.Tensor
     objective: ObjectiveOutput
@@ -117,7 +117,8 @@ class GroupPasses:
         results = self._run(chunks, planned, groups, (1.0,), loss)
         policy_logprobs_GN = self._collect(results, planned, groups, 1)[0]
         _, output = coefficients(objective, policy_logprobs_GN, **vars(scores))
-        tokens = sum(self._pack(groups, chunks).tokens for rank in planned.ranks for chunks in rank)
+        members = [chunk for rank in planned.ranks for batch in rank for chunk in batch]
+        tokens = sum(chunk_tokens(groups[chunk.group], chunk.outputs, self.layout) for chunk in members)
         return StepResult(policy_logprobs_GN, output, tokens)
 
     def _plan(self, groups: Sequence[Group]) -> Plan:
@@ -138,9 +139,7 @@ class GroupPasses:
     def _run(self, chunks, planned: Plan, groups, temperatures, finish: _Collect | _Loss) -> list[torch.Tensor]:
         """Sends this rank's micro-batches through the schedule; what ``finish`` keeps of each, on the last stage."""
         mine = planned.ranks[parallel_state.get_data_parallel_rank()]
-
-        def batches():
-            return iter([self._pack(groups, members).to(self.device) for members in mine])
+        batches = [self._pack(groups, members).to(self.device) for members in mine]
 
         def step(iterator, chunk):
             batch = next(iterator)
@@ -156,7 +155,7 @@ class GroupPasses:
 
         return get_forward_backward_func()(
             forward_step_func=step,
-            data_iterator=[batches() for _ in chunks] if len(chunks) > 1 else batches(),
+            data_iterator=[iter(batches) for _ in chunks] if len(chunks) > 1 else iter(batches),
             model=list(chunks),
             num_microbatches=len(mine),
             seq_length=self.budget,

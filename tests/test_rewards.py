@@ -157,7 +157,7 @@ def test_a_failure_of_the_whole_batch_blames_no_output():
 
 
 def test_function_reward_by_dotted_path_binds_its_arguments():
-    assert compute(FunctionReward("nemo_brain.rewards.toy.letter_fraction")) == [1.0, 0.0, 0.0, 0.0, 1.0]
+    assert compute(FunctionReward("nemo_brain.rewards.toy.letter_fraction"), ["a", "1b", "22"]) == [1.0, 0.5, 0.0]
     assert compute(FunctionReward(f"{__name__}.length", scale=2.0)) == [2.0, 4.0, 6.0, 8.0, 10.0]
 
 
@@ -271,5 +271,5 @@ def test_make_reward_errors_name_the_key(cfg, message):
 
 
 def test_letter_fraction_is_a_fraction_of_the_characters():
-    rewards = letter_fraction([""] * 4, ["", "aeiou", "AEab", "xyz"], references=[None] * 4, metadata=[{}] * 4)
+    rewards = letter_fraction([""] * 4, ["", "aZ", "é12b", "123"], references=[None] * 4, metadata=[{}] * 4)
     assert rewards == [0.0, 1.0, 0.25, 0.0]
