@@ -125,6 +125,10 @@ class Config:
         return {key: value for key, value in vars(self.objective).items() if key != "name" and value is not None}
 
     @property
+    def bf16(self) -> bool:
+        return self.trainer.precision == "bf16-mixed"
+
+    @property
     def layout(self) -> str:
         """``train.layout`` with ``auto`` resolved: the prompt of a group is computed once wherever that is exact."""
         return "shared_prefix" if self.train.layout == "auto" else self.train.layout

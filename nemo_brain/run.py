@@ -54,13 +54,13 @@ def run(cfg: DictConfig, callbacks: list[pl.Callback] | None = None) -> BRAInGPT
     """
     _quiet()
     config = check(cfg)
-    world_size = _world_size(config)
+    _world_size(config)
     objective = _objective(config)
     reward = make_reward(config.reward)
     weights = _weights(config)
     gpt = _gpt_config(config, weights)
     optim = _optimizer(config)
-    prompts, offline, held_out = _data(config, weights.tokenizer, gpt)
+    prompts, offline, held_out = _data(config, weights.tokenizer)
     rank_zero = int(os.environ.get("RANK", 0)) == 0
     run_dir = Path(config.run_dir)
     if rank_zero:
@@ -68,7 +68,7 @@ def run(cfg: DictConfig, callbacks: list[pl.Callback] | None = None) -> BRAInGPT
         (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True), encoding="utf-8")
     loop = BRAInLoop(config, prompts, offline, held_out, reward, run_dir)
     model = BRAInGPTModel(gpt, weights, objective, optim=optim, tokenizer=weights.tokenizer)
-    trainer = _trainer(config, world_size, [loop, *(callbacks or [])])
+    trainer = _trainer(config, [loop, *(callbacks or [])])
     trainer.fit(model, train_dataloaders=loop)
     if rank_zero:
         report = write_report(run_dir)
@@ -93,7 +93,7 @@ def _objective(config: Config) -> Objective:
 
 
 def _world_size(config: Config) -> int:
-    """The number of ranks, which the parallel sizes must divide."""
+    """The number of ranks: those that were started, which the parallel sizes must divide."""
     trainer, model = config.trainer, config.model
     started = int(os.environ.get("WORLD_SIZE", 1))
     local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -172,12 +172,11 @@ def _gpt_config(config: Config, weights: Weights) -> PackedGPTConfig:
         )
     if given["hidden_size"] % heads and not given.get("kv_channels"):
         raise ValueError(f"model.gpt.hidden_size ({given['hidden_size']}) must be a multiple of the {heads} heads")
-    bf16 = config.trainer.precision == "bf16-mixed"
     options: dict[str, Any] = {
         "vocab_size": weights.vocab_size,
         "seq_length": 1024,
-        "params_dtype": torch.bfloat16 if bf16 else torch.float32,
-        "pipeline_dtype": torch.bfloat16 if bf16 else torch.float32,
+        "params_dtype": _dtype(config),
+        "pipeline_dtype": _dtype(config),
         # Rows differ in length; Megatron ties the option to this dispatcher even for dense models.
         "variable_seq_lengths": True,
         "moe_token_dispatcher_type": "alltoall",
@@ -206,6 +205,11 @@ def _gpt_config(config: Config, weights: Weights) -> PackedGPTConfig:
     return gpt
 
 
+def _dtype(config: Config) -> torch.dtype:
+    """Of the weights and of what passes between pipeline stages."""
+    return torch.bfloat16 if config.bf16 else torch.float32
+
+
 def _optimizer(config: Config) -> MegatronOptimizerModule:
     """``optim``: ``name``, fields of Megatron's OptimizerConfig, and ``sched`` (one of NeMo's LR schedulers)."""
     given = dict(config.optim)
@@ -216,8 +220,7 @@ def _optimizer(config: Config) -> MegatronOptimizerModule:
         raise ValueError(f"optim.name must be adam or sgd, not {given['optimizer']!r}")
     if not given.get("lr", 0) > 0:
         raise ValueError("optim.lr must be set, and above 0")
-    bf16 = config.trainer.precision == "bf16-mixed"
-    given = {"bf16": bf16, "params_dtype": torch.bfloat16 if bf16 else torch.float32, **given}
+    given = {"bf16": config.bf16, "params_dtype": _dtype(config), **given}
     return MegatronOptimizerModule(config=OptimizerConfig(**given), lr_scheduler=_scheduler(sched))
 
 
@@ -244,7 +247,7 @@ def _known(given: Mapping, kind: type, key: str) -> None:
             raise ValueError(f"unknown configuration key {key}.{name}: {kind.__name__} has no such field{hint}")
 
 
-def _data(config: Config, tokenizer, gpt: PackedGPTConfig):
+def _data(config: Config, tokenizer):
     """Training prompts, offline groups and held-out prompts, all read and checked before training."""
     data = config.data
     options = {"tokenizer": tokenizer, "template": data.template, "max_prompt_tokens": data.max_prompt_tokens}
@@ -276,7 +279,7 @@ def _data(config: Config, tokenizer, gpt: PackedGPTConfig):
     return train, offline, held_out[: config.validation.max_prompts]
 
 
-def _trainer(config: Config, world_size: int, callbacks: list[pl.Callback]) -> nl.Trainer:
+def _trainer(config: Config, callbacks: list[pl.Callback]) -> nl.Trainer:
     model, trainer = config.model, config.trainer
     strategy = BRAInStrategy(
         layout=config.layout,
@@ -287,14 +290,14 @@ def _trainer(config: Config, world_size: int, callbacks: list[pl.Callback]) -> n
         pipeline_model_parallel_size=model.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=model.virtual_pipeline_model_parallel_size,
         sequence_parallel=model.sequence_parallel,
-        pipeline_dtype=torch.bfloat16 if trainer.precision == "bf16-mixed" else torch.float32,
+        pipeline_dtype=_dtype(config),
         ckpt_async_save=False,
         # NeMo's progress bar gathers on rank 0 alone, which the other ranks' collectives do not survive on gloo.
         replace_progress_bar=False,
         timeout=timedelta(minutes=30),
     )
     plugins = []
-    if trainer.precision == "bf16-mixed":
+    if config.bf16:
         plugins.append(
             nl.MegatronMixedPrecision(
                 precision="bf16-mixed",

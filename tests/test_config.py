@@ -54,7 +54,8 @@ def describe(config):
 
 def read(config):
     weights = _weights(config)
-    return _data(config, weights.tokenizer, _gpt_config(config, weights))
+    _gpt_config(config, weights)
+    return _data(config, weights.tokenizer)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
