@@ -16,6 +16,8 @@ import torch
 from megatron.core.transformer.module import MegatronModule
 from torch.nn.functional import scaled_dot_product_attention
 
+from nemo_brain.varlen import find_kernel, sequences, varlen_attention
+
 
 class GroupAttention(MegatronModule):
     """Core attention for Megatron layer specs, exact for every layout and without an S x S mask.
@@ -58,9 +60,17 @@ class GroupAttention(MegatronModule):
 
 def packed_attention(q_HSD, k_KSD, v_KSD, layout: torch.Tensor, scale: float | None = None) -> torch.Tensor:
     """Attention of a packed row: each block's prefix is causal, each segment sees the prefix and itself. [H, S, D]."""
+    blocks = _blocks(tuple(map(tuple, layout.tolist())))
+    if (kernel := find_kernel(q_HSD)) is not None:
+        return varlen_attention(q_HSD, k_KSD, v_KSD, sequences(blocks, q_HSD.device), scale, kernel)
+    return _cascade(q_HSD, k_KSD, v_KSD, blocks, scale)
+
+
+def _cascade(q_HSD, k_KSD, v_KSD, blocks, scale: float | None) -> torch.Tensor:
+    """Block by block: one call for the prefix, one in which the segments are a batch."""
     sdpa = functools.partial(scaled_dot_product_attention, scale=scale, enable_gqa=q_HSD.shape[0] != k_KSD.shape[0])
     outs = []
-    for start, prefix, segments in _blocks(tuple(map(tuple, layout.tolist()))):
+    for start, prefix, segments in blocks:
         middle, end = start + prefix, start + prefix + sum(segments)
         if prefix:
             # Queries, keys and values of the prefix: lower-right and upper-left causality coincide.
@@ -92,7 +102,7 @@ def _batch(tensor_HSD: torch.Tensor, gather: torch.Tensor | None, segments: tupl
 
 
 @functools.lru_cache(maxsize=64)
-def _blocks(layout: tuple[tuple[int, ...], ...]) -> list[tuple[int, int, tuple[int, ...]]]:
+def _blocks(layout: tuple[tuple[int, ...], ...]) -> tuple[tuple[int, int, tuple[int, ...]], ...]:
     """(start, prefix length, segment lengths) of each block of the row."""
     blocks = []
     start = 0
@@ -100,7 +110,7 @@ def _blocks(layout: tuple[tuple[int, ...], ...]) -> list[tuple[int, int, tuple[i
         present = tuple(length for length in segments if length)
         blocks.append((start, prefix, present))
         start += prefix + sum(present)
-    return blocks
+    return tuple(blocks)
 
 
 @functools.lru_cache(maxsize=1024)

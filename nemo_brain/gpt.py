@@ -20,7 +20,7 @@ from nemo.collections.llm.gpt.model.base import GPTConfig
 from nemo.lightning.base import get_vocab_size
 
 from nemo_brain.attention import GroupAttention
-from nemo_brain.logprobs import vocab_parallel_logprobs
+from nemo_brain.output_layer import linear_logprobs
 
 try:
     import transformer_engine  # noqa: F401
@@ -33,10 +33,20 @@ except ImportError:
 class PackedGPTModel(MCoreGPTModel):
     """GPTModel over packed rows: positions are given, and the output layer sees only the positions asked for.
 
-    ``real_vocab_size`` is set by the config: columns from there on are padding and have no probability.
+    Args:
+        real_vocab_size: columns from there on are padding and have no probability.
+        **options: MCoreGPTModel's own.
     """
 
-    real_vocab_size: int
+    def __init__(self, *, real_vocab_size: int, **options):
+        super().__init__(**options)
+        self.real_vocab_size = real_vocab_size
+        if self.post_process:
+            # Called through its module, so that hooks on the module run: Megatron's overlapped parameter gather waits
+            # for the weight in one.
+            self.output_layer.forward = self._output
+            # With sequence parallelism the row is gathered before it (see forward).
+            self.output_layer.sequence_parallel = False
 
     def forward(
         self,
@@ -70,23 +80,18 @@ class PackedGPTModel(MCoreGPTModel):
         if self.config.sequence_parallel:
             # The selection needs the whole row; from here on the output layer is plainly tensor-parallel.
             hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
-        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
-        logits_T1V, _ = self.output_layer(hidden.index_select(0, select_T), weight=weight)
-        logits_TV = logits_T1V[:, 0]
+        return self.output_layer(hidden[:, 0].index_select(0, select_T), targets_T, temperatures)
+
+    def _output(self, hidden_TH, targets_T, temperatures) -> torch.Tensor:
+        """What ``output_layer`` computes: log-probs [E, T] of the targets, or logits [T, V] without targets."""
+        if self.share_embeddings_and_output_weights:
+            weight_VH = self.shared_embedding_or_output_weight()
+        else:
+            weight_VH = self.output_layer.weight
         if targets_T is None:
-            return logits_TV
-        return torch.stack(
-            [
-                vocab_parallel_logprobs(
-                    logits_TV,
-                    targets_T,
-                    tp_group=parallel_state.get_tensor_model_parallel_group(),
-                    temperature=temperature,
-                    real_vocab_size=self.real_vocab_size,
-                )
-                for temperature in temperatures
-            ]
-        )
+            return type(self.output_layer).forward(self.output_layer, hidden_TH, weight=weight_VH)[0]
+        group = parallel_state.get_tensor_model_parallel_group()
+        return linear_logprobs(hidden_TH, weight_VH, targets_T, group, temperatures, self.real_vocab_size)
 
 
 class Norm(torch.nn.Module):
@@ -136,10 +141,11 @@ class PackedGPTConfig(GPTConfig):
     def configure_model(self, tokenizer=None, pre_process=None, post_process=None, vp_stage=None) -> PackedGPTModel:
         """Builds this rank's (virtual) pipeline chunk; arguments as in NeMo's GPTConfig."""
         stage = dict(ignore_virtual=False, vp_stage=vp_stage or 0)
-        model = PackedGPTModel(
-            self,
+        return PackedGPTModel(
+            config=self,
             transformer_layer_spec=self.transformer_layer_spec(self, vp_stage=vp_stage or 0),
             vocab_size=get_vocab_size(self, self.vocab_size, self.make_vocab_size_divisible_by),
+            real_vocab_size=self.vocab_size,
             max_sequence_length=self.seq_length,
             parallel_output=True,
             share_embeddings_and_output_weights=self.share_embeddings_and_output_weights,
@@ -152,9 +158,3 @@ class PackedGPTConfig(GPTConfig):
             scatter_embedding_sequence_parallel=self.scatter_embedding_sequence_parallel,
             vp_stage=vp_stage or 0,
         )
-        model.real_vocab_size = self.vocab_size
-        if model.post_process and self.sequence_parallel:
-            # The row is gathered before the output layer (see forward).
-            model.output_layer.sequence_parallel = False
-            model.output_layer.allreduce_dgrad = parallel_state.get_tensor_model_parallel_world_size() > 1
-        return model

@@ -7,6 +7,7 @@ R <= V its real columns (the others pad the vocabulary).
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -49,20 +50,40 @@ def vocab_parallel_logprobs(
         raise ValueError(f"temperature is {temperature}; it must be positive")
     if chunk_bytes < 1:
         raise ValueError(f"chunk_bytes is {chunk_bytes}; it must be positive")
+    shard = vocabulary_shard(targets, logits.shape[-1], tp_group, real_vocab_size)
+    logprobs = _TargetLogProbs.apply(
+        logits, shard.targets, shard.group, shard.real_columns, 1.0 / temperature, chunk_bytes
+    )
+    return logprobs if targets.device.type == "cpu" else logprobs.masked_fill(~shard.valid, torch.nan)
+
+
+class VocabularyShard(NamedTuple):
+    """A rank's share of the vocabulary: ``targets`` less its first column, which targets are tokens at all, its number
+    of real columns, and the group to reduce over (None: there are no other ranks)."""
+
+    targets: torch.Tensor
+    valid: torch.Tensor
+    real_columns: int
+    group: dist.ProcessGroup | None
+
+
+def vocabulary_shard(
+    targets: torch.Tensor, columns: int, tp_group: dist.ProcessGroup | None, real_vocab_size: int | None
+) -> VocabularyShard:
+    """This rank's shard of ``columns`` columns; ValueError as in ``vocab_parallel_logprobs``."""
     ranks, rank = (1, 0) if tp_group is None else (dist.get_world_size(tp_group), dist.get_rank(tp_group))
-    shard = logits.shape[-1]
-    vocab_size = shard * ranks if real_vocab_size is None else real_vocab_size
-    if not 0 < vocab_size <= shard * ranks:
-        raise ValueError(f"real_vocab_size is {vocab_size}; the logits have {shard * ranks} columns")
+    vocab_size = columns * ranks if real_vocab_size is None else real_vocab_size
+    if not 0 < vocab_size <= columns * ranks:
+        raise ValueError(f"real_vocab_size is {vocab_size}; the logits have {columns * ranks} columns")
     valid = (targets >= 0) & (targets < vocab_size)
     if targets.device.type == "cpu" and not valid.all():
         raise ValueError(f"target {targets[~valid][0].item()} is outside the vocabulary of {vocab_size} tokens")
-
-    local_targets = targets.long() - rank * shard
-    real_columns = min(max(vocab_size - rank * shard, 0), shard)
-    group = tp_group if ranks > 1 else None
-    logprobs = _TargetLogProbs.apply(logits, local_targets, group, real_columns, 1.0 / temperature, chunk_bytes)
-    return logprobs if targets.device.type == "cpu" else logprobs.masked_fill(~valid, torch.nan)
+    return VocabularyShard(
+        targets=targets.long() - rank * columns,
+        valid=valid,
+        real_columns=min(max(vocab_size - rank * columns, 0), columns),
+        group=tp_group if ranks > 1 else None,
+    )
 
 
 class _TargetLogProbs(torch.autograd.Function):
@@ -85,7 +106,7 @@ class _TargetLogProbs(torch.autograd.Function):
         # The exponentials' sum and the target's logit, both less the maximum, in one collective.
         sums_2P = logits_PR.new_zeros((2, positions), dtype=dtype)
         for part, shifted_CR in _shifted_chunks(logits_PR, max_P, scale, chunk):
-            local_C1, mine_C = _locate(targets_P[part], real_columns)
+            local_C1, mine_C = locate(targets_P[part], real_columns)
             sums_2P[1, part] = torch.where(mine_C, shifted_CR.gather(1, local_C1).squeeze(1), 0.0)
             sums_2P[0, part] = shifted_CR.exp_().sum(-1)
         if group is not None:
@@ -106,7 +127,7 @@ class _TargetLogProbs(torch.autograd.Function):
         out_PV = logits.new_empty((targets_P.numel(), logits.shape[-1]))
         out_PV[:, ctx.real_columns :] = 0
         for part, shifted_CR in _shifted_chunks(logits_PR, max_P, ctx.scale, ctx.chunk):
-            local_C1, mine_C = _locate(targets_P[part], ctx.real_columns)
+            local_C1, mine_C = locate(targets_P[part], ctx.real_columns)
             grad_CR = shifted_CR.exp_().mul_((-grad_P[part] / sum_P[part])[:, None])
             grad_CR.scatter_add_(1, local_C1, torch.where(mine_C, grad_P[part], 0.0)[:, None])
             out_PV[part, : ctx.real_columns] = grad_CR
@@ -127,7 +148,7 @@ def _shifted_chunks(
         yield part, shifted_CR.mul_(scale).sub_(max_P[part, None])
 
 
-def _locate(targets_C: torch.Tensor, real_columns: int) -> tuple[torch.Tensor, torch.Tensor]:
+def locate(targets_C: torch.Tensor, real_columns: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Column indices [C, 1] that are always valid, and which of them [C] are this shard's own targets."""
     mine_C = (targets_C >= 0) & (targets_C < real_columns)
     return targets_C.clamp(0, real_columns - 1)[:, None], mine_C

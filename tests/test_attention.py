@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from nemo_brain import attention
 from nemo_brain.attention import GroupAttention, KVCache, packed_attention
 
 H, D = 4, 8
@@ -47,9 +48,32 @@ def draw(positions: int, kv_heads: int, seed: int = 0) -> list[torch.Tensor]:
     return [torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True) for shape in shapes]
 
 
+def one_by_one(q_SHD, k_MKD, v_MKD, sequences, scale) -> torch.Tensor:
+    """What a variable-length flash-attention kernel promises: sequence by sequence, causal from the lower right."""
+    outs = []
+    queries, keys = sequences.query_ends.tolist(), sequences.key_ends.tolist()
+    assert sequences.query_ends.dtype == sequences.key_ends.dtype == torch.int32
+    for n in range(len(queries) - 1):
+        q, k, v = (
+            tensor[ends[n] : ends[n + 1]].transpose(0, 1)
+            for tensor, ends in ((q_SHD, queries), (k_MKD, keys), (v_MKD, keys))
+        )
+        assert q.shape[1] <= sequences.longest_query and k.shape[1] <= sequences.longest_key
+        mask = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool).tril(k.shape[1] - q.shape[1])
+        outs.append(dense(q, k, v, mask, scale or D**-0.5).transpose(0, 1))
+    return torch.cat(outs)
+
+
+@pytest.fixture(params=["cascade", "one variable-length call"])
+def kernel(request, monkeypatch):
+    """Both ways to compute a row: the second as with CUDA, but for the kernel itself."""
+    if request.param != "cascade":
+        monkeypatch.setattr(attention, "find_kernel", lambda q: one_by_one)
+
+
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_values_and_gradients_equal_the_dense_mask(name, kv_heads):
+def test_values_and_gradients_equal_the_dense_mask(name, kv_heads, kernel):
     layout = LAYOUTS[name]
     mask = visible(layout)
     inputs = draw(len(mask), kv_heads)
@@ -63,7 +87,7 @@ def test_values_and_gradients_equal_the_dense_mask(name, kv_heads):
             torch.testing.assert_close(a, b, atol=1e-12, rtol=0)
 
 
-def test_other_masks_differ():
+def test_other_masks_differ(kernel):
     """The comparison can fail: a causal row, prefixes without segments or segments without a prefix are far off."""
     layout = LAYOUTS["blocks and padding"]
     inputs = draw(sum(map(sum, layout)), 2)
@@ -125,3 +149,18 @@ def test_cache_equals_packed_attention_on_the_complete_rows(kv_heads, padding):
             assert all(k.shape[2] == max(cache.prompt_lengths) for k, _ in cache._prompt.values())
         check(output_starts[alive] + step, finite_padding=False)
     assert alive == [6, 8, 9, 10] and cache.length == LENGTH
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+def test_the_cuda_kernel_equals_the_dense_mask(kv_heads):
+    layout = LAYOUTS["blocks and padding"]
+    mask = visible(layout)
+    exact = draw(len(mask), kv_heads)
+    fed = [tensor.detach().cuda().bfloat16().requires_grad_() for tensor in exact]
+    assert attention.find_kernel(fed[0]) is not None
+    ours, theirs = packed_attention(*fed, torch.tensor(layout)), dense(*exact, mask)
+    # bfloat16 keeps 8 bits; sums of tens of numbers of order one.
+    torch.testing.assert_close(ours.double().cpu(), theirs, atol=3e-2, rtol=0)
+    for a, b in zip(*(torch.autograd.grad(out.sum(), x) for out, x in ((ours, fed), (theirs, exact))), strict=True):
+        torch.testing.assert_close(a.double().cpu(), b, atol=1e-1, rtol=0)
