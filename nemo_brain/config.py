@@ -22,6 +22,8 @@ class TrainerConfig:
     num_nodes: int = 1
     accelerator: str = "auto"
     precision: str = "32"
+    fp8: str | None = None
+    fp8_recipe: str = "delayed"
     max_iterations: int = MISSING
     val_every_iterations: int = 1
     log_every_steps: int = 1
@@ -37,6 +39,7 @@ class ModelConfig:
     sequence_parallel: bool = False
     context_parallel_size: int = 1
     recompute: str = "none"
+    options: dict[str, Any] = field(default_factory=dict)
     gpt: dict[str, Any] | None = None
 
 
@@ -110,6 +113,7 @@ class Config:
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     optim: dict[str, Any] = field(default_factory=dict)
+    ddp: dict[str, Any] = field(default_factory=dict)
     reward: dict[str, Any] | None = None
     data: DataConfig = field(default_factory=DataConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
@@ -176,6 +180,8 @@ def _keys(kind: type, prefix: str = "") -> list[str]:
 def _check_values(config: Config) -> None:
     model, rollout, train, trainer = config.model, config.rollout, config.train, config.trainer
     _among("trainer.precision", trainer.precision, ("32", "bf16-mixed"))
+    _among("trainer.fp8", trainer.fp8, (None, "hybrid", "e4m3"))
+    _among("trainer.fp8_recipe", trainer.fp8_recipe, ("delayed", "tensorwise", "blockwise", "mxfp8"))
     _among("trainer.accelerator", trainer.accelerator, ("auto", "cpu", "gpu"))
     _among("model.recompute", model.recompute, ("none", "selective", "full"))
     _among("prior.placement", config.prior.placement, ("resident", "offload"))
@@ -203,6 +209,8 @@ def _check_values(config: Config) -> None:
         },
     )
     _at_least(2, {"rollout.outputs_per_prompt": rollout.outputs_per_prompt})
+    if trainer.fp8 is not None and not config.bf16:
+        raise ValueError("trainer.fp8 needs trainer.precision=bf16-mixed: what is not FP8 is bf16")
     if model.context_parallel_size != 1:
         raise ValueError(
             "model.context_parallel_size must be 1: groups are packed rows, which context parallelism does not split; "

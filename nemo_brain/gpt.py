@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.fp8_utils import get_fp8_align_size
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
@@ -137,6 +138,12 @@ class PackedGPTConfig(GPTConfig):
     """A NeMo GPTConfig that builds a ``PackedGPTModel``. ``vocab_size`` is the real, unpadded one."""
 
     transformer_layer_spec: object = layer_spec
+
+    @property
+    def row_multiple(self) -> int:
+        """Rows are padded to a multiple of this many positions: for sequence parallelism, and for FP8 products."""
+        shards = self.tensor_model_parallel_size if self.sequence_parallel else 1
+        return shards * (get_fp8_align_size(self.fp8_recipe) if self.fp8 else 1)
 
     def configure_model(self, tokenizer=None, pre_process=None, post_process=None, vp_stage=None) -> PackedGPTModel:
         """Builds this rank's (virtual) pipeline chunk; arguments as in NeMo's GPTConfig."""

@@ -133,8 +133,7 @@ class GroupPasses:
         )
 
     def _pack(self, groups, chunks) -> MicroBatch:
-        shards = self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1
-        return pack(groups, chunks, self.layout, pad_multiple=shards)
+        return pack(groups, chunks, self.layout, pad_multiple=self.config.row_multiple)
 
     def _run(self, chunks, planned: Plan, groups, temperatures, finish: _Collect | _Loss) -> list[torch.Tensor]:
         """Sends this rank's micro-batches through the schedule; what ``finish`` keeps of each, on the last stage."""

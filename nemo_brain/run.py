@@ -16,6 +16,7 @@ import lightning.pytorch as pl
 import torch
 from hydra.utils import instantiate
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
+from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig
 from nemo import lightning as nl
 from nemo.collections.llm.gpt.model.base import GPTConfig
@@ -31,7 +32,7 @@ from nemo_brain.convert.weights import Weights, open_weights
 from nemo_brain.data.prompts import load_prompts, split_holdout
 from nemo_brain.data.rollouts import read_rollouts
 from nemo_brain.data.tokenizers import byte_tokenizer, load_tokenizer
-from nemo_brain.gpt import PackedGPTConfig
+from nemo_brain.gpt import HAVE_TRANSFORMER_ENGINE, PackedGPTConfig
 from nemo_brain.loop import BRAInLoop
 from nemo_brain.metrics import prepare_run_dir, read_metrics
 from nemo_brain.model import BRAInGPTModel
@@ -143,8 +144,16 @@ def _gpt_config(config: Config, weights: Weights) -> PackedGPTConfig:
     given = dict(weights.gpt_config)
     _known(given, GPTConfig, "model.gpt")
     for item in dataclasses.fields(ModelConfig):
-        if item.name in given:
-            raise ValueError(f"model.gpt.{item.name} has a key of its own: set model.{item.name}")
+        for section in ("gpt", "options"):
+            if item.name in (getattr(model, section) or {}):
+                raise ValueError(f"model.{section}.{item.name} has a key of its own: set model.{item.name}")
+    _known(model.options, GPTConfig, "model.options")
+    for name, value in model.options.items():
+        if given.setdefault(name, value) != value:
+            raise ValueError(
+                f"model.options.{name}={value} contradicts the model's {name}={given[name]}: options say how a model "
+                "is run, not what it is"
+            )
     if given.get("vocab_size", weights.vocab_size) != weights.vocab_size:
         raise ValueError(f"model.gpt.vocab_size must be the tokenizer's {weights.vocab_size}: leave it out")
     for name in ("hidden_dropout", "attention_dropout"):
@@ -157,6 +166,8 @@ def _gpt_config(config: Config, weights: Weights) -> PackedGPTConfig:
     for needed in ("num_layers", "hidden_size", "num_attention_heads"):
         if not given.get(needed):
             raise ValueError(f"model.gpt.{needed} is needed: set model.restore_from, or describe a model in model.gpt")
+    if config.trainer.fp8 is not None and not HAVE_TRANSFORMER_ENGINE:
+        raise ValueError("trainer.fp8 needs Transformer Engine, which is not installed: leave it null")
     heads, groups = given["num_attention_heads"], given.get("num_query_groups") or given["num_attention_heads"]
     tensor, pipeline = model.tensor_model_parallel_size, model.pipeline_model_parallel_size
     if heads % tensor or groups % tensor:
@@ -222,6 +233,22 @@ def _optimizer(config: Config) -> MegatronOptimizerModule:
         raise ValueError("optim.lr must be set, and above 0")
     given = {"bf16": config.bf16, "params_dtype": _dtype(config), **given}
     return MegatronOptimizerModule(config=OptimizerConfig(**given), lr_scheduler=_scheduler(sched))
+
+
+def _ddp(config: Config) -> DistributedDataParallelConfig:
+    """``ddp``: fields of Megatron's DistributedDataParallelConfig."""
+    given = dict(config.ddp)
+    _known(given, DistributedDataParallelConfig, "ddp")
+    if "use_distributed_optimizer" in given:
+        raise ValueError("ddp.use_distributed_optimizer has a key of its own: set optim.use_distributed_optimizer")
+    if given.get("overlap_param_gather"):
+        for key, value in {
+            "optim.use_distributed_optimizer": config.optim.get("use_distributed_optimizer"),
+            "ddp.overlap_grad_reduce": given.get("overlap_grad_reduce"),
+        }.items():
+            if not value:
+                raise ValueError(f"ddp.overlap_param_gather needs {key}=true")
+    return DistributedDataParallelConfig(**{"check_for_nan_in_grad": True, **given})
 
 
 def _scheduler(sched: Mapping | None):
@@ -291,6 +318,7 @@ def _trainer(config: Config, callbacks: list[pl.Callback]) -> nl.Trainer:
         virtual_pipeline_model_parallel_size=model.virtual_pipeline_model_parallel_size,
         sequence_parallel=model.sequence_parallel,
         pipeline_dtype=_dtype(config),
+        ddp=_ddp(config),
         ckpt_async_save=False,
         # NeMo's progress bar gathers on rank 0 alone, which the other ranks' collectives do not survive on gloo.
         replace_progress_bar=False,
@@ -304,6 +332,10 @@ def _trainer(config: Config, callbacks: list[pl.Callback]) -> nl.Trainer:
                 params_dtype=torch.bfloat16,
                 pipeline_dtype=torch.bfloat16,
                 autocast_enabled=False,
+                # NeMo takes it from here rather than from the ddp section.
+                grad_reduce_in_fp32=config.ddp.get("grad_reduce_in_fp32", True),
+                fp8=trainer.fp8,
+                fp8_recipe=trainer.fp8_recipe,
             )
         )
     on_cpu = cpu.enable()

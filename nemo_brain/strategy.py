@@ -97,6 +97,11 @@ class BRAInStrategy(MegatronStrategy):
             )
         return {"loss": step.result.objective.loss_G.mean()}
 
+    def _settle(self) -> None:
+        """Ends an overlapped gather of the weights: forward passes wait for it themselves, other readers do not."""
+        if self.ddp_config.overlap_param_gather:
+            self.megatron_parallel.force_param_sync()
+
     def policy_logprobs(
         self, groups: Sequence[Group], temperatures: tuple[float, ...], on_tokens: Callable[[int], None]
     ) -> torch.Tensor:
@@ -105,6 +110,7 @@ class BRAInStrategy(MegatronStrategy):
 
     def prior_logprobs(self, groups: Sequence[Group], on_tokens: Callable[[int], None]) -> torch.Tensor:
         """log p by the same kernels: [G, N], the same on every rank."""
+        self._settle()
         with self._prior.chunks(self.chunks) as chunks:
             return self.passes.logprobs(chunks, groups, on_tokens=on_tokens)[0]
 

@@ -10,8 +10,9 @@ from omegaconf import OmegaConf
 from toy_runs import ROOT, toy_config
 
 from nemo_brain.config import Config, check
+from nemo_brain.gpt import HAVE_TRANSFORMER_ENGINE
 from nemo_brain.groups import LAYOUTS
-from nemo_brain.run import _data, _gpt_config, _objective, _optimizer, _weights, _world_size
+from nemo_brain.run import _data, _ddp, _gpt_config, _objective, _optimizer, _weights, _world_size
 
 CONFIGS = sorted(path.stem for path in (ROOT / "conf").glob("*.yaml"))
 
@@ -88,6 +89,9 @@ REFUSED = {
     "no value": (["run_dir=???"], "run_dir", "set it in the YAML or on the command line"),
     "precision": (["trainer.precision=16"], "trainer.precision", "32, bf16-mixed"),
     "accelerator": (["trainer.accelerator=tpu"], "trainer.accelerator", "auto, cpu, gpu"),
+    "fp8": (["trainer.fp8=int8"], "trainer.fp8", "hybrid, e4m3"),
+    "fp8 recipe": (["trainer.fp8_recipe=x"], "trainer.fp8_recipe", "delayed, tensorwise"),
+    "fp8 with fp32": (["trainer.fp8=hybrid"], "trainer.fp8", "trainer.precision=bf16-mixed"),
     "recompute": (["model.recompute=all"], "model.recompute", "none, selective, full"),
     "placement": (["prior.placement=disk"], "prior.placement", "resident, offload"),
     "truncated": (["rollout.truncated=drop"], "rollout.truncated", "keep, mask"),
@@ -172,6 +176,33 @@ LATER = {
     "layers over virtual stages": (describe, [f"{PP}=2", f"{VIRTUAL}=3"], "over 6 stages", VIRTUAL),
     "width of heads": (describe, ["model.gpt.hidden_size=34"], "model.gpt.hidden_size (34)", "multiple of the 4 heads"),
     "positions": (describe, ["rollout.max_new_tokens=33"], "model.gpt.seq_length", "lower them"),
+    "unknown model option": (describe, ["+model.options.num_layer=4"], "model.options.num_layer", "num_layers"),
+    "another model": (describe, ["+model.options.num_layers=5"], "model.options.num_layers=5", "num_layers=4"),
+    "key of its own as an option": (
+        describe,
+        ["+model.options.recompute=full"],
+        "set model.sequence_parallel",
+        "model.options.sequence_parallel",
+    ),
+    "unknown reduction": (_ddp, ["+ddp.overlap_grad_reduction=true"], "ddp.overlap_grad_reduction", "overlap_grad_red"),
+    "distributed optimizer as reduction": (
+        _ddp,
+        ["+ddp.use_distributed_optimizer=true"],
+        "ddp.use_distributed_optimizer",
+        "set optim.use_distributed_optimizer",
+    ),
+    "gather without shards": (
+        _ddp,
+        ["ddp.overlap_param_gather=true"],
+        "ddp.overlap_param_gather",
+        "optim.use_distributed_optimizer=true",
+    ),
+    "gather without overlapped reduction": (
+        _ddp,
+        ["ddp.overlap_param_gather=true", "optim.use_distributed_optimizer=true", "ddp.overlap_grad_reduce=false"],
+        "ddp.overlap_param_gather",
+        "ddp.overlap_grad_reduce=true",
+    ),
     "unknown optimizer field": (_optimizer, ["+optim.learning_rate=1"], "optim.learning_rate", "no such field"),
     "like an optimizer field": (_optimizer, ["+optim.weight_decy=1"], "optim.weight_decy", "did you mean weight_decay"),
     "optimizer": (_optimizer, ["optim.name=lion"], "optim.name", "adam or sgd"),
@@ -208,6 +239,32 @@ def test_a_scheduler_and_optimizer_fields_arrive():
     made = _optimizer(check(toy_config("optim.weight_decay=0.25", "trainer.precision=bf16-mixed", sched)))
     assert (made.config.weight_decay, made.config.lr, made.config.bf16) == (0.25, 3e-3, True)
     assert made.lr_scheduler.warmup_steps == 7 and math.isclose(made.lr_scheduler.min_lr, 1e-6)
+
+
+def test_model_options_and_reduction_fields_arrive():
+    options = [
+        "+model.options.recompute_granularity=full",
+        "+model.options.recompute_num_layers=2",
+        "+ddp.bucket_size=7",
+    ]
+    config = check(toy_config(*options))
+    gpt = describe(config)
+    assert (gpt.recompute_granularity, gpt.recompute_num_layers) == ("full", 2)
+    assert (_ddp(config).bucket_size, _ddp(config).overlap_grad_reduce) == (7, True)
+
+
+def test_rows_are_padded_for_sequence_parallelism_and_for_fp8():
+    gpt = describe(check(toy_config()))
+    assert gpt.row_multiple == 1
+    gpt.tensor_model_parallel_size, gpt.sequence_parallel = 2, True
+    assert gpt.row_multiple == 2
+    gpt.fp8 = "hybrid"
+    assert gpt.row_multiple == 32
+
+
+@pytest.mark.skipif(HAVE_TRANSFORMER_ENGINE, reason="FP8 is possible here")
+def test_fp8_is_refused_where_it_cannot_be():
+    assert "Transformer Engine" in message("trainer.precision=bf16-mixed", "trainer.fp8=hybrid", then=describe)
 
 
 def test_brains_presets_do_not_stand_in_the_way_of_another_objective():

@@ -49,6 +49,17 @@ LAYOUTS = {
     "DP2": (2, []),
     "DP2, two pass": (2, ["train.micro_batch_tokens=1"]),
     "DP2, distributed optimizer": (2, ["optim.use_distributed_optimizer=true"]),
+    "DP2, reduction after the backward pass": (2, ["ddp.overlap_grad_reduce=false"]),
+    "DP2, two pass, distributed optimizer, everything overlapped in small buckets": (
+        2,
+        [
+            "optim.use_distributed_optimizer=true",
+            "ddp.overlap_param_gather=true",
+            "+ddp.bucket_size=4000",
+            "train.micro_batch_tokens=64",
+            "prior.placement=offload",
+        ],
+    ),
     "TP2, sequence parallel": (2, [TP2, SP]),
     "TP2, sequence parallel, full recompute, two pass": (
         2,
