@@ -24,27 +24,51 @@ class OffloadedPrior:
     """The prior's weights in host memory, moved into the policy's own parameters for the scoring only.
 
     Scoring then runs through the very modules of the policy and needs no device memory of its own. The two host buffers
-    (the prior's weights, and the policy's while it makes room) are allocated once, pinned where there is CUDA.
+    (the prior's weights, and the policy's while it makes room) are allocated once, pinned where there is CUDA. There
+    the policy leaves on one stream while the prior follows it in on another: the two directions of the link work at the
+    same time.
 
     Args:
         policy: this rank's chunks, holding the prior's weights at this moment.
     """
 
     def __init__(self, policy: Sequence[torch.nn.Module]):
-        pin = torch.cuda.is_available()
-        self._prior = [_host_copy(parameter, pin) for parameter in _parameters(policy)]
-        self._policy = [torch.empty_like(weights, pin_memory=pin) for weights in self._prior]
+        self._cuda = torch.cuda.is_available()
+        self._prior = [_host_buffer(parameter, self._cuda).copy_(parameter) for parameter in _parameters(policy)]
+        self._policy = [_host_buffer(parameter, self._cuda) for parameter in _parameters(policy)]
+        self._streams = (torch.cuda.Stream(), torch.cuda.Stream()) if self._cuda else None
 
     @contextlib.contextmanager
     def chunks(self, policy: Sequence[torch.nn.Module]) -> Iterator[Sequence[torch.nn.Module]]:
         """The policy's chunks, with the prior's weights while the context lasts; the policy's return bit by bit."""
         parameters = list(_parameters(policy))
-        _copy(parameters, self._policy)
-        _copy(self._prior, parameters)
+        self._exchange(parameters, self._policy, self._prior)
         try:
             yield policy
         finally:
-            _copy(self._policy, parameters)
+            self._exchange(parameters, None, self._policy)
+
+    def _exchange(self, parameters, leaving: list[torch.Tensor] | None, entering: list[torch.Tensor]) -> None:
+        """Copies the parameters to ``leaving`` (None: they are dropped) and ``entering`` to the parameters."""
+        if not self._cuda:
+            for i, parameter in enumerate(parameters):
+                if leaving is not None:
+                    leaving[i].copy_(parameter)
+                parameter.copy_(entering[i])
+            return
+        out, into = self._streams
+        current = torch.cuda.current_stream()
+        out.wait_stream(current)
+        into.wait_stream(current)
+        for i, parameter in enumerate(parameters):
+            if leaving is not None:
+                with torch.cuda.stream(out):
+                    leaving[i].copy_(parameter, non_blocking=True)
+                into.wait_event(out.record_event())
+            with torch.cuda.stream(into):
+                parameter.copy_(entering[i], non_blocking=True)
+        # Whatever comes next on the current stream waits; the host does not.
+        current.wait_stream(into)
 
 
 def _parameters(chunks: Sequence[torch.nn.Module]) -> Iterator[torch.Tensor]:
@@ -53,12 +77,5 @@ def _parameters(chunks: Sequence[torch.nn.Module]) -> Iterator[torch.Tensor]:
             yield parameter.detach()
 
 
-def _host_copy(tensor: torch.Tensor, pin: bool) -> torch.Tensor:
-    return torch.empty_like(tensor, device="cpu", pin_memory=pin).copy_(tensor)
-
-
-def _copy(sources: Sequence[torch.Tensor], targets: Sequence[torch.Tensor]) -> None:
-    """Copies all tensors, then waits: the host buffers are read and written by the device in the background."""
-    for source, target in zip(sources, targets, strict=True):
-        target.copy_(source, non_blocking=True)
-    torch.cuda.synchronize()
+def _host_buffer(tensor: torch.Tensor, pin: bool) -> torch.Tensor:
+    return torch.empty_like(tensor, device="cpu", pin_memory=pin)

@@ -181,7 +181,7 @@ LATER = {
     "key of its own as an option": (
         describe,
         ["+model.options.recompute=full"],
-        "set model.sequence_parallel",
+        "set model.recompute",
         "model.options.sequence_parallel",
     ),
     "unknown reduction": (_ddp, ["+ddp.overlap_grad_reduction=true"], "ddp.overlap_grad_reduction", "overlap_grad_red"),
