@@ -121,6 +121,26 @@ def test_layout_equals_one_process(layout):
     compare(reference(*RUN), run_ranks(recorded_run, world_size, *RUN, *overrides))
 
 
+LEARNED = (
+    "model.gpt.position_embedding_type=learned_absolute",
+    "model.gpt.normalization=LayerNorm",
+    "model.gpt.gated_linear_unit=false",
+    "model.gpt.add_bias_linear=true",
+    "model.gpt.num_query_groups=4",
+    "model.gpt.share_embeddings_and_output_weights=false",
+)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "overrides"),
+    [(1, ["train.layout=separate_rows"]), (2, [TP2, SP]), (2, [PP2, VIRTUAL]), (4, [TP2, PP2, "model.recompute=full"])],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else str(value),
+)
+def test_learned_positions_equal_one_process(world_size, overrides):
+    """A model like GPT-2, with an output layer of its own."""
+    compare(reference(*RUN, *LEARNED), run_ranks(recorded_run, world_size, *RUN, *LEARNED, *overrides))
+
+
 @pytest.mark.parametrize("overrides", [[], ["train.layout=separate_rows"]], ids=["shared prefix", "separate rows"])
 def test_groups_spread_over_data_parallel_ranks_equal_groups_on_one(overrides):
     """With one group per step and two ranks each rank has half of the group's outputs."""
