@@ -1,6 +1,10 @@
-"""Sampling n outputs per prompt from a Megatron GPT on tensor- and pipeline-parallel ranks, with a key-value cache.
+"""Sampling n outputs per prompt from a Megatron GPT on tensor- and pipeline-parallel ranks, with continuous batching.
 
-Shapes: R rows (outputs in flight), V vocabulary columns of this rank, S positions of a row, H hidden.
+Shapes: R rows (outputs in flight), G new prompts, V vocabulary columns of this rank, S positions of a row.
+
+A prompt is computed once for its n outputs. When rows end, the next prompt's rows take their places at once: one pass
+computes its prompt and a token of every other row together. With pipeline parallelism the rows are divided into as many
+lanes as there are ranks in the pipeline, and each rank works on another lane, so that none waits.
 
 Every draw is one uniform number keyed by (seed, iteration, prompt id, output index, position) and turned into a token
 by the inverse of the cumulative distribution over the whole vocabulary, so every layout samples the same outputs.
@@ -8,23 +12,28 @@ by the inverse of the cumulative distribution over the whole vocabulary, so ever
 
 from __future__ import annotations
 
-import hashlib
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from nemo_brain.attention import KVCache
+from nemo_brain.draws import draw_tokens, gather, truncate, uniforms
 from nemo_brain.groups import Group, Output, Prompt
+from nemo_brain.kv_cache import KVCache, vacate
 from nemo_brain.logprobs import vocab_parallel_logprobs
 
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """``top_k`` (0: all) and ``top_p`` (1: all) truncate the law that is sampled; log q' is then that law's."""
+    """What is sampled: ``top_k`` (0: all) and ``top_p`` (1: all) truncate the law; log q' is then that law's.
+
+    How: ``rows_in_flight`` outputs at a time (at least one group's, for each lane), of which new prompts bring at most
+    ``prefill_tokens`` positions into one pass (or one prompt).
+    """
 
     outputs: int
     max_new_tokens: int
@@ -32,155 +41,102 @@ class SamplingOptions:
     top_k: int = 0
     top_p: float = 1.0
     rows_in_flight: int = 256
+    prefill_tokens: int = 4096
 
     @property
     def truncated(self) -> bool:
         return self.top_k > 0 or self.top_p < 1.0
 
 
-def uniforms(seed: int, iteration: int, prompt_id: str, output: int, positions: int) -> np.ndarray:
-    """The draws of one output: [positions] float64 strictly between 0 and 1, by splitmix64 from a hashed key."""
-    key = hashlib.blake2b(f"{seed}\x1f{iteration}\x1f{output}\x1f{prompt_id}".encode(), digest_size=8).digest()
-    with np.errstate(over="ignore"):
-        z = np.uint64(int.from_bytes(key, "little")) + np.arange(1, positions + 1, dtype=np.uint64) * np.uint64(
-            0x9E3779B97F4A7C15
-        )
-        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        z ^= z >> np.uint64(31)
-    return ((z >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
+@dataclass
+class _Group:
+    """A group in flight: the prompt, its place in the caller's list, and the outputs that have ended."""
+
+    index: int
+    prompt: Prompt
+    outputs: dict[int, Output] = field(default_factory=dict)
 
 
-def draw_tokens(law_RV: torch.Tensor, uniforms_R: torch.Tensor, real_vocab_size: int, group=None) -> torch.Tensor:
-    """One token per row by inverse transform: the first token whose cumulative probability exceeds the draw.
+@dataclass
+class _Row:
+    """An output in flight; its log-probs are the sums so far."""
 
-    Args:
-        law_RV: logits of the law to sample, this rank's vocabulary columns.
-        uniforms_R: float64 in (0, 1), the same on every rank of ``group``.
-        real_vocab_size: columns from there on are padding and are never drawn.
-        group: the tensor-parallel group (None: one rank holds all columns).
-
-    Returns:
-        int64 token ids [R], the same on every rank.
-    """
-    ranks = 1 if group is None else group.size()
-    rank = 0 if group is None else group.rank()
-    start = rank * law_RV.shape[-1]
-    real = max(0, min(law_RV.shape[-1], real_vocab_size - start))
-    peak_R = torch.full_like(uniforms_R, float("-inf"))
-    total_R = torch.zeros_like(uniforms_R)
-    if real:
-        values_RV = law_RV[:, :real].float()
-        peak_R1 = values_RV.amax(dim=-1, keepdim=True)
-        # float64: the cumulative sum of 100k columns decides which token a draw falls on.
-        cumulative_RV = (values_RV - peak_R1).exp().cumsum(dim=-1, dtype=torch.float64)
-        peak_R, total_R = peak_R1[:, 0].double(), cumulative_RV[:, -1]
-    shares = _gather(torch.stack([peak_R, total_R]), ranks, group)  # [ranks, 2, R]
-    top_R = shares[:, 0].amax(dim=0)
-    masses = shares[:, 1] * (shares[:, 0] - top_R).exp()  # [ranks, R], in units of exp(top)
-    edges = torch.cat([torch.zeros_like(masses[:1]), masses.cumsum(dim=0)])  # where the ranks' intervals meet
-    before_R, after_R, mass_R = edges[rank], edges[rank + 1], edges[-1]
-    draw_R = torch.minimum(uniforms_R * mass_R, _below(mass_R))
-    tokens_R = torch.full_like(draw_R, -1, dtype=torch.int64)
-    if real:
-        inside_R = (draw_R >= before_R) & (draw_R < after_R)
-        # Rounding must not carry a draw past this rank's last token that has any probability.
-        local_R = torch.minimum((draw_R - before_R) * (top_R - peak_R).exp(), _below(total_R))
-        index_R = torch.searchsorted(cumulative_RV, local_R[:, None], right=True)[:, 0]
-        tokens_R = torch.where(inside_R, start + index_R, tokens_R)
-    if ranks > 1:
-        dist.all_reduce(tokens_R, op=dist.ReduceOp.MAX, group=group)
-    return tokens_R
+    group: _Group
+    output: int
+    draws: np.ndarray
+    tokens: list[int] = field(default_factory=list)
+    proposal_logprob: float = 0.0
+    policy_logprob: float = 0.0
 
 
-def _below(tensor: torch.Tensor) -> torch.Tensor:
-    """The next smaller number of each (they are positive, or zero)."""
-    return torch.nextafter(tensor, torch.zeros_like(tensor))
+class _Lane:
+    """Rows that go through the pipeline together, in the order of this rank's cache of them.
 
-
-def _gather(tensor: torch.Tensor, ranks: int, group) -> torch.Tensor:
-    if ranks == 1:
-        return tensor[None]
-    parts = [torch.empty_like(tensor) for _ in range(ranks)]
-    dist.all_gather(parts, tensor.contiguous(), group=group)
-    return torch.stack(parts)
-
-
-def _truncate(logits_RV: torch.Tensor, options: SamplingOptions) -> torch.Tensor:
-    """Columns outside top-k, then outside top-p, get probability zero."""
-    if options.top_k:
-        kth_R1 = logits_RV.topk(min(options.top_k, logits_RV.shape[-1]), dim=-1).values[:, -1:]
-        logits_RV = logits_RV.masked_fill(logits_RV < kth_R1, float("-inf"))
-    if options.top_p < 1.0:
-        ordered_RV, order_RV = logits_RV.sort(dim=-1, descending=True)
-        probs_RV = ordered_RV.softmax(dim=-1)
-        beyond_RV = probs_RV.cumsum(dim=-1) - probs_RV >= options.top_p
-        logits_RV = logits_RV.masked_fill(torch.zeros_like(beyond_RV).scatter(1, order_RV, beyond_RV), float("-inf"))
-    return logits_RV
-
-
-class PipelineForward:
-    """One forward pass of a packed row through all pipeline stages, without gradients: logits on the last stage.
-
-    Args:
-        chunks: this rank's model chunks as Megatron's schedules take them (DDP-wrapped or not), one per virtual stage.
+    ``stage``: the virtual pipeline stage that the pass is at; None between passes. ``hidden``: what it got there.
     """
 
-    def __init__(self, chunks: Sequence[torch.nn.Module], config):
-        self.chunks = chunks
-        self.config = config
-        self.group = parallel_state.get_pipeline_model_parallel_group()
-        self.size = parallel_state.get_pipeline_model_parallel_world_size()
-        self.rank = parallel_state.get_pipeline_model_parallel_rank()
-        self.last_stage = self.rank == self.size - 1
+    def __init__(self, cache: KVCache):
+        self.cache = cache
+        self.rows: list[_Row] = []
+        self.new: list[_Group] = []
+        self.stage: int | None = None
+        self.hidden: torch.Tensor | None = None
 
-    def __call__(self, tokens_1S, positions_1S, attention, select_T) -> torch.Tensor | None:
-        ranks = dist.get_process_group_ranks(self.group)
-        shards = self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1
-        shape = (tokens_1S.shape[1] // shards, 1, self.config.hidden_size)
-        stages = len(self.chunks) * self.size
-        out = None
-        for index, chunk in enumerate(self.chunks):
-            stage = index * self.size + self.rank
-            if stage > 0:
-                hidden = torch.empty(shape, dtype=self.config.pipeline_dtype, device=tokens_1S.device)
-                dist.recv(hidden, ranks[self.rank - 1], group=self.group)
-                _unwrap(chunk).set_input_tensor(hidden)
-            out = chunk(tokens_1S, positions_1S, attention, select_T)
-            if stage < stages - 1:
-                dist.send(out.contiguous(), ranks[(self.rank + 1) % self.size], group=self.group)
-        return out if self.last_stage else None
+    def begin(self, admitted: list[_Group], outputs: int, multiple: int) -> None:
+        """Prepares a pass, if there is anything for one: the admitted prompts, then the last token of every row."""
+        self.new = admitted
+        if not admitted and not self.rows:
+            return
+        lengths = [len(group.prompt.token_ids) for group in admitted]
+        tokens = [token for group in admitted for token in group.prompt.token_ids]
+        positions = [position for length in lengths for position in range(length)]
+        select = list(np.cumsum(lengths, dtype=int) - 1) + list(range(len(tokens), len(tokens) + len(self.rows)))
+        tokens += [row.tokens[-1] for row in self.rows]
+        positions += [len(row.group.prompt.token_ids) + len(row.tokens) - 1 for row in self.rows]
+        padding = [0] * (-len(tokens) % multiple)
+        self.tokens_1S = torch.tensor([tokens + padding], device=self.cache.device)
+        self.positions_1S = torch.tensor([positions + padding], device=self.cache.device)
+        self.select_T = torch.tensor(select, device=self.cache.device)
+        self.cache.plan(lengths, outputs)
+        self.stage = 0
 
-    def share(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The last stage's tensor on every stage (in place)."""
-        if self.size > 1:
-            dist.broadcast(tensor, dist.get_process_group_ranks(self.group)[-1], group=self.group)
-        return tensor
+    def end(self, new_rows: list[_Row]) -> None:
+        """The pass has gone through all stages: the new rows take part from now on."""
+        self.stage = self.hidden = None
+        self.cache.advance()
+        self.rows += new_rows
 
-
-def _unwrap(chunk: torch.nn.Module) -> torch.nn.Module:
-    while hasattr(chunk, "module"):
-        chunk = chunk.module
-    return chunk
+    def drop(self, places: list[int]) -> None:
+        """Takes rows out."""
+        holes, movers = vacate(len(self.rows), places)
+        for hole, mover in zip(holes, movers, strict=True):
+            self.rows[hole] = self.rows[mover]
+        del self.rows[len(self.rows) - len(places) :]
+        self.cache.drop(places)
 
 
 class Sampler:
     """Samples groups from the model as it stands.
 
     Args:
-        chunks, config: the model's chunks on this rank and its config.
+        chunks: this rank's model chunks as Megatron's schedules take them (DDP-wrapped or not), one per virtual stage.
+        config: the model's config.
         tokenizer: gives the end token and turns ids into text.
         options: what to sample.
     """
 
     def __init__(self, chunks: Sequence[torch.nn.Module], config, tokenizer, options: SamplingOptions):
-        self.forward = PipelineForward(chunks, config)
+        self.chunks = chunks
+        self.config = config
         self.tokenizer = tokenizer
         self.options = options
         self.end = tokenizer.eos_token_id
-        self.real_vocab_size = config.vocab_size
-        self.pad_multiple = config.tensor_model_parallel_size if config.sequence_parallel else 1
         self.device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else "cpu"
+        self._pipeline = parallel_state.get_pipeline_model_parallel_group()
+        self._rank, self._size = self._pipeline.rank(), self._pipeline.size()
+        self._last_stage = len(chunks) * self._size - 1
+        tensor_parallel = parallel_state.get_tensor_model_parallel_group()
+        self._tensor_parallel = tensor_parallel if tensor_parallel.size() > 1 else None
 
     @torch.no_grad()
     def sample(
@@ -189,114 +145,146 @@ class Sampler:
         seed: int,
         iteration: int,
         on_outputs: Callable[[int], None] = lambda count: None,
-    ) -> list[Group]:
+    ) -> Iterator[tuple[int, Group]]:
         """n outputs for each prompt, with ``proposal_logprob`` and ``policy_logprob`` filled in.
 
-        All ranks of a model-parallel group call it with the same prompts and get the same groups; ``on_outputs`` is
-        told how many outputs have ended since its last call.
+        All ranks of a model-parallel group call it with the same prompts and go through it to the end; they get the
+        same groups in the same order.
+
+        Args:
+            on_outputs: is told how many outputs have ended since its last call.
+
+        Yields:
+            The place of a prompt in ``prompts`` and its group, as soon as the group's last output has ended.
         """
-        modes = [chunk.training for chunk in self.forward.chunks]
-        for chunk in self.forward.chunks:
+        modes = [chunk.training for chunk in self.chunks]
+        for chunk in self.chunks:
             chunk.eval()
-        groups = []
-        for batch in self._batches(prompts):
-            groups += self._sample_batch(batch, seed, iteration, on_outputs)
-        for chunk, mode in zip(self.forward.chunks, modes, strict=True):
-            chunk.train(mode)
-        return groups
+        try:
+            waiting = deque(_Group(index, prompt) for index, prompt in enumerate(prompts))
+            for ended in self._ticks(waiting, seed, iteration):
+                on_outputs(len(ended))
+                for row in ended:
+                    outputs = row.group.outputs
+                    outputs[row.output] = self._output(row)
+                    if len(outputs) == self.options.outputs:
+                        yield row.group.index, Group(row.group.prompt, [outputs[i] for i in range(len(outputs))])
+        finally:
+            for chunk, mode in zip(self.chunks, modes, strict=True):
+                chunk.train(mode)
 
-    def _batches(self, prompts: Sequence[Prompt]) -> Iterator[Sequence[Prompt]]:
-        size = max(1, self.options.rows_in_flight // self.options.outputs)
-        for start in range(0, len(prompts), size):
-            yield prompts[start : start + size]
+    def _ticks(self, waiting: deque[_Group], seed: int, iteration: int) -> Iterator[list[_Row]]:
+        """Every rank's clock: in one tick each rank runs one chunk on one lane. Yields the rows that ended in it."""
+        lanes = [_Lane(KVCache(self.device)) for _ in range(self._size)]
+        groups = max(1, self.options.rows_in_flight // self.options.outputs)
+        # A few prompts are divided evenly over the lanes.
+        rows = self.options.outputs * max(1, min(groups // self._size, -(-len(waiting) // self._size)))
+        tick = 0
+        while waiting or any(lane.rows or lane.stage is not None for lane in lanes):
+            # Passes of lane i start at ticks i, i + size, ...: so two lanes never meet on a rank.
+            lane = lanes[tick % self._size]
+            if lane.stage is None:
+                lane.begin(self._admit(lane, waiting, rows), self.options.outputs, self.config.row_multiple)
+            yield self._tick(lanes, seed, iteration)
+            tick += 1
 
-    def _sample_batch(self, prompts, seed, iteration, on_outputs) -> list[Group]:
-        n, limit = self.options.outputs, self.options.max_new_tokens
-        draws = np.stack([uniforms(seed, iteration, p.id, i, limit) for p in prompts for i in range(n)])
-        draws_RL = torch.from_numpy(draws).to(self.device)
-        rows = len(draws)
-        lengths = [len(prompt.token_ids) for prompt in prompts]
-        prompt_length_R = torch.tensor(lengths, device=self.device).repeat_interleave(n)
-        tokens_RL = torch.full((rows, limit), self.end, device=self.device)
-        length_R = torch.full((rows,), limit, device=self.device)
-        logprobs_2R = torch.zeros(2, rows, dtype=torch.float64, device=self.device)
-        active = torch.arange(rows, device=self.device)  # the rows that are in the cache, in its order
-        running = torch.ones(rows, dtype=torch.bool, device=self.device)
-        reported = 0
-        cache = KVCache(lengths, n, self.device)
-
-        logits = self._prefill(prompts, lengths, cache)
-        for step in range(limit):
-            if step > 0:
-                logits = self._decode(tokens_RL[active, step - 1], prompt_length_R[active] + step - 1, cache)
-            tokens_R = torch.zeros(len(active), dtype=torch.int64, device=self.device)
-            if self.forward.last_stage:
-                if step == 0:
-                    logits = logits.repeat_interleave(n, dim=0)
-                tokens_R, logprobs = self._draw(logits, draws_RL[active, step])
-                logprobs_2R[:, active] += logprobs * running[active]
-            self.forward.share(tokens_R)
-            tokens_RL[active, step] = tokens_R
-            ended = active[(tokens_R == self.end) & running[active]]
-            length_R[ended] = step + 1
-            running[ended] = False
-            still = int(running.sum())
-            on_outputs(rows - still - reported)
-            reported = rows - still
-            if not still:
+    def _admit(self, lane: _Lane, waiting: deque[_Group], rows: int) -> list[_Group]:
+        """Takes prompts from those that wait, as long as the lane has places for all outputs of one."""
+        admitted, positions = [], 0
+        while waiting and len(lane.rows) + (len(admitted) + 1) * self.options.outputs <= rows:
+            positions += len(waiting[0].prompt.token_ids)
+            if admitted and positions > self.options.prefill_tokens:
                 break
-            # Finished rows leave the batch, once enough of them have ended to pay for moving the cache.
-            if still <= 0.875 * len(active):
-                keep = running[active].nonzero()[:, 0]
-                cache.keep(keep)
-                active = active[keep]
-        self.forward.share(logprobs_2R)
-        on_outputs(rows - reported)
-        return self._groups(prompts, tokens_RL, length_R, ~running, logprobs_2R)
+            admitted.append(waiting.popleft())
+        return admitted
 
-    def _draw(self, logits_RV, uniforms_R) -> tuple[torch.Tensor, torch.Tensor]:
-        """Tokens [R], and their log-probs [2, R] under the sampled law and under the model at temperature 1."""
-        options, group = self.options, parallel_state.get_tensor_model_parallel_group()
-        if group.size() == 1:
-            group = None
-        law_RV, law_group = logits_RV / options.temperature, group
-        if options.truncated:
-            shards = _gather(law_RV, 1 if group is None else group.size(), group)
-            law_RV, law_group = _truncate(torch.cat(list(shards), dim=-1)[:, : self.real_vocab_size], options), None
-        tokens_R = draw_tokens(law_RV, uniforms_R, self.real_vocab_size, law_group)
-        logprobs = [
-            vocab_parallel_logprobs(values, tokens_R, tp_group=over, real_vocab_size=self.real_vocab_size)
-            for values, over in ((law_RV, law_group), (logits_RV, group))
+    def _tick(self, lanes: list[_Lane], seed: int, iteration: int) -> list[_Row]:
+        running = [lane for lane in lanes if lane.stage is not None]
+        mine = next((lane for lane in running if lane.stage % self._size == self._rank), None)
+        out = None
+        if mine is not None:
+            chunk = self.chunks[mine.stage // self._size]
+            if mine.stage > 0:
+                _unwrap(chunk).set_input_tensor(mine.hidden)
+            out = chunk(mine.tokens_1S, mine.positions_1S, mine.cache, mine.select_T)
+        self._exchange(running, mine, out)
+        ended = []
+        for lane in running:
+            if lane.stage == self._last_stage:
+                ended = self._end(lane, out if lane is mine else None, seed, iteration)
+            else:
+                lane.stage += 1
+        return ended
+
+    def _exchange(self, running: list[_Lane], mine: _Lane | None, out: torch.Tensor | None) -> None:
+        """Hidden states go on to the next rank, each rank sending and receiving at the same time."""
+        ranks = dist.get_process_group_ranks(self._pipeline)
+        operations = []
+        if mine is not None and mine.stage < self._last_stage:
+            following = ranks[(self._rank + 1) % self._size]
+            operations.append(dist.P2POp(dist.isend, out.contiguous(), following, self._pipeline))
+        for lane in running:
+            if lane.stage < self._last_stage and (lane.stage + 1) % self._size == self._rank:
+                shards = self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1
+                shape = (lane.tokens_1S.shape[1] // shards, 1, self.config.hidden_size)
+                lane.hidden = torch.empty(shape, dtype=self.config.pipeline_dtype, device=self.device)
+                operations.append(dist.P2POp(dist.irecv, lane.hidden, ranks[self._rank - 1], self._pipeline))
+        if operations:
+            for request in dist.batch_isend_irecv(operations):
+                request.wait()
+
+    def _end(self, lane: _Lane, logits: torch.Tensor | None, seed: int, iteration: int) -> list[_Row]:
+        """A token for each of the lane's rows, from the logits on the last stage. Returns the rows that ended."""
+        options = self.options
+        new_rows = [
+            _Row(group, i, uniforms(seed, iteration, group.prompt.id, i, options.max_new_tokens))
+            for group in lane.new
+            for i in range(options.outputs)
         ]
-        return tokens_R, torch.stack(logprobs).double()
+        rows = [*lane.rows, *new_rows]
+        drawn_3R = torch.empty(3, len(rows), dtype=torch.float64, device=self.device)
+        if logits is not None:
+            if new_rows:
+                # The prompts' logits come first; each serves all of its group's rows.
+                news = torch.arange(len(lane.new)).repeat_interleave(options.outputs)
+                places = torch.cat([torch.arange(len(lane.rows)) + len(lane.new), news])
+                logits = logits.index_select(0, places.to(self.device))
+            uniforms_R = torch.tensor([row.draws[len(row.tokens)] for row in rows], dtype=torch.float64)
+            drawn_3R = self._draw(logits, uniforms_R.to(self.device))
+        if self._size > 1:
+            dist.broadcast(drawn_3R, dist.get_process_group_ranks(self._pipeline)[-1], group=self._pipeline)
+        lane.end(new_rows)
+        ended = []
+        for place, (row, token, sampled, plain) in enumerate(zip(rows, *drawn_3R.tolist(), strict=True)):
+            row.tokens.append(int(token))
+            row.proposal_logprob += sampled
+            row.policy_logprob += plain
+            if token == self.end or len(row.tokens) == options.max_new_tokens:
+                ended.append(place)
+        lane.drop(ended)
+        return [rows[place] for place in ended]
 
-    def _prefill(self, prompts, lengths, cache) -> torch.Tensor | None:
-        """The prompts as one packed row; logits [G, V] after each prompt's last token."""
-        tokens = [token for prompt in prompts for token in prompt.token_ids]
-        positions = [position for length in lengths for position in range(length)]
-        last_T = torch.tensor(lengths, device=self.device).cumsum(0) - 1
-        return self._run(torch.tensor(tokens), torch.tensor(positions), cache, last_T)
+    def _draw(self, logits_RV: torch.Tensor, uniforms_R: torch.Tensor) -> torch.Tensor:
+        """Tokens, and their log-probs under the sampled law and under the model at temperature 1: [3, R] float64."""
+        options, group, vocab_size = self.options, self._tensor_parallel, self.config.vocab_size
+        if options.truncated:
+            whole_RV = torch.cat(list(gather(logits_RV, group)), dim=-1)[:, :vocab_size] / options.temperature
+            law_RV = truncate(whole_RV, options.top_k, options.top_p)
+            tokens_R, sampled_R = draw_tokens(law_RV, uniforms_R, vocab_size)
+        else:
+            tokens_R, sampled_R = draw_tokens(logits_RV, uniforms_R, vocab_size, group, options.temperature)
+            if options.temperature == 1.0:
+                return torch.stack([tokens_R.double(), sampled_R, sampled_R])
+        plain_R = vocab_parallel_logprobs(logits_RV, tokens_R, tp_group=group, real_vocab_size=vocab_size)
+        return torch.stack([tokens_R.double(), sampled_R, plain_R.double()])
 
-    def _decode(self, tokens_R, positions_R, cache) -> torch.Tensor | None:
-        """One more token for each active row; logits [R, V]."""
-        return self._run(tokens_R, positions_R, cache, torch.arange(len(tokens_R), device=self.device))
+    def _output(self, row: _Row) -> Output:
+        ended = row.tokens[-1] == self.end
+        text = self.tokenizer.decode(row.tokens[: len(row.tokens) - ended], skip_special_tokens=False)
+        return Output(row.tokens, text, ended, proposal_logprob=row.proposal_logprob, policy_logprob=row.policy_logprob)
 
-    def _run(self, tokens, positions, cache, select_T) -> torch.Tensor | None:
-        padding = -len(tokens) % self.pad_multiple
-        tokens, positions = (
-            torch.nn.functional.pad(t, (0, padding))[None].to(self.device) for t in (tokens, positions)
-        )
-        logits = self.forward(tokens, positions, cache, select_T)
-        cache.advance()
-        return logits
 
-    def _groups(self, prompts, tokens_RL, length_R, ended_R, logprobs_2R) -> list[Group]:
-        n = self.options.outputs
-        tokens, lengths, ended = tokens_RL.tolist(), length_R.tolist(), ended_R.tolist()
-        sampled, plain = logprobs_2R.tolist()
-        outputs = []
-        for row, length in enumerate(lengths):
-            ids = tokens[row][:length]
-            text = self.tokenizer.decode(ids[: length - ended[row]], skip_special_tokens=False)
-            outputs.append(Output(ids, text, ended[row], proposal_logprob=sampled[row], policy_logprob=plain[row]))
-        return [Group(prompt, outputs[i * n : (i + 1) * n]) for i, prompt in enumerate(prompts)]
+def _unwrap(chunk: torch.nn.Module) -> torch.nn.Module:
+    while hasattr(chunk, "module"):
+        chunk = chunk.module
+    return chunk

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -121,8 +121,9 @@ class BRAInStrategy(MegatronStrategy):
         seed: int,
         iteration: int,
         on_outputs: Callable[[int], None],
-    ) -> list[Group]:
-        """Groups sampled from the policy as it stands, by this rank's model-parallel group."""
+    ) -> Iterator[tuple[int, Group]]:
+        """Groups sampled from the policy as it stands, by this rank's model-parallel group: see ``Sampler.sample``."""
+        self._settle()
         model = self.lightning_module
         sampler = Sampler(self.chunks, model.config, model.tokenizer, options)
         return sampler.sample(prompts, seed, iteration, on_outputs)

@@ -1,4 +1,4 @@
-"""Attention over packed rows, and over the key-value cache, against one dense mask in float64.
+"""Attention over packed rows against one dense mask in float64.
 
 Shapes: H query heads, K key-value heads, S positions of a row, D head width.
 """
@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from nemo_brain import attention
-from nemo_brain.attention import GroupAttention, KVCache, packed_attention
+from nemo_brain.attention import GroupAttention, packed_attention
 
 H, D = 4, 8
 LAYOUTS = {
@@ -103,52 +103,6 @@ def test_unsupported_attention_is_refused():
         config = SimpleNamespace(**{"context_parallel_size": 1, "window_size": None, field: 2})
         with pytest.raises(ValueError, match=message):
             GroupAttention(config, layer_number=1)
-
-
-PROMPTS = [3, 9, 1, 6]
-OUTPUTS, LENGTH = 3, 70  # past one block of 64 output positions
-# Rows (numbered as at the start) that leave before a step: single ones, the group of the longest prompt (rows 3-5),
-# then, after the buffers have grown, a whole group and the last row.
-LEAVING = {5: [1, 4], 20: [3, 5], 21: [7], 66: [0, 2, 11]}
-
-
-@pytest.mark.parametrize("padding", [0, 3])
-@pytest.mark.parametrize("kv_heads", [4, 2, 1])
-def test_cache_equals_packed_attention_on_the_complete_rows(kv_heads, padding):
-    layout = [[prompt] + [LENGTH] * OUTPUTS for prompt in PROMPTS]
-    starts = torch.tensor([sum(map(sum, layout[:g])) for g in range(len(layout))])
-    prompt_places = torch.cat([starts[g] + torch.arange(prompt) for g, prompt in enumerate(PROMPTS)])
-    output_starts = torch.tensor(
-        [starts[g] + prompt + i * LENGTH for g, prompt in enumerate(PROMPTS) for i in range(OUTPUTS)]
-    )
-    layers = {layer: [t.detach() for t in draw(sum(map(sum, layout)), kv_heads, seed=layer)] for layer in (1, 2)}
-    scales = {1: None, 2: 0.5}
-    expected = {n: packed_attention(*qkv, torch.tensor(layout), scales[n]) for n, qkv in layers.items()}
-    cache = KVCache(PROMPTS, OUTPUTS, torch.device("cpu"))
-
-    def check(places: torch.Tensor, finite_padding: bool) -> None:
-        for n, qkv in layers.items():
-            # Positions after the rows' own (sequence parallelism pads) hold garbage that must reach nobody.
-            fed = [torch.nn.functional.pad(t[:, places], (0, 0, 0, padding), value=7.0) for t in qkv]
-            out = cache.attend(n, *fed, scales[n])
-            # The cache's softmax is fp32 (as a model's logits are); everything else is float64.
-            torch.testing.assert_close(out[:, : len(places)], expected[n][:, places], atol=2e-6, rtol=0)
-            assert out.shape[1] == len(places) + padding and out.isfinite().all()
-            assert finite_padding or not out[:, len(places) :].any()
-        cache.advance()
-
-    check(prompt_places, finite_padding=True)
-    alive = list(range(len(output_starts)))
-    for step in range(LENGTH):
-        if step in LEAVING:
-            kept = [place for place, row in enumerate(alive) if row not in LEAVING[step]]
-            cache.keep(torch.tensor(kept))
-            alive = [alive[place] for place in kept]
-            groups = sorted({row // OUTPUTS for row in alive})
-            assert cache.prompt_lengths == [PROMPTS[g] for g in groups]
-            assert all(k.shape[2] == max(cache.prompt_lengths) for k, _ in cache._prompt.values())
-        check(output_starts[alive] + step, finite_padding=False)
-    assert alive == [6, 8, 9, 10] and cache.length == LENGTH
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

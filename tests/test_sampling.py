@@ -6,6 +6,7 @@ Shapes: R rows, V vocabulary columns.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -13,109 +14,17 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from laws import SIGNIFICANT, chi_square
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from ranks import run_ranks
-from scipy import stats
 
 from nemo_brain.convert.random import RandomWeights
 from nemo_brain.convert.weights import load_weights
 from nemo_brain.gpt import PackedGPTConfig
 from nemo_brain.groups import Group, Output, Prompt
 from nemo_brain.passes import GroupPasses
-from nemo_brain.sampling import Sampler, SamplingOptions, draw_tokens, uniforms
-
-SIGNIFICANT = 1e-4  # of a statistical test; seeds are fixed, so a test that passes once passes always
-
-
-def test_uniforms_are_uniform_and_keyed_by_every_part():
-    key = dict(seed=1, iteration=2, prompt_id="p", output=3, positions=100_000)
-    draws = uniforms(**key)
-    assert draws.dtype == np.float64 and draws.min() > 0 and draws.max() < 1
-    assert np.array_equal(draws, uniforms(**key))
-    # A draw does not depend on how many follow: max_new_tokens changes no output's beginning.
-    assert np.array_equal(draws[:7], uniforms(**{**key, "positions": 7}))
-    for change in (dict(seed=2), dict(iteration=3), dict(prompt_id="p2"), dict(prompt_id=""), dict(output=4)):
-        other = uniforms(**{**key, **change})
-        assert not np.isin(other, draws).any(), change
-        assert abs(np.corrcoef(draws, other)[0, 1]) < 4 / len(draws) ** 0.5, change  # four standard errors
-    # Parts do not run together: 1|23 is not 12|3.
-    assert not np.array_equal(uniforms(1, 23, "4", 5, 3), uniforms(12, 3, "4", 5, 3))
-    first = np.array([uniforms(0, 0, f"p{i // 8}", i % 8, 1)[0] for i in range(20_000)])
-    for sample in (draws, first):
-        assert stats.kstest(sample, "uniform").pvalue > SIGNIFICANT
-    pairs, *_ = np.histogram2d(draws[:-1], draws[1:], bins=10)
-    assert stats.chisquare(pairs.ravel()).pvalue > SIGNIFICANT
-    assert stats.kstest(first**1.05, "uniform").pvalue < SIGNIFICANT
-
-
-def drawn(cases: list[tuple[torch.Tensor, torch.Tensor, int]]) -> list[torch.Tensor]:
-    dist.init_process_group("gloo")
-    ranks, rank = dist.get_world_size(), dist.get_rank()
-    group = dist.group.WORLD if ranks > 1 else None
-    return [draw_tokens(law.chunk(ranks, dim=1)[rank], draws, real, group) for law, draws, real in cases]
-
-
-def chi_square(tokens: np.ndarray, probs: np.ndarray) -> float:
-    """The p-value of the tokens' (or sequences') counts; those expected fewer than five times are taken together."""
-    counts, expected = np.bincount(tokens, minlength=len(probs)).astype(float), len(tokens) * probs / probs.sum()
-    rare = expected < 5
-    if rare.any():
-        counts = np.append(counts[~rare], counts[rare].sum())
-        expected = np.append(expected[~rare], expected[rare].sum())
-    keep = expected > 0
-    assert not counts[~keep].any()
-    return stats.chisquare(counts[keep], expected[keep]).pvalue
-
-
-def test_draw_tokens():
-    generator = torch.Generator().manual_seed(0)
-
-    def uniform(rows: int) -> torch.Tensor:
-        return torch.rand(rows, generator=generator, dtype=torch.float64)
-
-    # 48 columns, 25 real, enormous numbers in the padding: at TP4 the third rank has one real column, the fourth none.
-    padded = 3 * torch.randn(4000, 48, generator=generator)
-    padded[:, 25:] = 60.0
-    # Probability zero at the beginning, at every rank's end, and (underflow) on all of rank 1 of 2 or rank 0 of 4.
-    holes = 3 * torch.randn(4000, 48, generator=generator)
-    holes[:, [0, 5, 11, 23, 24, 35, 47]] = -torch.inf
-    holes[1000:2000, 24:47] -= 1e4
-    holes[2000:3000, :12] -= 1e4
-    probs = holes.double().softmax(-1)
-    extremes = torch.tensor([1e-300, 2.0**-53, 0.5, 1 - 2.0**-52, 1 - 2.0**-53], dtype=torch.float64).repeat(800)
-    # Draws within a few units of the last place of where two ranks' intervals meet.
-    edges = (
-        probs.cumsum(-1)[torch.arange(4000), torch.arange(4000) % 3 * 12 + 11] + (torch.arange(4000) % 9 - 4) * 2**-53
-    )
-    edges = edges.clamp(2**-53, 1 - 2**-53)
-    small = torch.linspace(-2, 1, 12).repeat(30_000, 1)
-    large = 2 * torch.randn(48, 131_072, generator=generator)
-    cases = [(padded, uniform(4000), 25), (padded, extremes, 25), (holes, uniform(4000), 48), (holes, extremes, 48)]
-    cases += [(holes, edges, 48), (small, uniform(30_000), 12), (large, uniform(48), 131_000)]
-    # Draws that equal a cumulative probability, with tokens of probability zero there.
-    exact = torch.tensor([[-torch.inf, 0.0] * 4]).repeat(3, 1)
-    cases.append((exact, torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64), 8))
-    one, two, four = (run_ranks(drawn, ranks, cases) for ranks in (1, 2, 4))
-    for name, results in (("TP2", two), ("TP4", four)):
-        for index in (0, 1, 2, 3, 5, 6, 7):
-            for result in results:
-                assert torch.equal(result[index], one[0][index]), (name, index)
-    for results in (one, two, four):
-        for tokens, (law, _, real) in zip(results[0], cases, strict=True):
-            assert tokens.min() >= 0 and tokens.max() < real
-            assert (law.gather(1, tokens[:, None])[:, 0] > law.amax(1) - 200).all(), "no token of probability zero"
-        assert all(torch.equal(result[4], results[0][4]) for result in results)
-
-    # By definition: the first token whose cumulative probability exceeds the draw.
-    for index in (0, 2, 6, 7):
-        law, draws, real = cases[index]
-        cumulative = law[:, :real].double().softmax(-1).cumsum(-1)
-        assert torch.equal(one[0][index], (cumulative <= draws[:, None]).sum(-1)), index
-    law = small[0].double().softmax(-1).numpy()
-    assert chi_square(one[0][5].numpy(), law) > SIGNIFICANT
-    assert chi_square(one[0][5].numpy(), law**0.95 / (law**0.95).sum()) < SIGNIFICANT
-
+from nemo_brain.sampling import Sampler, SamplingOptions
 
 GPT = {
     "num_layers": 4,
@@ -171,6 +80,13 @@ def build(gpt: dict, vocab_size: int, tensor=1, stages=1, virtual=None, sequence
     return chunks, config
 
 
+def in_order(sampled: Iterable[tuple[int, Group]]) -> list[Group]:
+    """The groups in their prompts' order; each comes once."""
+    pairs = sorted(sampled, key=lambda pair: pair[0])
+    assert [index for index, _ in pairs] == list(range(len(pairs)))
+    return [group for _, group in pairs]
+
+
 def tokens_of(groups: list[Group]) -> list:
     return [[(output.token_ids, output.ended) for output in group.outputs] for group in groups]
 
@@ -184,7 +100,7 @@ def sampled(layouts: list[dict], gpt: dict = GPT) -> list[dict]:
         result = {}
         for temperature in (1.0, 1.4):
             options = replace(OPTIONS, temperature=temperature)
-            groups = Sampler(chunks, config, TOKENIZER, options).sample(PROMPTS, seed=1, iteration=2)
+            groups = in_order(Sampler(chunks, config, TOKENIZER, options).sample(PROMPTS, seed=1, iteration=2))
             expected = passes.logprobs(chunks, groups, (temperature, 1.0))
             ours = torch.tensor(
                 [
@@ -244,13 +160,15 @@ def batchings() -> None:
     def sample(prompts=PROMPTS, seed=1, iteration=2, **changes):
         reports = []
         sampler = Sampler(chunks, config, TOKENIZER, replace(OPTIONS, **changes))
-        groups = sampler.sample(prompts, seed, iteration, reports.append)
+        groups = in_order(sampler.sample(prompts, seed, iteration, reports.append))
         assert sum(reports) == sum(len(group.outputs) for group in groups) and min(reports) >= 0
         return tokens_of(groups)
 
     everything = sample()
     for rows in (1, 4, 9, 256):
         assert sample(rows_in_flight=rows) == everything, rows
+    for positions in (1, 10):
+        assert sample(prefill_tokens=positions, rows_in_flight=9) == everything, positions
     for index, prompt in enumerate(PROMPTS):
         assert sample([prompt]) == everything[index : index + 1], "a prompt's outputs do not depend on its neighbours"
     assert sample(outputs=2) == [outputs[:2] for outputs in everything]
@@ -264,6 +182,42 @@ def batchings() -> None:
 
 def test_outputs_do_not_depend_on_the_batching():
     run_ranks(batchings, 1)
+
+
+def ticks(stages: int, virtual: int | None, **changes) -> tuple[list[int], list[int], int]:
+    """The lengths of all outputs, the positions of every pass of this rank's chunks, and the pipeline's ticks."""
+    chunks, config = build(GPT, VOCAB, stages=stages, virtual=virtual)
+    passes = []
+    for chunk in chunks:
+        chunk.register_forward_pre_hook(lambda chunk, args: passes.append(args[0].shape[1]))
+    sampler = Sampler(chunks, config, TOKENIZER, replace(OPTIONS, **changes))
+    clock, tick = [], sampler._tick
+    sampler._tick = lambda *args: clock.append(None) or tick(*args)
+    groups = in_order(sampler.sample(PROMPTS, 1, 2))
+    return [len(output.token_ids) for group in groups for output in group.outputs], passes, len(clock)
+
+
+def test_finished_rows_make_place_for_the_next_prompt_at_once():
+    """With places for two groups, a third starts as soon as as many rows as it needs have ended."""
+    ((lengths, passes, _),) = run_ranks(ticks, 1, 1, None, rows_in_flight=8)
+    prompts = sum(len(prompt.token_ids) for prompt in PROMPTS)
+    # Each token but an output's last is fed once, each prompt once for all of its outputs.
+    assert sum(passes) == prompts + sum(lengths) - len(lengths)
+    # Eight rows at most: a longer pass has the third prompt in it, the one after the end of four of the first rows.
+    assert next(index for index, positions in enumerate(passes) if positions > 8) == sorted(lengths[:8])[3]
+
+
+@pytest.mark.parametrize("virtual", [None, 2])
+def test_no_stage_waits_for_another(virtual):
+    """Two lanes on two pipeline ranks: in every tick both run a chunk, but for the first and the last tick."""
+    results = run_ranks(ticks, 2, 2, virtual, max_new_tokens=30)
+    lengths = results[0][0]
+    lanes = [max(lengths[:4] + lengths[4:8]), max(lengths[8:])]
+    assert lanes == [30, 30], "both lanes are busy to the end"
+    for _, passes, clock in results:
+        chunks = virtual or 1
+        assert len(passes) == 2 * 30 * chunks
+        assert clock == len(passes) + 1
 
 
 SMALL, LENGTH, ROWS = 5, 3, 6_000
@@ -283,7 +237,8 @@ def sampled_laws(tensor: int) -> tuple[dict, list[list[Output]]]:
     samples = []
     for changes in LAWS:
         options = SamplingOptions(outputs=ROWS, max_new_tokens=LENGTH, rows_in_flight=ROWS, **changes)
-        samples.append(Sampler(chunks, config, tokenizer, options).sample([prompt], 1, 0)[0].outputs)
+        ((_, group),) = Sampler(chunks, config, tokenizer, options).sample([prompt], 1, 0)
+        samples.append(group.outputs)
     return logprobs, samples
 
 
