@@ -8,28 +8,28 @@ rollout.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import resource
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import lightning.pytorch as pl
 import torch
-import torch.distributed as dist
-from megatron.core import parallel_state
 
 from nemo_brain.config import Config
 from nemo_brain.data.order import prompts_of_iteration, visits
 from nemo_brain.data.rollouts import write_rollout
 from nemo_brain.evaluate import evaluate, rollout_metrics
-from nemo_brain.groups import Group, Prompt, Rollout, chunk_tokens
+from nemo_brain.groups import Group, Prompt, Rollout
 from nemo_brain.metrics import MetricsWriter, write_samples
 from nemo_brain.passes import Scores
 from nemo_brain.progress import progress
-from nemo_brain.rewards.protocol import Reward, compute_rewards, score_groups
+from nemo_brain.rewards.protocol import Reward
+from nemo_brain.rollout import RolloutWorker
 from nemo_brain.sampling import SamplingOptions
-from nemo_brain.strategy import BRAInStrategy, TrainStep
+from nemo_brain.strategy import TrainStep
 
 _VALIDATION = -1  # the "iteration" of validation draws: the same at every validation, so that its noise is shared
 _TRAIN_SAMPLES = 8  # groups per iteration that samples.jsonl keeps
@@ -71,12 +71,11 @@ class BRAInLoop(pl.Callback):
             top_k=rollout.top_k,
             top_p=rollout.top_p,
             rows_in_flight=rollout.rows_in_flight,
+            prefill_tokens=config.train.micro_batch_tokens,
         )
         # Validation asks for the policy's own law, whatever the proposal's temperature.
-        self._validation = SamplingOptions(
-            outputs=config.validation.outputs_per_prompt,
-            max_new_tokens=rollout.max_new_tokens,
-            rows_in_flight=rollout.rows_in_flight,
+        self._validation = dataclasses.replace(
+            self._sampling, outputs=config.validation.outputs_per_prompt, temperature=1.0, top_k=0, top_p=1.0
         )
         self._start_groups: list[Group] = []
         self._reference_rewards: list[float | None] | None = None
@@ -86,7 +85,7 @@ class BRAInLoop(pl.Callback):
     # What the trainer calls.
 
     def on_fit_start(self, trainer: pl.Trainer, model: pl.LightningModule) -> None:
-        self.strategy: BRAInStrategy = trainer.strategy
+        self.worker = RolloutWorker(self.config, trainer.strategy, self.reward)
         self.objective = model.objective
         self.writer = None
         if trainer.is_global_zero:
@@ -172,49 +171,7 @@ class BRAInLoop(pl.Callback):
             self.prompts, iteration, self.config.rollout.prompts_per_iteration, self.config.seed
         )
         with self._timed("sample_seconds"):
-            groups = self._sample_shares(prompts, self._sampling, iteration, f"iteration {iteration}: sampling")
-        return groups
-
-    def _sample_shares(self, prompts, options: SamplingOptions, iteration: int, description: str) -> list[Group]:
-        rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
-        share = list(prompts[rank::ranks])
-        with progress(len(share) * options.outputs, description, "outputs") as bar:
-            groups = self.strategy.sample(share, options, self.config.seed, iteration, bar.update)
-        self._reward(groups)
-        shares = _gather_objects(groups, parallel_state.get_data_parallel_group())
-        return [shares[i % ranks][i // ranks] for i in range(len(prompts))]
-
-    def _reward(self, groups: Sequence[Group]) -> None:
-        """Scores the groups on one rank of each model-parallel group and tells the others."""
-
-        def work() -> list[list[float]]:
-            score_groups(self.reward, groups)
-            return [[output.reward for output in group.outputs] for group in groups]
-
-        rewards = self._once_per_replica(work)
-        for group, values in zip(groups, rewards, strict=True):
-            for output, value in zip(group.outputs, values, strict=True):
-                output.reward = value
-
-    def _once_per_replica(self, work: Callable[[], object]) -> object:
-        """The result of ``work`` on the first rank of the model-parallel group, on all of them.
-
-        An error there becomes an error on every rank of the run, so that none waits for the others in a collective.
-        """
-        members = parallel_state.get_model_parallel_group()
-        answer: list[object] = [None, None]
-        if dist.get_rank(members) == 0:
-            try:
-                answer[0] = work()
-            except ValueError as error:
-                answer[1] = error
-        if members.size() > 1:
-            dist.broadcast_object_list(answer, dist.get_process_group_ranks(members)[0], group=members)
-        errors = _gather_objects(answer[1], parallel_state.get_data_parallel_group())
-        for error in errors:
-            if error is not None:
-                raise error
-        return answer[0]
+            return self.worker.sample(prompts, self._sampling, iteration, f"iteration {iteration}: sampling")
 
     def _offline_groups(self, iteration: int) -> list[Group]:
         """The iteration's groups from the offline rollouts, rewarded where they came without a reward."""
@@ -223,7 +180,7 @@ class BRAInLoop(pl.Callback):
         unscored = [group for group in groups if any(output.reward is None for output in group.outputs)]
         with self._timed("sample_seconds"):
             if unscored:
-                self._reward(unscored)
+                self.worker.score_rewards(unscored)
         return groups
 
     def _score(self, groups: Sequence[Group]) -> tuple[Scores, torch.Tensor]:
@@ -235,8 +192,10 @@ class BRAInLoop(pl.Callback):
         rescore = rollout.rescore_proposal and not self.offline
         gap = None
         with self._timed("score_seconds"):
-            prior_GN, policy_GN, proposal_GN = self._logprobs(groups, rescore or bool(self.offline))
+            prior_GN, policy_EGN = self.worker.logprobs(groups, self._temperatures(groups, rescore), self.step == 0)
+            policy_GN = None if policy_EGN is None else policy_EGN[0]
             if rescore:
+                proposal_GN = policy_EGN[-1]
                 sampled_GN = _matrix(groups, "proposal_logprob")
                 gap = (proposal_GN - sampled_GN).abs().sum().item() / sum(len(group.outputs) for group in groups)
             for g, group in enumerate(groups):
@@ -253,17 +212,13 @@ class BRAInLoop(pl.Callback):
         scores = Scores.of(groups, keep_truncated=rollout.truncated == "keep")
         return scores, _matrix(groups, "policy_logprob") if policy_GN is None else policy_GN
 
-    def _logprobs(self, groups, policy: bool):
-        """log p, and with ``policy`` log q at temperature 1 and at the sampling temperature: [G, N] each, or None."""
-        temperatures = (1.0,) if self.config.rollout.temperature == 1.0 else (1.0, self.config.rollout.temperature)
-        everything = [chunk_tokens(group, range(len(group.outputs)), self.config.layout) for group in groups]
-        total = sum(everything) * (2 if policy else 1) // parallel_state.get_data_parallel_world_size()
-        with progress(total, "scoring", "tokens") as bar:
-            prior_GN = self.strategy.prior_logprobs(groups, bar.update)
-            if not policy:
-                return prior_GN, None, None
-            policy_EGN = self.strategy.policy_logprobs(groups, temperatures, bar.update)
-        return prior_GN, policy_EGN[0], policy_EGN[-1]
+    def _temperatures(self, groups: Sequence[Group], rescore: bool) -> tuple[float, ...]:
+        """Those at which the policy is to be scored: 1 where log q is not known yet, and the proposal's."""
+        temperature = self.config.rollout.temperature
+        if rescore:
+            return (1.0,) if temperature == 1.0 else (1.0, temperature)
+        known = all(output.policy_logprob is not None for group in groups for output in group.outputs)
+        return () if known and not self.offline else (1.0,)
 
     # Validation.
 
@@ -272,14 +227,14 @@ class BRAInLoop(pl.Callback):
 
         Every validation uses the same draws, so start and current model differ by their weights only.
         """
-        groups = self._sample_shares(self.held_out, self._validation, _VALIDATION, "validation: sampling")
-        prior_GN, policy_GN, _ = self._logprobs(groups, policy=True)
+        groups = self.worker.sample(self.held_out, self._validation, _VALIDATION, "validation: sampling")
+        prior_GN, (policy_GN,) = self.worker.logprobs(groups, (1.0,), self.step == 0)
         for g, group in enumerate(groups):
             for i, output in enumerate(group.outputs):
                 output.prior_logprob, output.policy_logprob = prior_GN[g, i].item(), policy_GN[g, i].item()
         if iteration == 0:
             self._start_groups = groups
-            self._reference_rewards = self._once_per_replica(lambda: _reference_rewards(self.reward, self.held_out))
+            self._reference_rewards = self.worker.reference_rewards(self.held_out)
         result = evaluate(self._start_groups, groups, self._reference_rewards)
         self._write("eval", {"iteration": iteration, **result.as_metrics()})
         if self.writer:
@@ -297,29 +252,6 @@ class BRAInLoop(pl.Callback):
         started = time.perf_counter()
         yield
         self._record[name] = time.perf_counter() - started
-
-
-def _reference_rewards(reward: Reward, prompts: Sequence[Prompt]) -> list[float | None]:
-    """The rewards of the prompts' own reference answers: what a human's answers would earn."""
-    known = [prompt for prompt in prompts if prompt.reference is not None]
-    values = compute_rewards(
-        reward,
-        [prompt.text for prompt in known],
-        [prompt.reference for prompt in known],
-        references=[prompt.reference for prompt in known],
-        metadata=[prompt.metadata for prompt in known],
-    )
-    found = dict(zip((prompt.id for prompt in known), values, strict=True))
-    return [found.get(prompt.id) for prompt in prompts]
-
-
-def _gather_objects(value, group) -> list:
-    """Every rank's value, in the group's order."""
-    if group.size() == 1:
-        return [value]
-    values = [None] * group.size()
-    dist.all_gather_object(values, value, group=group)
-    return values
 
 
 def _matrix(groups: Sequence[Group], name: str) -> torch.Tensor:

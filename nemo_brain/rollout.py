@@ -1,0 +1,170 @@
+"""Makes groups: sampled, rewarded and scored by all ranks together. Every rank ends up with all of them.
+
+Shapes: G groups, N outputs per group, E temperatures.
+
+Each data-parallel replica samples for its share of the prompts. Groups are rewarded as they are finished, on a thread
+of the replica's first rank, while the others are still being sampled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from nemo_brain.config import Config
+from nemo_brain.groups import Group, Prompt, chunk_tokens
+from nemo_brain.progress import progress
+from nemo_brain.rewards.protocol import Reward, compute_rewards, score_groups
+from nemo_brain.sampling import SamplingOptions
+from nemo_brain.strategy import BRAInStrategy
+
+# Outputs that a reward is called with at least, but for the last: the number is fixed so that what a call holds, and
+# with it the rounding of a reward that is a model, does not depend on timing.
+_REWARD_BATCH = 64
+
+
+class RolloutWorker:
+    """This rank's part in making groups. All ranks call its methods in the same order with the same arguments."""
+
+    def __init__(self, config: Config, strategy: BRAInStrategy, reward: Reward):
+        self.config = config
+        self.strategy = strategy
+        self.reward = reward
+        self._members = parallel_state.get_model_parallel_group()
+        self._replicas = parallel_state.get_data_parallel_group()
+        self._first = self._members.rank() == 0
+
+    def sample(
+        self, prompts: Sequence[Prompt], options: SamplingOptions, iteration: int, description: str
+    ) -> list[Group]:
+        """A group with rewards for each prompt, in their order.
+
+        Raises:
+            ValueError: the reward failed; on every rank.
+        """
+        rank, ranks = self._replicas.rank(), self._replicas.size()
+        share = list(prompts[rank::ranks])
+        groups: dict[int, Group] = {}
+        with (
+            progress(len(share) * options.outputs, description, "outputs") as bar,
+            _RewardThread(self.reward if self._first else None) as rewards,
+        ):
+            for index, group in self.strategy.sample(share, options, self.config.seed, iteration, bar.update):
+                groups[index] = group
+                rewards.add(group)
+            ordered = [groups[index] for index in range(len(share))]
+            self._share_rewards(ordered, rewards.wait)
+        shares = self._gather(ordered)
+        return [shares[i % ranks][i // ranks] for i in range(len(prompts))]
+
+    def score_rewards(self, groups: Sequence[Group]) -> None:
+        """Sets the rewards of groups that every rank of a replica has; ValueError as in ``sample``."""
+        self._share_rewards(groups, lambda: score_groups(self.reward, groups))
+
+    def reference_rewards(self, prompts: Sequence[Prompt]) -> list[float | None]:
+        """The rewards of the prompts' own reference answers: what a human's answers would earn."""
+
+        def work() -> list[float | None]:
+            known = [prompt for prompt in prompts if prompt.reference is not None]
+            values = compute_rewards(
+                self.reward,
+                [prompt.text for prompt in known],
+                [prompt.reference for prompt in known],
+                references=[prompt.reference for prompt in known],
+                metadata=[prompt.metadata for prompt in known],
+            )
+            found = dict(zip((prompt.id for prompt in known), values, strict=True))
+            return [found.get(prompt.id) for prompt in prompts]
+
+        return self._once_per_replica(work)
+
+    def logprobs(
+        self, groups: Sequence[Group], temperatures: tuple[float, ...], untrained: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """log p [G, N], and log q of the policy as it stands at each temperature: [E, G, N], None without any.
+
+        Args:
+            temperatures: the first, if any, is 1.
+            untrained: the policy still is the prior, so that one pass does for both.
+        """
+        policy, prior = len(temperatures) > 0, not (untrained and temperatures)
+        positions = sum(chunk_tokens(group, range(len(group.outputs)), self.config.layout) for group in groups)
+        policy_EGN = None
+        with progress(positions * (policy + prior) // self._replicas.size(), "scoring", "tokens") as bar:
+            if policy:
+                policy_EGN = self.strategy.policy_logprobs(groups, temperatures, bar.update)
+            prior_GN = self.strategy.prior_logprobs(groups, bar.update) if prior else policy_EGN[0]
+        return prior_GN, policy_EGN
+
+    def _share_rewards(self, groups: Sequence[Group], work: Callable[[], None]) -> None:
+        """``work`` sets the groups' rewards on the replica's first rank; the other ranks set the same."""
+
+        def rewards() -> list[list[float]]:
+            work()
+            return [[output.reward for output in group.outputs] for group in groups]
+
+        for group, values in zip(groups, self._once_per_replica(rewards), strict=True):
+            for output, value in zip(group.outputs, values, strict=True):
+                output.reward = value
+
+    def _once_per_replica(self, work: Callable[[], object]):
+        """The result of ``work`` on the first rank of the model-parallel group, on all of them.
+
+        An error there becomes an error on every rank of the run, so that none waits for the others in a collective.
+        """
+        answer: list[object] = [None, None]
+        if self._first:
+            try:
+                answer[0] = work()
+            except ValueError as error:
+                answer[1] = error
+        if self._members.size() > 1:
+            dist.broadcast_object_list(answer, dist.get_process_group_ranks(self._members)[0], group=self._members)
+        for error in self._gather(answer[1]):
+            if error is not None:
+                raise error
+        return answer[0]
+
+    def _gather(self, value) -> list:
+        """Every data-parallel replica's value, in their order."""
+        if self._replicas.size() == 1:
+            return [value]
+        values = [None] * self._replicas.size()
+        dist.all_gather_object(values, value, group=self._replicas)
+        return values
+
+
+class _RewardThread:
+    """Rewards groups in the background, in the order in which they are added; does nothing without a reward."""
+
+    def __init__(self, reward: Reward | None):
+        self._reward = reward
+        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="reward")
+        self._waiting: list[Group] = []
+        self._running: list[Future] = []
+
+    def __enter__(self) -> _RewardThread:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._executor.shutdown(cancel_futures=True)
+
+    def add(self, group: Group) -> None:
+        self._waiting.append(group)
+        if sum(len(waiting.outputs) for waiting in self._waiting) >= _REWARD_BATCH:
+            self._submit()
+
+    def wait(self) -> None:
+        """Until all groups have their rewards. ValueError: the first that the reward raised."""
+        self._submit()
+        for future in self._running:
+            future.result()
+
+    def _submit(self) -> None:
+        if self._reward is not None and self._waiting:
+            self._running.append(self._executor.submit(score_groups, self._reward, self._waiting))
+        self._waiting = []
