@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 _BLOCK = 512  # columns (W) whose probabilities are added up before any of them is looked at
-_CHUNK_BYTES = 2**24  # of logits that are exponentiated at a time: no copy of all of them exists
+_CHUNK_BYTES = 2**22  # of logits that are exponentiated at a time: no copy of all of them exists
 
 
 def uniforms(seed: int, iteration: int, prompt_id: str, output: int, positions: int) -> np.ndarray:
@@ -78,15 +78,14 @@ def _block_sums(logits_RV: torch.Tensor, peak_R: torch.Tensor, temperature: floa
     """exp(logit / temperature - peak), added up over blocks of columns: [R, B] float64."""
     rows, columns = logits_RV.shape
     whole = columns // _BLOCK * _BLOCK
-    # float64: the cumulative sum of 100k columns decides which token a draw falls on.
     sums_RB = peak_R.new_empty(rows, -(-columns // _BLOCK))
     chunk = max(1, _CHUNK_BYTES // (4 * columns))
     for begin in range(0, rows, chunk):
         part = slice(begin, begin + chunk)
         weights = _weights(logits_RV[part], peak_R[part], temperature)
-        sums_RB[part, : whole // _BLOCK] = weights[:, :whole].unflatten(1, (-1, _BLOCK)).sum(-1, dtype=torch.float64)
+        sums_RB[part, : whole // _BLOCK] = weights[:, :whole].unflatten(1, (-1, _BLOCK)).sum(-1)
         if whole < columns:
-            sums_RB[part, -1] = weights[:, whole:].sum(-1, dtype=torch.float64)
+            sums_RB[part, -1] = weights[:, whole:].sum(-1)
     return sums_RB
 
 
@@ -101,18 +100,18 @@ def _scaled(logits: torch.Tensor, temperature: float) -> torch.Tensor:
 
 def _search(logits_RV, peak_R, temperature: float, ends_RB, local_R) -> torch.Tensor:
     """The first column of each row whose cumulative weight exceeds ``local_R``: the block first, then within it."""
-    block_R = torch.searchsorted(ends_RB, local_R[:, None], right=True)[:, 0]
-    before_R = torch.where(block_R > 0, ends_RB.gather(1, (block_R - 1).clamp(min=0)[:, None])[:, 0], 0.0)
+    last = logits_RV.shape[1] - 1
+    block_R = torch.searchsorted(ends_RB, local_R[:, None], right=True)[:, 0].clamp(max=ends_RB.shape[1] - 1)
+    end_R, before_R = (ends_RB.gather(1, index[:, None])[:, 0] for index in (block_R, (block_R - 1).clamp(min=0)))
+    before_R = torch.where(block_R > 0, before_R, 0.0)
     columns_RW = block_R[:, None] * _BLOCK + torch.arange(_BLOCK, device=logits_RV.device)
-    beyond_RW = columns_RW >= logits_RV.shape[1]
-    weights_RW = _weights(
-        logits_RV.gather(1, columns_RW.clamp(max=logits_RV.shape[1] - 1)), peak_R, temperature
-    ).masked_fill_(beyond_RW, 0.0)
-    cumulative_RW = weights_RW.cumsum(dim=-1, dtype=torch.float64)
-    # Rounding again: the block's sum and its last cumulative weight were added up in different orders.
-    rest_R = torch.minimum(local_R - before_R, _below(cumulative_RW[:, -1])).clamp(min=0.0)
-    columns_R = block_R * _BLOCK + torch.searchsorted(cumulative_RW, rest_R[:, None], right=True)[:, 0]
-    return columns_R.clamp(max=logits_RV.shape[1] - 1)  # only rows whose draw is another rank's go beyond
+    weights_RW = _weights(logits_RV.gather(1, columns_RW.clamp(max=last)), peak_R, temperature)
+    ends_RW = weights_RW.masked_fill_(columns_RW > last, 0.0).cumsum(dim=-1, dtype=torch.float64)
+    # The block's sum was rounded to float32: the draw is taken as a fraction of it, of what its weights really add to.
+    whole_R = ends_RW[:, -1]
+    rest_R = torch.minimum((local_R - before_R) / (end_R - before_R) * whole_R, _below(whole_R)).clamp(min=0.0)
+    columns_R = block_R * _BLOCK + torch.searchsorted(ends_RW, rest_R[:, None], right=True)[:, 0]
+    return columns_R.clamp(max=last)  # only rows whose draw is another rank's go beyond
 
 
 def _below(tensor: torch.Tensor) -> torch.Tensor:
