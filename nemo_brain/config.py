@@ -33,6 +33,7 @@ class TrainerConfig:
 class ModelConfig:
     restore_from: str | None = None
     tokenizer: str | None = None
+    export_to: str | None = None
     tensor_model_parallel_size: int = 1
     pipeline_model_parallel_size: int = 1
     virtual_pipeline_model_parallel_size: int | None = None

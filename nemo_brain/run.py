@@ -15,6 +15,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from hydra.utils import instantiate
+from lightning.pytorch.callbacks import LambdaCallback
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig
@@ -27,6 +28,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from nemo_brain import cpu
 from nemo_brain.config import Config, ModelConfig, check
+from nemo_brain.convert.export import Export, check_target, export_model, make_export
 from nemo_brain.convert.random import RandomWeights
 from nemo_brain.convert.weights import Weights, open_weights
 from nemo_brain.data.prompts import load_prompts, split_holdout
@@ -60,6 +62,9 @@ def run(cfg: DictConfig, callbacks: list[pl.Callback] | None = None) -> BRAInGPT
     reward = make_reward(config.reward)
     weights = _weights(config)
     gpt = _gpt_config(config, weights)
+    callbacks = list(callbacks or [])
+    if config.model.export_to is not None:
+        callbacks.append(_export_at_end(config.model.export_to, gpt, weights))
     optim = _optimizer(config)
     prompts, offline, held_out = _data(config, weights.tokenizer)
     rank_zero = int(os.environ.get("RANK", 0)) == 0
@@ -69,12 +74,27 @@ def run(cfg: DictConfig, callbacks: list[pl.Callback] | None = None) -> BRAInGPT
         (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True), encoding="utf-8")
     loop = BRAInLoop(config, prompts, offline, held_out, reward, run_dir)
     model = BRAInGPTModel(gpt, weights, objective, optim=optim, tokenizer=weights.tokenizer)
-    trainer = _trainer(config, [loop, *(callbacks or [])])
+    trainer = _trainer(config, [loop, *callbacks])
     trainer.fit(model, train_dataloaders=loop)
     if rank_zero:
         report = write_report(run_dir)
         print("\n".join(summary_lines(read_metrics(run_dir / "metrics.jsonl"), report)))
     return model
+
+
+def _export_at_end(directory: str, gpt: PackedGPTConfig, weights: Weights) -> pl.Callback:
+    """Writes the trained policy to ``directory`` when training ends; ValueError now if that will not be possible."""
+    export: Export = make_export(gpt, weights.vocab_size, weights.tokenizer, "model.export_to")
+    check_target(directory, "model.export_to")
+
+    def write(trainer: pl.Trainer, model: pl.LightningModule) -> None:
+        strategy = trainer.strategy
+        if strategy.ddp_config.overlap_param_gather:
+            strategy.megatron_parallel.force_param_sync()
+        export_model(strategy.chunks, export, directory)
+
+    # Not after fit: with CUDA, Lightning has moved the weights to the host by then.
+    return LambdaCallback(on_train_end=write)
 
 
 def _quiet() -> None:

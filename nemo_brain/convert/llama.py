@@ -1,4 +1,4 @@
-"""Llama (and what shares its architecture, such as SmolLM2) from Hugging Face's names to Megatron's.
+"""Llama (and what shares its architecture, such as SmolLM2): from Hugging Face's names to Megatron's, and back.
 
 Shapes: G query groups, R query heads per group, D channels per head, H hidden.
 """
@@ -6,6 +6,7 @@ Shapes: G query groups, R query heads per group, D channels per head, H hidden.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,6 +14,8 @@ import torch.nn.functional as F
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 if TYPE_CHECKING:
+    from nemo.collections.llm.gpt.model.base import GPTConfig
+
     from nemo_brain.convert.weights import Source
 
 _TOP = {
@@ -41,6 +44,31 @@ _REQUIRED = {
     "mlp_bias": False,
     "partial_rotary_factor": 1.0,
     "rope_interleaved": False,
+}
+
+# The way back: fields of GPTConfig for which a Llama knows one value only.
+_EXPRESSIBLE = {
+    "normalization": "RMSNorm",
+    "layernorm_zero_centered_gamma": False,
+    "gated_linear_unit": True,
+    "glu_linear_offset": 0.0,
+    "activation_func_clamp_value": None,
+    "add_bias_linear": False,
+    "add_qkv_bias": False,
+    "qk_layernorm": False,
+    "position_embedding_type": "rope",
+    "rotary_percent": 1.0,
+    "rotary_interleaved": False,
+    "seq_len_interpolation_factor": None,
+    "no_rope_freq": None,
+    "softmax_scale": None,
+    "softmax_type": "vanilla",
+    "window_size": None,
+    "multi_latent_attention": False,
+    "apply_residual_connection_post_layernorm": False,
+    "num_moe_experts": None,
+    "mtp_num_layers": None,
+    "heterogeneous_block_specs": False,
 }
 
 
@@ -122,6 +150,66 @@ class LlamaWeights:
         unused = {name for name in names - expected if not name.endswith((".inv_freq", "lm_head.weight"))}
         if unused:
             raise ValueError(f"llama: {len(unused)} tensors have no place in the model, the first {min(unused)}")
+
+
+class LlamaExport:
+    """``Export`` of a Megatron GPT that computes what a Llama computes.
+
+    Raises ValueError for a model that it cannot express; names the field of GPTConfig.
+    """
+
+    def __init__(self, gpt: GPTConfig, vocab_size: int, tokenizer: PreTrainedTokenizerFast):
+        for key, value in _EXPRESSIBLE.items():
+            if getattr(gpt, key, value) != value:
+                raise ValueError(f"llama cannot express {key}={getattr(gpt, key)!r}, only {value!r}")
+        self.vocab_size = vocab_size
+        self.tokenizer = tokenizer
+        self._groups = gpt.num_query_groups or gpt.num_attention_heads
+        self._channels = gpt.kv_channels or gpt.hidden_size // gpt.num_attention_heads
+        self.config = LlamaConfig(
+            architectures=["LlamaForCausalLM"],
+            vocab_size=vocab_size,
+            hidden_size=gpt.hidden_size,
+            intermediate_size=gpt.ffn_hidden_size,
+            num_hidden_layers=gpt.num_layers,
+            num_attention_heads=gpt.num_attention_heads,
+            num_key_value_heads=self._groups,
+            head_dim=self._channels,
+            hidden_act=_hidden_act(gpt),
+            max_position_embeddings=gpt.seq_length,
+            rms_norm_eps=gpt.layernorm_epsilon,
+            rope_theta=float(gpt.rotary_base),
+            tie_word_embeddings=gpt.share_embeddings_and_output_weights,
+            initializer_range=gpt.init_method_std,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+
+    def tensors(self, name: str, full: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+        """Hugging Face's names and tensors of one canonical Megatron tensor, without rows that pad the vocabulary."""
+        if name in _TOP:
+            yield _TOP[name], full
+            return
+        layer, rest = _LAYER_NAME.fullmatch(name).groups()
+        parts = [full]
+        if len(_LAYER[rest]) == 3:
+            split = full.view(self._groups, -1, self._channels, full.shape[-1])
+            parts = [part.flatten(0, 2) for part in split.split([split.shape[1] - 2, 1, 1], dim=1)]
+        elif len(_LAYER[rest]) == 2:
+            parts = full.chunk(2)
+        for part, tensor in zip(_LAYER[rest], parts, strict=True):
+            yield f"model.layers.{layer}.{part}", tensor
+
+
+def _hidden_act(gpt: GPTConfig) -> str:
+    known: dict[Callable, str] = {F.silu: "silu", F.gelu: "gelu", F.relu: "relu"}
+    name = known.get(gpt.activation_func)
+    if name is None:
+        described = getattr(gpt.activation_func, "__name__", gpt.activation_func)
+        raise ValueError(f"llama cannot express activation_func={described}, only silu, gelu and relu")
+    # Megatron's fused kernels approximate gelu by tanh.
+    return "gelu_pytorch_tanh" if name == "gelu" and gpt.bias_activation_fusion else name
 
 
 def _rotary_base(config: dict) -> float:

@@ -1,0 +1,234 @@
+"""A model as a Hugging Face directory: gathered tensor by tensor, written shard by shard, put in place at once."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.models.gpt.gpt_model import GPTModel
+from nemo.collections.llm.gpt.model.base import GPTConfig
+from safetensors.torch import save_file
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerFast
+
+from nemo_brain.convert.llama import LlamaExport
+from nemo_brain.convert.sharding import VOCABULARY_TENSORS, global_parameters
+
+MAX_SHARD_BYTES = 5 * 10**9  # what one safetensors file holds, and what rank 0 holds in host memory
+_MARK = ".nemo_brain_export"  # only a directory with this file is ever replaced
+
+
+class Export(Protocol):
+    """A Megatron GPT in Hugging Face's terms; ``vocab_size`` counts no padding."""
+
+    config: PretrainedConfig
+    vocab_size: int
+    tokenizer: PreTrainedTokenizerFast
+
+    def tensors(self, name: str, full: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+        """Hugging Face's names and tensors of the full tensor of a canonical Megatron name (see ``sharding``)."""
+
+
+# The first that can express a model exports it.
+EXPORTS: tuple[Callable[..., Export], ...] = (LlamaExport,)
+
+
+def make_export(gpt: GPTConfig, vocab_size: int, tokenizer: PreTrainedTokenizerFast, key: str) -> Export:
+    """How a model is written.
+
+    Args:
+        gpt: the model's configuration.
+        vocab_size: rows of the embedding, without padding.
+        tokenizer: written beside the weights.
+        key: the configuration key that errors name.
+
+    Raises:
+        ValueError: no architecture here computes what the model computes; says what cannot be expressed.
+    """
+    refusals = []
+    for kind in EXPORTS:
+        try:
+            return kind(gpt, vocab_size, tokenizer)
+        except ValueError as error:
+            refusals.append(str(error))
+    raise ValueError(
+        f"{key}: no Hugging Face architecture known here computes what this model computes: {'; '.join(refusals)}. "
+        f"Change the model, or set {key}=null"
+    )
+
+
+def check_target(directory: str | Path, key: str) -> None:
+    """Raises ValueError unless ``directory`` is free, empty or an earlier export: nothing else is overwritten."""
+    directory = Path(directory)
+    if directory.exists() and not (directory / _MARK).is_file() and (directory.is_file() or any(directory.iterdir())):
+        raise ValueError(
+            f"{key}: {directory} exists and is not an earlier export: name another directory, or remove it"
+        )
+
+
+@torch.no_grad()
+def export_model(
+    chunks: Sequence[torch.nn.Module],
+    export: Export,
+    directory: str | Path,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Writes the model to ``directory``, in the parameters' own dtype: what transformers and inference servers load.
+
+    A collective of all ranks. The ranks of the first data-parallel replica gather, rank 0 writes, the others wait. No
+    rank holds more than one full tensor beside its shards, rank 0 one file's worth of them. The directory is written
+    under another name beside its place and then renamed; an earlier export there is there in full until that moment.
+
+    Args:
+        chunks: this rank's chunks, wrapped (DDP, Float16Module) or not; an overlapped gather of the weights has ended.
+        export: see ``make_export``.
+        directory: on a file system that rank 0 writes to.
+        max_shard_bytes: the largest safetensors file, except that a larger tensor has one to itself.
+
+    Raises:
+        OSError: on every rank, when rank 0 could not write; an earlier export is unharmed.
+        ValueError: on every rank, when ``directory`` exists and is not an earlier export.
+    """
+    writer = _Writer(export, Path(directory), max_shard_bytes) if dist.get_rank() == 0 else None
+    if parallel_state.get_data_parallel_rank() == 0:
+        for name, full in _full_tensors([_unwrap(chunk) for chunk in chunks]):
+            writer.attempt(writer.add, name, full)
+    if writer:
+        writer.attempt(writer.finish)
+    outcome = [writer.error if writer else None]
+    dist.broadcast_object_list(outcome, src=0)
+    if outcome[0] is not None:
+        kind, message = outcome[0]
+        raise kind(message)
+
+
+def _unwrap(chunk: torch.nn.Module) -> GPTModel:
+    while hasattr(chunk, "module"):
+        chunk = chunk.module
+    return chunk
+
+
+def _full_tensors(chunks: Sequence[GPTModel]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every tensor of the model once, by canonical name, on the replica's first rank; the others yield nothing.
+
+    A collective of one replica's ranks.
+    """
+    group = parallel_state.get_pipeline_model_parallel_group()
+    ranks, stage = dist.get_process_group_ranks(group), group.rank()
+    first_shard = parallel_state.get_tensor_model_parallel_rank() == 0
+    mine = [parameter for chunk in chunks for parameter in global_parameters(chunk)]
+    stages: list = [None] * group.size()
+    dist.all_gather_object(stages, [(p.name, p.global_shape, p.parameter.dtype) for p in mine], group=group)
+    seen = set()
+    for owner, parameters in enumerate(stages):
+        for index, (name, shape, dtype) in enumerate(parameters):
+            if name in seen:  # the last stage's copy of a tied embedding
+                continue
+            seen.add(name)
+            full = None
+            if stage == owner:
+                full = mine[index].gather(mine[index].parameter.data)
+                if first_shard and stage > 0:
+                    dist.send(full.contiguous(), ranks[0], group=group)
+            elif first_shard and stage == 0:
+                full = torch.empty(shape, dtype=dtype, device=mine[0].parameter.device)
+                dist.recv(full, ranks[owner], group=group)
+            if first_shard and stage == 0:
+                yield name, full
+
+
+class _Writer:
+    """What rank 0 does. An error is kept in ``error`` (its type and message) and ends the writing, not the gathering:
+    the other ranks would wait for ever."""
+
+    def __init__(self, export: Export, directory: Path, max_shard_bytes: int):
+        self.error: tuple[type[Exception], str] | None = None
+        self._export = export
+        self._directory = directory.resolve()
+        self._max_shard_bytes = max_shard_bytes
+        self._incomplete = self._beside("incomplete")
+        self._shard: dict[str, torch.Tensor] = {}
+        self._shard_bytes = self._total_bytes = 0
+        self._files: list[list[str]] = []  # the names in each file
+        self.attempt(self._start)
+
+    def attempt(self, work: Callable, *args) -> None:
+        """Runs ``work``, unless something has failed before."""
+        if self.error is not None:
+            return
+        try:
+            work(*args)
+        except ValueError as error:
+            self.error = (ValueError, str(error))
+        except Exception as error:  # whatever it is, every rank must be told
+            described = f"{type(error).__name__}: {error}"
+            self.error = (OSError, f"the export to {self._directory} failed, nothing there has changed: {described}")
+        if self.error is not None:
+            self._shard.clear()
+            shutil.rmtree(self._incomplete, ignore_errors=True)
+
+    def add(self, name: str, full: torch.Tensor) -> None:
+        if name in VOCABULARY_TENSORS:
+            full = full[: self._export.vocab_size]
+            self._export.config.torch_dtype = full.dtype
+        for theirs, tensor in self._export.tensors(name, full):
+            tensor = tensor.cpu().contiguous()
+            size = tensor.numel() * tensor.element_size()
+            if self._shard and self._shard_bytes + size > self._max_shard_bytes:
+                self._flush()
+            self._shard[theirs] = tensor
+            self._shard_bytes += size
+
+    def finish(self) -> None:
+        self._flush()
+        self._name_files()
+        self._export.config.save_pretrained(self._incomplete)
+        ends = {
+            name: getattr(self._export.tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")
+        }
+        GenerationConfig(**ends).save_pretrained(self._incomplete)
+        self._export.tokenizer.save_pretrained(self._incomplete)
+        (self._incomplete / _MARK).write_text(
+            "Written by nemo_brain, which replaces this directory at its next export.\n"
+        )
+        if self._directory.exists():
+            previous = self._beside("previous")
+            shutil.rmtree(previous, ignore_errors=True)
+            self._directory.rename(previous)
+            self._incomplete.rename(self._directory)
+            shutil.rmtree(previous)
+        else:
+            self._incomplete.rename(self._directory)
+
+    def _start(self) -> None:
+        check_target(self._directory, "export")
+        shutil.rmtree(self._incomplete, ignore_errors=True)
+        self._incomplete.mkdir(parents=True)
+
+    def _beside(self, what: str) -> Path:
+        return self._directory.with_name(f".{self._directory.name}.{what}")
+
+    def _flush(self) -> None:
+        file = self._incomplete / f"{len(self._files)}.safetensors"
+        save_file(self._shard, file, metadata={"format": "pt"})
+        self._files.append(list(self._shard))
+        self._total_bytes += self._shard_bytes
+        self._shard, self._shard_bytes = {}, 0
+
+    def _name_files(self) -> None:
+        """transformers' names; they hold the number of files, which is known at the end only."""
+        if len(self._files) == 1:
+            (self._incomplete / "0.safetensors").rename(self._incomplete / "model.safetensors")
+            return
+        weight_map = {}
+        for number, names in enumerate(self._files):
+            file = f"model-{number + 1:05d}-of-{len(self._files):05d}.safetensors"
+            (self._incomplete / f"{number}.safetensors").rename(self._incomplete / file)
+            weight_map |= dict.fromkeys(names, file)
+        index = {"metadata": {"total_size": self._total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
+        (self._incomplete / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
