@@ -40,6 +40,7 @@ setup(
         "tiktoken",
         # Ours.
         "gguf>=0.17",
+        "httpx>=0.27,<1",
         "jinja2>=3.1",
         "matplotlib>=3.8",
         "safetensors>=0.5",

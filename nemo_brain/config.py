@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -59,6 +60,22 @@ class ObjectiveConfig:
 
 
 @dataclass
+class RemoteConfig:
+    """An inference server that samples in place of the training ranks; ``rollout.remote=null``: none."""
+
+    url: str = MISSING
+    model: str = MISSING
+    server: str = "vllm"
+    logprobs: str = "model"
+    api_key_env: str | None = None
+    concurrency: int = 64
+    request_timeout_seconds: float = 600.0
+    timeout_seconds: float = 1800.0
+    export_to: str | None = None
+    reload: list[dict[str, Any]] | None = None
+
+
+@dataclass
 class RolloutConfig:
     prompts_per_iteration: int = MISSING
     outputs_per_prompt: int = MISSING
@@ -71,6 +88,7 @@ class RolloutConfig:
     rescore_proposal: bool = True
     rows_in_flight: int = 256
     save: bool = False
+    remote: RemoteConfig | None = None
 
 
 @dataclass
@@ -239,6 +257,8 @@ def _check_values(config: Config) -> None:
             "rollout.rescore_proposal scores the untruncated law, which is not the one that top_k/top_p sample: "
             "set rollout.rescore_proposal=false"
         )
+    if rollout.remote is not None:
+        _check_remote(rollout.remote, config)
     if rollout.prompts_per_iteration % train.global_batch_size:
         raise ValueError(
             f"rollout.prompts_per_iteration ({rollout.prompts_per_iteration}) must be a multiple of "
@@ -249,6 +269,54 @@ def _check_values(config: Config) -> None:
     holdout = config.data.holdout
     if not holdout >= 0 or (holdout > 1 and holdout % 1 != 0):
         raise ValueError(f"data.holdout must be a fraction below 1 or a number of prompts, not {holdout}")
+
+
+def _check_remote(remote: RemoteConfig, config: Config) -> None:
+    rollout, key = config.rollout, "rollout.remote"
+    _among(f"{key}.server", remote.server, ("vllm", "sglang", "trtllm"))
+    _among(f"{key}.logprobs", remote.logprobs, ("model", "sampled"))
+    _at_least(1, {f"{key}.concurrency": remote.concurrency})
+    for name in ("request_timeout_seconds", "timeout_seconds"):
+        if not getattr(remote, name) > 0:
+            raise ValueError(f"{key}.{name} must be above 0, not {getattr(remote, name)}")
+    if not re.fullmatch(r"https?://[^/\s?#]+[^\s?#]*", remote.url):
+        raise ValueError(f"{key}.url must be an address like http://HOST:PORT, not {remote.url!r}")
+    truncated = rollout.top_k > 0 or rollout.top_p < 1
+    if (rollout.temperature != 1.0 or truncated) and remote.logprobs == "model":
+        raise ValueError(
+            f"{key}.logprobs=model says that the server gives the model's log-probs at temperature 1, but outputs are "
+            "sampled from another law (rollout.temperature, top_k, top_p): have it give that law's (vLLM: "
+            f"--logprobs-mode processed_logprobs) and set {key}.logprobs=sampled, or sample the model's own law"
+        )
+    if truncated and remote.server != "vllm":
+        raise ValueError(
+            f"rollout.top_k and rollout.top_p need {key}.server=vllm: the log-probs of {remote.server} leave them out"
+        )
+    if (remote.export_to is None) != (remote.reload is None):
+        raise ValueError(
+            f"{key}.export_to (where each iteration's policy is written) and {key}.reload (how the server loads it) go "
+            "together: set both, or neither"
+        )
+    if remote.reload is None and rollout.rescore_proposal and config.trainer.max_iterations > 1:
+        raise ValueError(
+            f"without {key}.reload the server keeps its first weights, and rollout.rescore_proposal would score its "
+            f"outputs with newer ones: set {key}.reload, rollout.rescore_proposal=false or trainer.max_iterations=1"
+        )
+    for number, step in enumerate(remote.reload or ()):
+        _check_reload_step(f"{key}.reload[{number}]", step)
+
+
+def _check_reload_step(key: str, step: dict[str, Any]) -> None:
+    kinds = step.keys() & {"path", "url", "command"}
+    allowed = {"command"} if kinds == {"command"} else {*kinds, "method", "json"}
+    if len(kinds) != 1 or step.keys() - allowed:
+        raise ValueError(
+            f"{key} must be {{path or url: ..., method: POST, json: ...}} or {{command: [...]}}, not {step}"
+        )
+    (kind,) = kinds
+    parts = step[kind] if kind == "command" else [step[kind], step.get("method", "POST")]
+    if not isinstance(parts, list) or not parts or not all(isinstance(part, str) for part in parts):
+        raise ValueError(f"{key}.{kind} must be {'a list of strings' if kind == 'command' else 'text'}, not {step}")
 
 
 def _among(key: str, value: Any, known: tuple) -> None:

@@ -1,0 +1,193 @@
+"""An inference server for tests: a transformers model behind /v1/completions, as vLLM, SGLang or TensorRT-LLM answers.
+
+It samples for real, request by request, from the seed that comes with the request. Like vLLM it keeps what it has
+computed of a prefix until /reset_prefix_cache, also after new weights have been loaded.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM
+
+COMMON = {"model", "prompt", "n", "max_tokens", "min_tokens", "seed", "temperature", "top_k", "top_p", "min_p"}
+COMMON |= {"repetition_penalty", "presence_penalty", "frequency_penalty", "stop", "stop_token_ids", "ignore_eos"}
+COMMON |= {"include_stop_str_in_output", "add_special_tokens", "skip_special_tokens", "logprobs", "echo", "stream"}
+NEUTRAL = {"min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0, "top_p": 1.0}
+
+
+class CompletionServer:
+    """Serves on a free port of this machine while its context lasts.
+
+    kind: ``vllm``, ``old vllm`` (ids in logprobs only), ``sglang`` or ``trtllm`` (refuses fields it does not know).
+    key: requests without it are answered 401. processed: log-probs are the sampled law's, not the model's.
+    fault: called with the number of the attempt at a request and its body; returns what to do wrong, or None.
+    """
+
+    def __init__(
+        self, directory: Path, kind="vllm", key="", processed=False, fault: Callable = lambda attempt, body: None
+    ):
+        self.kind, self.key, self.processed, self.fault = kind, key, processed, fault
+        self.bodies: list[dict] = []
+        self.names = ["policy"]
+        self.delay: Callable[[dict], float] = lambda body: 0.0
+        self._attempts: Counter = Counter()
+        self._lock = threading.Lock()
+        self._cache: dict[tuple, torch.Tensor] = {}
+        self.load(directory)
+
+    def load(self, directory: Path) -> None:
+        self.model = AutoModelForCausalLM.from_pretrained(directory).eval()
+        self.end = self.model.config.eos_token_id
+
+    def __enter__(self) -> CompletionServer:
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_GET(self):
+                outer.get(self)
+
+            def do_POST(self):
+                outer.post(self)
+
+            def log_message(self, *args):
+                pass
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.http.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self.http.server_port}"
+        threading.Thread(target=self.http.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.http.shutdown()
+        self.http.server_close()
+
+    def get(self, handler) -> None:
+        if handler.path == "/v1/models":
+            _send(handler, 200, {"object": "list", "data": [{"id": name, "object": "model"} for name in self.names]})
+        else:
+            _send(handler, 404, {"detail": "Not Found"})
+
+    def post(self, handler) -> None:
+        body = json.loads(handler.rfile.read(int(handler.headers["content-length"])) or "null")
+        if self.key and handler.headers.get("authorization") != f"Bearer {self.key}":
+            _send(handler, 401, {"error": "Unauthorized", "got": handler.headers.get("authorization")})
+        elif handler.path == "/v1/completions":
+            self._complete(handler, body)
+        elif handler.path == "/collective_rpc" and body["method"] == "reload_weights":
+            path = Path(body["kwargs"]["weights_path"])
+            if path.is_dir():
+                with self._lock:
+                    self.load(path)
+                _send(handler, 200, {"results": [None]})
+            else:
+                _send(handler, 500, {"error": {"message": f"no such directory: {path}"}})
+        elif handler.path == "/reset_prefix_cache":
+            with self._lock:
+                self._cache.clear()
+            _send(handler, 200, None)
+        elif handler.path == "/update_weights_from_disk":
+            _send(handler, 200, {"success": False, "message": "Failed to load the weights"})
+        else:
+            _send(handler, 404, {"detail": "Not Found"})
+
+    def _complete(self, handler, body: dict) -> None:
+        with self._lock:
+            self.bodies.append(body)
+            self._attempts[body["seed"]] += 1
+            attempt = self._attempts[body["seed"]]
+        time.sleep(self.delay(body))
+        fault = self.fault(attempt, body)
+        if fault == "drop":
+            handler.connection.close()
+            handler.close_connection = True
+        elif fault == "hang":
+            time.sleep(2)
+            handler.close_connection = True
+        elif isinstance(fault, int):
+            echoed = f"fault with {handler.headers.get('authorization')}"
+            _send(handler, fault, {"error": echoed}, {"Retry-After": "0"} if fault == 429 else {})
+        elif fault == "no JSON":
+            _send(handler, 200, b'{"choices": [')
+        else:
+            problem = self._refusal(body)
+            if problem:
+                _send(handler, 400, {"object": "error", "message": problem})
+                return
+            answer = self._answer(body)
+            if callable(fault):
+                fault(answer)
+            _send(handler, 200, answer)
+
+    def _refusal(self, body: dict) -> str:
+        known = COMMON | {
+            "trtllm": {"detokenize"},
+            "sglang": {"return_token_ids"},
+        }.get(self.kind, {"return_token_ids", "return_tokens_as_token_ids"})
+        if unknown := body.keys() - known:
+            return f"Extra inputs are not permitted: {unknown}"
+        if missing := COMMON - body.keys():
+            return f"a default of mine would apply to {missing}"
+        if body["model"] != "policy":
+            return "no such model"
+        if body["top_k"] != (0 if self.kind == "trtllm" else -1) or any(body[k] != v for k, v in NEUTRAL.items()):
+            return "truncated sampling"
+        return ""
+
+    def _answer(self, body: dict) -> dict:
+        """Samples. The end token is in the ids and log-probs."""
+        generator = torch.Generator().manual_seed(body["seed"])
+        ids, logprobs, reason = [], [], "length"
+        for _ in range(body["max_tokens"]):
+            plain = self._logits((*body["prompt"], *ids)).double()
+            law = (plain / body["temperature"]).log_softmax(-1)
+            token = int(torch.multinomial(law.exp(), 1, generator=generator))
+            logprobs.append((law if self.processed else plain.log_softmax(-1))[token].item())
+            ids.append(token)
+            if token in body["stop_token_ids"] or token == self.end:
+                reason = "stop"
+                break
+        as_ids = self.kind in ("vllm", "old vllm") and body["return_tokens_as_token_ids"]
+        tokens = [f"token_id:{token}" if as_ids else f"<{token}>" for token in ids]
+        choice = {
+            "index": 0,
+            "text": "not to be used",
+            "logprobs": {"token_logprobs": logprobs, "tokens": tokens, "top_logprobs": [], "text_offset": []},
+            "finish_reason": reason,
+            "stop_reason": None,
+        }
+        if self.kind == "trtllm":
+            choice["token_ids"] = ids if not body["detokenize"] else None
+        elif self.kind != "old vllm" and body["return_token_ids"]:
+            choice |= {"token_ids": ids, "prompt_token_ids": body["prompt"]}
+        return {"id": "cmpl-1", "object": "text_completion", "model": body["model"], "choices": [choice]}
+
+    @torch.no_grad()
+    def _logits(self, tokens: tuple) -> torch.Tensor:
+        with self._lock:
+            if tokens not in self._cache:
+                self._cache[tokens] = self.model(torch.tensor([tokens])).logits[0, -1]
+            return self._cache[tokens]
+
+
+def _send(handler, status: int, answer, headers: dict | None = None) -> None:
+    content = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
+    handler.send_response(status)
+    for name, value in {
+        "Content-Type": "application/json",
+        "Content-Length": str(len(content)),
+        **(headers or {}),
+    }.items():
+        handler.send_header(name, value)
+    handler.end_headers()
+    handler.wfile.write(content)
