@@ -60,6 +60,15 @@ class Group:
     outputs: list[Output]
 
 
+def output_matrix(groups: Sequence[Group], name: str) -> torch.Tensor:
+    """One field of every output, [G, N] float64; zero where a group has no such output."""
+    matrix_GN = torch.zeros(len(groups), max(len(group.outputs) for group in groups), dtype=torch.float64)
+    for g, group in enumerate(groups):
+        values = [getattr(output, name) for output in group.outputs]
+        matrix_GN[g, : len(values)] = torch.tensor(values, dtype=torch.float64)
+    return matrix_GN
+
+
 @dataclass
 class Rollout:
     """The scored groups of one iteration."""

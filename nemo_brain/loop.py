@@ -22,10 +22,11 @@ from nemo_brain.config import Config
 from nemo_brain.data.order import prompts_of_iteration, visits
 from nemo_brain.data.rollouts import write_rollout
 from nemo_brain.evaluate import evaluate, rollout_metrics
-from nemo_brain.groups import Group, Prompt, Rollout
+from nemo_brain.groups import Group, Prompt, Rollout, output_matrix
 from nemo_brain.metrics import MetricsWriter, write_samples
 from nemo_brain.passes import Scores
 from nemo_brain.progress import progress
+from nemo_brain.remote_rollout import RemoteRollout
 from nemo_brain.rewards.protocol import Reward
 from nemo_brain.rollout import RolloutWorker
 from nemo_brain.sampling import SamplingOptions
@@ -44,6 +45,7 @@ class BRAInLoop(pl.Callback):
         offline: groups sampled elsewhere, trained on instead of sampling.
         held_out: validation prompts; none of them: no validation.
         reward: scores outputs.
+        remote: samples in place of the policy's own ranks.
         run_dir: where rank 0 writes.
     """
 
@@ -54,13 +56,17 @@ class BRAInLoop(pl.Callback):
         offline: Sequence[Group],
         held_out: Sequence[Prompt],
         reward: Reward,
+        remote: RemoteRollout | None,
         run_dir: Path,
     ):
         self.config = config
         self.prompts = prompts
         self.offline = offline
+        for output in (output for group in offline for output in group.outputs):
+            output.prior_logprob = None  # those of other kernels are not comparable with the policy's
         self.held_out = held_out
         self.reward = reward
+        self.remote = remote
         self.run_dir = run_dir
         self.step = 0
         rollout = config.rollout
@@ -85,7 +91,7 @@ class BRAInLoop(pl.Callback):
     # What the trainer calls.
 
     def on_fit_start(self, trainer: pl.Trainer, model: pl.LightningModule) -> None:
-        self.worker = RolloutWorker(self.config, trainer.strategy, self.reward)
+        self.worker = RolloutWorker(self.config, trainer.strategy, self.reward, self.remote)
         self.objective = model.objective
         self.writer = None
         if trainer.is_global_zero:
@@ -171,7 +177,8 @@ class BRAInLoop(pl.Callback):
             self.prompts, iteration, self.config.rollout.prompts_per_iteration, self.config.seed
         )
         with self._timed("sample_seconds"):
-            return self.worker.sample(prompts, self._sampling, iteration, f"iteration {iteration}: sampling")
+            description = f"iteration {iteration}: sampling"
+            return self.worker.sample(prompts, self._sampling, iteration, self.step, description)
 
     def _offline_groups(self, iteration: int) -> list[Group]:
         """The iteration's groups from the offline rollouts, rewarded where they came without a reward."""
@@ -192,25 +199,20 @@ class BRAInLoop(pl.Callback):
         rescore = rollout.rescore_proposal and not self.offline
         gap = None
         with self._timed("score_seconds"):
-            prior_GN, policy_EGN = self.worker.logprobs(groups, self._temperatures(groups, rescore), self.step == 0)
-            policy_GN = None if policy_EGN is None else policy_EGN[0]
+            sampled_GN = output_matrix(groups, "proposal_logprob") if rescore else None
+            policy_EGN = self.worker.score(groups, self._temperatures(groups, rescore), self.step == 0)
             if rescore:
-                proposal_GN = policy_EGN[-1]
-                sampled_GN = _matrix(groups, "proposal_logprob")
-                gap = (proposal_GN - sampled_GN).abs().sum().item() / sum(len(group.outputs) for group in groups)
+                gap = (policy_EGN[-1] - sampled_GN).abs().sum().item() / sum(len(group.outputs) for group in groups)
             for g, group in enumerate(groups):
                 for i, output in enumerate(group.outputs):
-                    output.prior_logprob = prior_GN[g, i].item()
-                    if policy_GN is not None:
-                        output.policy_logprob = policy_GN[g, i].item()
                     if rescore:
-                        output.proposal_logprob = proposal_GN[g, i].item()
+                        output.proposal_logprob = policy_EGN[-1, g, i].item()
                     elif output.proposal_logprob is None:
                         # Offline outputs of an unnamed sampler count as the start model's.
                         output.proposal_logprob = output.prior_logprob
         self._record |= rollout_metrics(groups, rollout.outputs_per_prompt, gap)
         scores = Scores.of(groups, keep_truncated=rollout.truncated == "keep")
-        return scores, _matrix(groups, "policy_logprob") if policy_GN is None else policy_GN
+        return scores, output_matrix(groups, "policy_logprob")
 
     def _temperatures(self, groups: Sequence[Group], rescore: bool) -> tuple[float, ...]:
         """Those at which the policy is to be scored: 1 where log q is not known yet, and the proposal's."""
@@ -227,11 +229,8 @@ class BRAInLoop(pl.Callback):
 
         Every validation uses the same draws, so start and current model differ by their weights only.
         """
-        groups = self.worker.sample(self.held_out, self._validation, _VALIDATION, "validation: sampling")
-        prior_GN, (policy_GN,) = self.worker.logprobs(groups, (1.0,), self.step == 0)
-        for g, group in enumerate(groups):
-            for i, output in enumerate(group.outputs):
-                output.prior_logprob, output.policy_logprob = prior_GN[g, i].item(), policy_GN[g, i].item()
+        groups = self.worker.sample(self.held_out, self._validation, _VALIDATION, self.step, "validation: sampling")
+        self.worker.score(groups, (1.0,), self.step == 0)
         if iteration == 0:
             self._start_groups = groups
             self._reference_rewards = self.worker.reference_rewards(self.held_out)
@@ -252,16 +251,6 @@ class BRAInLoop(pl.Callback):
         started = time.perf_counter()
         yield
         self._record[name] = time.perf_counter() - started
-
-
-def _matrix(groups: Sequence[Group], name: str) -> torch.Tensor:
-    """One field of every output, [G, N] float64; zero where a group has no such output."""
-    matrix_GN = torch.zeros(len(groups), max(len(group.outputs) for group in groups), dtype=torch.float64)
-    for g, group in enumerate(groups):
-        matrix_GN[g, : len(group.outputs)] = torch.tensor(
-            [getattr(output, name) for output in group.outputs], dtype=torch.float64
-        )
-    return matrix_GN
 
 
 def _shuffled(size: int, key: str) -> list[int]:

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from nemo_brain.groups import Group, MicroBatch, Plan, chunk_tokens, pack, plan
+from nemo_brain.groups import Group, MicroBatch, Plan, chunk_tokens, output_matrix, pack, plan
 from nemo_brain.objectives import Objective, ObjectiveOutput, coefficients
 
 
@@ -33,14 +33,10 @@ class Scores:
     @classmethod
     def of(cls, groups: Sequence[Group], keep_truncated: bool) -> Scores:
         """Collects the groups' scores. Outputs without an end token are masked unless ``keep_truncated``."""
-        outputs = max(len(group.outputs) for group in groups)
-        matrices = torch.zeros(3, len(groups), outputs, dtype=torch.float64)
-        mask_GN = torch.zeros(len(groups), outputs, dtype=torch.bool)
+        matrices = [output_matrix(groups, name) for name in ("prior_logprob", "proposal_logprob", "reward")]
+        mask_GN = torch.zeros(matrices[0].shape, dtype=torch.bool)
         for g, group in enumerate(groups):
             for i, output in enumerate(group.outputs):
-                matrices[:, g, i] = torch.tensor(
-                    [output.prior_logprob, output.proposal_logprob, output.reward], dtype=torch.float64
-                )
                 mask_GN[g, i] = keep_truncated or output.ended
         return cls(*matrices, mask_GN)
 
@@ -80,9 +76,13 @@ class GroupPasses:
         groups: Sequence[Group],
         temperatures: tuple[float, ...] = (1.0,),
         on_tokens: Callable[[int], None] = lambda tokens: None,
+        alone: bool = False,
     ) -> torch.Tensor:
-        """Log-probs of whole outputs [E, G, N] (float64, on every rank; zero where a group has no such output)."""
-        planned = self._plan(groups)
+        """Log-probs of whole outputs [E, G, N] (float64, on every rank; zero where a group has no such output).
+
+        ``alone``: only this model-parallel group takes part, with groups of its own.
+        """
+        planned = self._plan(groups, alone)
         modes = [chunk.training for chunk in chunks]
         for chunk in chunks:
             chunk.eval()
@@ -121,13 +121,13 @@ class GroupPasses:
         tokens = sum(chunk_tokens(groups[chunk.group], chunk.outputs, self.layout) for chunk in members)
         return StepResult(policy_logprobs_GN, output, tokens)
 
-    def _plan(self, groups: Sequence[Group]) -> Plan:
+    def _plan(self, groups: Sequence[Group], alone: bool = False) -> Plan:
         virtual = self.config.virtual_pipeline_model_parallel_size is not None
         return plan(
             groups,
             self.budget,
             self.layout,
-            ranks=parallel_state.get_data_parallel_world_size(),
+            ranks=1 if alone else parallel_state.get_data_parallel_world_size(),
             # The interleaved schedule wants a multiple of the pipeline size.
             multiple=self.config.pipeline_model_parallel_size if virtual else 1,
         )
@@ -137,7 +137,7 @@ class GroupPasses:
 
     def _run(self, chunks, planned: Plan, groups, temperatures, finish: _Collect | _Loss) -> list[torch.Tensor]:
         """Sends this rank's micro-batches through the schedule; what ``finish`` keeps of each, on the last stage."""
-        mine = planned.ranks[parallel_state.get_data_parallel_rank()]
+        mine = _mine(planned)
         batches = [self._pack(groups, members).to(self.device) for members in mine]
 
         def step(iterator, chunk):
@@ -169,17 +169,21 @@ class GroupPasses:
         matrix_EGN = torch.zeros(temperatures, len(groups), outputs, dtype=torch.float64, device=self.device)
         stages = parallel_state.get_pipeline_model_parallel_group()
         if parallel_state.is_pipeline_last_stage(ignore_virtual=True):
-            for members, logprobs_EK in zip(
-                planned.ranks[parallel_state.get_data_parallel_rank()], results, strict=True
-            ):
+            for members, logprobs_EK in zip(_mine(planned), results, strict=True):
                 rows = [(chunk.group, index) for chunk in members for index in chunk.outputs]
                 if rows:
                     g, i = zip(*rows, strict=True)
                     matrix_EGN[:, list(g), list(i)] = logprobs_EK
-            dist.all_reduce(matrix_EGN, group=parallel_state.get_data_parallel_group())
+            if len(planned.ranks) > 1:
+                dist.all_reduce(matrix_EGN, group=parallel_state.get_data_parallel_group())
         if stages.size() > 1:
             dist.broadcast(matrix_EGN, dist.get_process_group_ranks(stages)[-1], group=stages)
         return matrix_EGN.cpu()
+
+
+def _mine(planned: Plan) -> list:
+    """The micro-batches of this rank; a plan for one rank is this rank's alone."""
+    return planned.ranks[parallel_state.get_data_parallel_rank() if len(planned.ranks) > 1 else 0]
 
 
 @dataclass

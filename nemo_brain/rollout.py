@@ -8,7 +8,7 @@ of the replica's first rank, while the others are still being sampled.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
@@ -18,6 +18,7 @@ from megatron.core import parallel_state
 from nemo_brain.config import Config
 from nemo_brain.groups import Group, Prompt, chunk_tokens
 from nemo_brain.progress import progress
+from nemo_brain.remote_rollout import RemoteRollout
 from nemo_brain.rewards.protocol import Reward, compute_rewards, score_groups
 from nemo_brain.sampling import SamplingOptions
 from nemo_brain.strategy import BRAInStrategy
@@ -28,38 +29,60 @@ _REWARD_BATCH = 64
 
 
 class RolloutWorker:
-    """This rank's part in making groups. All ranks call its methods in the same order with the same arguments."""
+    """This rank's part in making groups. All ranks call its methods in the same order with the same arguments.
 
-    def __init__(self, config: Config, strategy: BRAInStrategy, reward: Reward):
+    ``remote`` samples in place of the policy's own ranks, if it is given.
+    """
+
+    def __init__(self, config: Config, strategy: BRAInStrategy, reward: Reward, remote: RemoteRollout | None):
         self.config = config
         self.strategy = strategy
         self.reward = reward
+        self.remote = remote
         self._members = parallel_state.get_model_parallel_group()
         self._replicas = parallel_state.get_data_parallel_group()
         self._first = self._members.rank() == 0
 
     def sample(
-        self, prompts: Sequence[Prompt], options: SamplingOptions, iteration: int, description: str
+        self, prompts: Sequence[Prompt], options: SamplingOptions, iteration: int, step: int, description: str
     ) -> list[Group]:
-        """A group with rewards for each prompt, in their order.
+        """A group with rewards for each prompt, in their order, from the policy after ``step`` optimizer steps.
 
         Raises:
-            ValueError: the reward failed; on every rank.
+            ValueError: the reward or the inference server failed; on every rank.
         """
+        if self.remote is not None:
+            self.remote.refresh(self.strategy, step, options)
         rank, ranks = self._replicas.rank(), self._replicas.size()
         share = list(prompts[rank::ranks])
         groups: dict[int, Group] = {}
+        failure: ValueError | None = None
         with (
             progress(len(share) * options.outputs, description, "outputs") as bar,
             _RewardThread(self.reward if self._first else None) as rewards,
         ):
-            for index, group in self.strategy.sample(share, options, self.config.seed, iteration, bar.update):
-                groups[index] = group
-                rewards.add(group)
-            ordered = [groups[index] for index in range(len(share))]
-            self._share_rewards(ordered, rewards.wait)
+            try:
+                for index, group in self._sampled(share, options, iteration, bar.update):
+                    groups[index] = group
+                    rewards.add(group)
+            except ValueError as error:
+                failure = error  # on all ranks of this replica: those of the others are told below
+
+            def finish() -> None:
+                if failure is not None:
+                    raise failure
+                rewards.wait()
+
+            ordered = [groups[index] for index in sorted(groups)]
+            self._share_rewards(ordered, finish)
         shares = self._gather(ordered)
         return [shares[i % ranks][i // ranks] for i in range(len(prompts))]
+
+    def _sampled(self, share, options: SamplingOptions, iteration: int, on_outputs) -> Iterator[tuple[int, Group]]:
+        arguments = (share, options, self.config.seed, iteration, on_outputs)
+        if self.remote is None:
+            return self.strategy.sample(*arguments)
+        return self.remote.sample(self.strategy, *arguments)
 
     def score_rewards(self, groups: Sequence[Group]) -> None:
         """Sets the rewards of groups that every rank of a replica has; ValueError as in ``sample``."""
@@ -82,23 +105,36 @@ class RolloutWorker:
 
         return self._once_per_replica(work)
 
-    def logprobs(
-        self, groups: Sequence[Group], temperatures: tuple[float, ...], untrained: bool
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """log p [G, N], and log q of the policy as it stands at each temperature: [E, G, N], None without any.
+    def score(self, groups: Sequence[Group], temperatures: tuple[float, ...], untrained: bool) -> torch.Tensor | None:
+        """Sets log p of every output, and with ``temperatures`` log q of the policy as it stands.
 
         Args:
-            temperatures: the first, if any, is 1.
+            temperatures: at which the policy is scored: none, or 1 and perhaps another.
             untrained: the policy still is the prior, so that one pass does for both.
+
+        Returns:
+            log q [E, G, N]; None without temperatures.
         """
-        policy, prior = len(temperatures) > 0, not (untrained and temperatures)
-        positions = sum(chunk_tokens(group, range(len(group.outputs)), self.config.layout) for group in groups)
+        # The prior does not change: what it has scored once, a server's outputs or groups that come again, it has not
+        # to score again.
+        unknown = [group for group in groups if any(output.prior_logprob is None for output in group.outputs)]
+        same = untrained and len(temperatures) > 0
+        positions = sum(self._positions(group) for group in groups) if temperatures else 0
+        positions += 0 if same else sum(self._positions(group) for group in unknown)
         policy_EGN = None
-        with progress(positions * (policy + prior) // self._replicas.size(), "scoring", "tokens") as bar:
-            if policy:
+        with progress(positions // self._replicas.size(), "scoring", "tokens") as bar:
+            if temperatures:
                 policy_EGN = self.strategy.policy_logprobs(groups, temperatures, bar.update)
-            prior_GN = self.strategy.prior_logprobs(groups, bar.update) if prior else policy_EGN[0]
-        return prior_GN, policy_EGN
+                _fill(groups, "policy_logprob", policy_EGN[0])
+            if same:
+                _fill(groups, "prior_logprob", policy_EGN[0])
+            elif unknown:
+                with self.strategy.prior() as logprobs:
+                    _fill(unknown, "prior_logprob", logprobs(unknown, bar.update))
+        return policy_EGN
+
+    def _positions(self, group: Group) -> int:
+        return chunk_tokens(group, range(len(group.outputs)), self.config.layout)
 
     def _share_rewards(self, groups: Sequence[Group], work: Callable[[], None]) -> None:
         """``work`` sets the groups' rewards on the replica's first rank; the other ranks set the same."""
@@ -136,6 +172,13 @@ class RolloutWorker:
         values = [None] * self._replicas.size()
         dist.all_gather_object(values, value, group=self._replicas)
         return values
+
+
+def _fill(groups: Sequence[Group], name: str, values_GN: torch.Tensor) -> None:
+    """Sets one field of every output."""
+    for group, values in zip(groups, values_GN.tolist(), strict=True):
+        for output, value in zip(group.outputs, values, strict=False):  # a group may have fewer outputs than others
+            setattr(output, name, value)
 
 
 class _RewardThread:

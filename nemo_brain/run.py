@@ -40,6 +40,7 @@ from nemo_brain.metrics import prepare_run_dir, read_metrics
 from nemo_brain.model import BRAInGPTModel
 from nemo_brain.objectives import OBJECTIVES, Objective, make_objective
 from nemo_brain.progress import summary_lines
+from nemo_brain.remote_rollout import RemoteRollout
 from nemo_brain.report import write_report
 from nemo_brain.rewards.build import make_reward
 from nemo_brain.strategy import BRAInStrategy
@@ -62,6 +63,7 @@ def run(cfg: DictConfig, callbacks: list[pl.Callback] | None = None) -> BRAInGPT
     reward = make_reward(config.reward)
     weights = _weights(config)
     gpt = _gpt_config(config, weights)
+    remote = RemoteRollout(config, gpt, weights) if config.rollout.remote is not None else None
     callbacks = list(callbacks or [])
     if config.model.export_to is not None:
         callbacks.append(_export_at_end(config.model.export_to, gpt, weights))
@@ -72,7 +74,7 @@ def run(cfg: DictConfig, callbacks: list[pl.Callback] | None = None) -> BRAInGPT
     if rank_zero:
         prepare_run_dir(run_dir)
         (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True), encoding="utf-8")
-    loop = BRAInLoop(config, prompts, offline, held_out, reward, run_dir)
+    loop = BRAInLoop(config, prompts, offline, held_out, reward, remote, run_dir)
     model = BRAInGPTModel(gpt, weights, objective, optim=optim, tokenizer=weights.tokenizer)
     trainer = _trainer(config, [loop, *callbacks])
     trainer.fit(model, train_dataloaders=loop)
@@ -88,10 +90,8 @@ def _export_at_end(directory: str, gpt: PackedGPTConfig, weights: Weights) -> pl
     check_target(directory, "model.export_to")
 
     def write(trainer: pl.Trainer, model: pl.LightningModule) -> None:
-        strategy = trainer.strategy
-        if strategy.ddp_config.overlap_param_gather:
-            strategy.megatron_parallel.force_param_sync()
-        export_model(strategy.chunks, export, directory)
+        trainer.strategy.settle()
+        export_model(trainer.strategy.chunks, export, directory)
 
     # Not after fit: with CUDA, Lightning has moved the weights to the host by then.
     return LambdaCallback(on_train_end=write)

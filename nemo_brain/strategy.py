@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -97,7 +98,7 @@ class BRAInStrategy(MegatronStrategy):
             )
         return {"loss": step.result.objective.loss_G.mean()}
 
-    def _settle(self) -> None:
+    def settle(self) -> None:
         """Ends an overlapped gather of the weights: forward passes wait for it themselves, other readers do not."""
         if self.ddp_config.overlap_param_gather:
             self.megatron_parallel.force_param_sync()
@@ -108,11 +109,13 @@ class BRAInStrategy(MegatronStrategy):
         """log q of the policy as it stands, by the training kernels: [E, G, N], the same on every rank."""
         return self.passes.logprobs(self.chunks, groups, temperatures, on_tokens)
 
-    def prior_logprobs(self, groups: Sequence[Group], on_tokens: Callable[[int], None]) -> torch.Tensor:
-        """log p by the same kernels: [G, N], the same on every rank."""
-        self._settle()
+    @contextlib.contextmanager
+    def prior(self, alone: bool = False) -> Iterator[Callable[..., torch.Tensor]]:
+        """While the context lasts: ``f(groups, on_tokens)`` gives log p by the training kernels: [G, N], the same on
+        every rank; with ``alone``, on those of this model-parallel group, whose own groups they are."""
+        self.settle()
         with self._prior.chunks(self.chunks) as chunks:
-            return self.passes.logprobs(chunks, groups, on_tokens=on_tokens)[0]
+            yield lambda groups, on_tokens: self.passes.logprobs(chunks, groups, (1.0,), on_tokens, alone)[0]
 
     def sample(
         self,
@@ -123,7 +126,7 @@ class BRAInStrategy(MegatronStrategy):
         on_outputs: Callable[[int], None],
     ) -> Iterator[tuple[int, Group]]:
         """Groups sampled from the policy as it stands, by this rank's model-parallel group: see ``Sampler.sample``."""
-        self._settle()
+        self.settle()
         model = self.lightning_module
         sampler = Sampler(self.chunks, model.config, model.tokenizer, options)
         return sampler.sample(prompts, seed, iteration, on_outputs)

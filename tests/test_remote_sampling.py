@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 import torch
 from completion_server import CompletionServer
+from laws import SIGNIFICANT, chi_square
 from omegaconf import OmegaConf
 from ranks import free_port, run_ranks
 from test_export import LLAMA_LIKE, ONE, exported_logits
-from test_sampling import SIGNIFICANT, chi_square
 from toy_runs import toy_config
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
