@@ -98,9 +98,9 @@ def _export_at_end(directory: str, gpt: PackedGPTConfig, weights: Weights) -> pl
 
 
 def _quiet() -> None:
-    """Warnings and errors only from NeMo, Megatron and Lightning, which describe groups, buckets and configurations."""
+    """Warnings and errors only from those that describe groups, buckets, configurations or (httpx) every request."""
     nemo_logging.setLevel(logging.WARNING)
-    for name in ("megatron", "nemo", "lightning.pytorch", "lightning.fabric", "pytorch_lightning"):
+    for name in ("megatron", "nemo", "lightning.pytorch", "lightning.fabric", "pytorch_lightning", "httpx"):
         logging.getLogger(name).setLevel(logging.WARNING)
 
 

@@ -414,7 +414,7 @@ def edit_config(directory: Path, **changes) -> None:
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 5e5}}, r"rope_scaling of type 'yarn'"),
         ({"attention_bias": True}, r"attention_bias=True is not supported"),
         ({"mlp_bias": True}, r"mlp_bias=True is not supported"),
-        ({"hidden_act": "gelu"}, r"hidden_act='gelu' is not supported, only 'silu'"),
+        ({"hidden_act": "gelu_new"}, r"hidden_act='gelu_new' is not supported, only silu, gelu, relu"),
         ({"quantization_config": {"bits": 4}}, r"quantization_config"),
         ({"num_hidden_layers": 5}, r"lacks 9 tensors, the first model\.layers\.4\.input_layernorm\.weight"),
         ({"num_hidden_layers": 3}, r"9 tensors have no place in the model, the first model\.layers\.3\."),

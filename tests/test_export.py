@@ -159,6 +159,12 @@ def test_transformers_computes_the_same_logits(tmp_path, changes, layout, act):
     # fp32 in another order of summation, on logits of up to 5.
     torch.testing.assert_close(logits[..., :VOCAB], expected, atol=1e-4, rtol=0)
     assert expected.abs().max() > 1, "the comparison is not about zeros"
+    if act == "gelu_pytorch_tanh":
+        with pytest.raises(ValueError, match="hidden_act='gelu_pytorch_tanh' is not supported"):
+            open_weights(target)
+    else:
+        activation = open_weights(target).gpt_config["activation_func"]
+        assert activation is changes.get("activation_func", F.gelu)
 
 
 def test_the_tokenizer_is_the_same(tmp_path):
@@ -233,7 +239,7 @@ def test_only_an_earlier_export_is_replaced(original, tmp_path):
         ({"rotary_percent": 0.5}, r"rotary_percent=0\.5"),
         ({"qk_layernorm": True}, r"qk_layernorm=True"),
         ({"layernorm_zero_centered_gamma": True}, r"layernorm_zero_centered_gamma=True"),
-        ({"activation_func": F.elu}, r"activation_func=elu, only silu, gelu and relu"),
+        ({"activation_func": F.elu}, r"activation_func=elu, only silu, gelu, relu"),
     ],
 )
 def test_what_a_llama_cannot_express_is_named(change, match):

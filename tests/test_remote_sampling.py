@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from completion_server import CompletionServer
 from laws import SIGNIFICANT, chi_square
 from omegaconf import OmegaConf
@@ -361,6 +362,28 @@ def test_refresh_loads_the_exported_model(directory, tmp_path):
         assert max(errors(before, old)) < 1e-4 and max(errors(after, new)) < 1e-4  # fp32; six tokens
         assert min(errors(after, old)) > 1e-2, "the other model is told apart"
         assert (tmp_path / "note").read_text() == str(tmp_path / "policy")
+
+
+def iteration_of_a_rank(url: str, target: Path) -> list[tuple[int, Group]]:
+    """What a rank of two data-parallel replicas does in an iteration: export, reload, its share of the prompts."""
+    exported_logits(LLAMA_LIKE, ONE, target)
+    rank = dist.get_rank()
+    remote = sampler(url, reload=RELOAD)
+    if rank == 0:
+        remote.refresh(target)
+    dist.barrier()
+    share = PROMPTS[rank::2]
+    return [(2 * index + rank, group) for index, group in remote.sample(share, 1, 2)]
+
+
+def test_ranks_share_a_server(directory, tmp_path):
+    with CompletionServer(directory) as server:
+        shares = run_ranks(iteration_of_a_rank, 2, server.url, tmp_path / "policy")
+        groups = [group for _, group in sorted((pair for share in shares for pair in share), key=lambda pair: pair[0])]
+        assert tokens_of(groups) == tokens_of(sampled(sampler(server)))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "policy")
+    output = groups[0].outputs[0]
+    assert abs(output.proposal_logprob - teacher_forced(model, PROMPTS[0], output.token_ids)) < 1e-4  # fp32; six tokens
 
 
 @pytest.mark.parametrize(

@@ -37,9 +37,9 @@ _LAYER = {
     "mlp.linear_fc2.weight": ("mlp.down_proj.weight",),
 }
 _LAYER_NAME = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
+_ACTIVATIONS: dict[str, Callable] = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu}
 # What Megatron's GPT, as NeMo configures it, would compute differently: the only value that is accepted.
 _REQUIRED = {
-    "hidden_act": "silu",
     "attention_bias": False,
     "mlp_bias": False,
     "partial_rotary_factor": 1.0,
@@ -86,6 +86,10 @@ class LlamaWeights:
         for key, value in _REQUIRED.items():
             if getattr(config, key, value) != value:
                 raise ValueError(f"llama: {key}={getattr(config, key)!r} is not supported, only {value!r}")
+        if config.hidden_act not in _ACTIVATIONS:
+            raise ValueError(
+                f"llama: hidden_act={config.hidden_act!r} is not supported, only {', '.join(_ACTIVATIONS)}"
+            )
         self.vocab_size = config.vocab_size
         self.gpt_config = {
             "num_layers": config.num_hidden_layers,
@@ -98,7 +102,7 @@ class LlamaWeights:
             "normalization": "RMSNorm",
             "layernorm_epsilon": config.rms_norm_eps,
             "gated_linear_unit": True,
-            "activation_func": F.silu,
+            "activation_func": _ACTIVATIONS[config.hidden_act],
             "add_bias_linear": False,
             "add_qkv_bias": False,
             "position_embedding_type": "rope",
@@ -203,11 +207,10 @@ class LlamaExport:
 
 
 def _hidden_act(gpt: GPTConfig) -> str:
-    known: dict[Callable, str] = {F.silu: "silu", F.gelu: "gelu", F.relu: "relu"}
-    name = known.get(gpt.activation_func)
+    name = next((name for name, function in _ACTIVATIONS.items() if function is gpt.activation_func), None)
     if name is None:
         described = getattr(gpt.activation_func, "__name__", gpt.activation_func)
-        raise ValueError(f"llama cannot express activation_func={described}, only silu, gelu and relu")
+        raise ValueError(f"llama cannot express activation_func={described}, only {', '.join(_ACTIVATIONS)}")
     # Megatron's fused kernels approximate gelu by tanh.
     return "gelu_pytorch_tanh" if name == "gelu" and gpt.bias_activation_fusion else name
 
