@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from nemo_brain.convert.sharding import unwrap
 from nemo_brain.draws import draw_tokens, gather, truncate, uniforms
 from nemo_brain.groups import Group, Output, Prompt
 from nemo_brain.kv_cache import KVCache, vacate
@@ -205,7 +206,7 @@ class Sampler:
         if mine is not None:
             chunk = self.chunks[mine.stage // self._size]
             if mine.stage > 0:
-                _unwrap(chunk).set_input_tensor(mine.hidden)
+                unwrap(chunk).set_input_tensor(mine.hidden)
             out = chunk(mine.tokens_1S, mine.positions_1S, mine.cache, mine.select_T)
         self._exchange(running, mine, out)
         ended = []
@@ -282,9 +283,3 @@ class Sampler:
         ended = row.tokens[-1] == self.end
         text = self.tokenizer.decode(row.tokens[: len(row.tokens) - ended], skip_special_tokens=False)
         return Output(row.tokens, text, ended, proposal_logprob=row.proposal_logprob, policy_logprob=row.policy_logprob)
-
-
-def _unwrap(chunk: torch.nn.Module) -> torch.nn.Module:
-    while hasattr(chunk, "module"):
-        chunk = chunk.module
-    return chunk

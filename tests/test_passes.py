@@ -35,10 +35,12 @@ def _count_scoring_passes(*overrides: str) -> int:
 
 
 def test_scoring_passes_of_an_iteration():
-    """The prior and the refreshed policy are scored once each; two pass adds one for each step but the first, whose
-    log q the refresh has just scored, unless the proposal was not rescored by the training kernels."""
-    assert run_ranks(_count_scoring_passes, 1) == [2]
-    assert run_ranks(_count_scoring_passes, 1, ONE_ROW) == [2 + 3]
+    """The prior and the refreshed policy are scored once each, and by one pass while they are the same; two pass adds
+    one for each step but the first, whose log q the refresh has just scored, unless the proposal was not rescored by
+    the training kernels."""
+    assert run_ranks(_count_scoring_passes, 1) == [1]
+    assert run_ranks(_count_scoring_passes, 1, "trainer.max_iterations=2") == [1 + 2]
+    assert run_ranks(_count_scoring_passes, 1, ONE_ROW) == [1 + 3]
     assert run_ranks(_count_scoring_passes, 1, ONE_ROW, "rollout.rescore_proposal=false") == [1 + 4]
 
 

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerFast
 
 from nemo_brain.convert.llama import LlamaExport
-from nemo_brain.convert.sharding import VOCABULARY_TENSORS, global_parameters
+from nemo_brain.convert.sharding import VOCABULARY_TENSORS, global_parameters, unwrap
 
 MAX_SHARD_BYTES = 5 * 10**9  # what one safetensors file holds, and what rank 0 holds in host memory
 _MARK = ".nemo_brain_export"  # only a directory with this file is ever replaced
@@ -96,7 +96,7 @@ def export_model(
     """
     writer = _Writer(export, Path(directory), max_shard_bytes) if dist.get_rank() == 0 else None
     if parallel_state.get_data_parallel_rank() == 0:
-        for name, full in _full_tensors([_unwrap(chunk) for chunk in chunks]):
+        for name, full in _full_tensors([unwrap(chunk) for chunk in chunks]):
             writer.attempt(writer.add, name, full)
     if writer:
         writer.attempt(writer.finish)
@@ -105,12 +105,6 @@ def export_model(
     if outcome[0] is not None:
         kind, message = outcome[0]
         raise kind(message)
-
-
-def _unwrap(chunk: torch.nn.Module) -> GPTModel:
-    while hasattr(chunk, "module"):
-        chunk = chunk.module
-    return chunk
 
 
 def _full_tensors(chunks: Sequence[GPTModel]) -> Iterator[tuple[str, torch.Tensor]]:

@@ -63,6 +63,13 @@ class GlobalParameter:
         return torch.cat(shards, self.partition_dim)
 
 
+def unwrap(chunk: torch.nn.Module) -> GPTModel:
+    """The GPT inside what Megatron's schedules take (DDP, Float16Module)."""
+    while hasattr(chunk, "module"):
+        chunk = chunk.module
+    return chunk
+
+
 def global_parameters(chunk: GPTModel) -> Iterator[GlobalParameter]:
     """Every parameter of an unwrapped chunk: one pipeline stage or virtual stage of any tensor-parallel rank.
 
