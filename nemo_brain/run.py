@@ -340,6 +340,7 @@ def _trainer(config: Config, callbacks: list[pl.Callback]) -> nl.Trainer:
         pipeline_dtype=_dtype(config),
         ddp=_ddp(config),
         ckpt_async_save=False,
+        ckpt_optim_fully_reshardable=True,
         # NeMo's progress bar gathers on rank 0 alone, which the other ranks' collectives do not survive on gloo.
         replace_progress_bar=False,
         timeout=timedelta(minutes=30),

@@ -80,7 +80,8 @@ class Laws(pl.Callback):
         prompts = [Prompt(text, text, [LETTERS.index(letter) for letter in text.split()]) for text in PROMPTS]
         groups = [Group(prompt, list(OUTPUTS)) for prompt in prompts]
         policy_EGN = strategy.policy_logprobs(groups, (1.0,), lambda tokens: None)
-        return strategy.prior_logprobs(groups, lambda tokens: None), policy_EGN[0]
+        with strategy.prior() as logprobs:
+            return logprobs(groups, lambda tokens: None), policy_EGN[0]
 
 
 @dataclass
