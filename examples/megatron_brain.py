@@ -21,11 +21,15 @@ def main() -> None:
 
     from nemo.core.config import hydra_runner
 
+    from nemo_brain.interruption import EXIT_CODE, Interrupted
     from nemo_brain.run import run
 
     def train(cfg) -> None:
         try:
             run(cfg)
+        except Interrupted as reason:
+            print(f"stopped: {reason}; saved. The same command goes on from there.", file=sys.stderr)
+            sys.exit(EXIT_CODE)
         except ValueError as error:
             # Ours name the key or the line and the remedy, and need no traceback. Those of libraries keep theirs.
             *_, last = traceback.walk_tb(error.__traceback__)

@@ -26,6 +26,7 @@ class TrainerConfig:
     fp8: str | None = None
     fp8_recipe: str = "delayed"
     max_iterations: int = MISSING
+    stop_after_minutes: float | None = None
     val_every_iterations: int = 1
     log_every_steps: int = 1
 
@@ -116,6 +117,17 @@ class ValidationConfig:
 
 
 @dataclass
+class CheckpointConfig:
+    resume: str = "auto"
+    every_steps: int | None = None
+    every_minutes: float | None = 30.0
+    at_end: bool = True
+    keep_last: int = 2
+    keep_best: int = 0
+    allow_changes: list[str] = field(default_factory=list)
+
+
+@dataclass
 class LoggerConfig:
     tensorboard: bool = True
     wandb: dict[str, Any] | None = None
@@ -136,6 +148,7 @@ class Config:
     reward: dict[str, Any] | None = None
     data: DataConfig = field(default_factory=DataConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
 
     @property
@@ -225,9 +238,18 @@ def _check_values(config: Config) -> None:
             "data.max_prompt_tokens": config.data.max_prompt_tokens,
             "validation.outputs_per_prompt": config.validation.outputs_per_prompt,
             "validation.max_prompts": config.validation.max_prompts,
+            "checkpoint.every_steps": config.checkpoint.every_steps,
+            "checkpoint.keep_last": config.checkpoint.keep_last,
         },
     )
     _at_least(2, {"rollout.outputs_per_prompt": rollout.outputs_per_prompt})
+    _at_least(0, {"checkpoint.keep_best": config.checkpoint.keep_best})
+    for key, minutes in {
+        "trainer.stop_after_minutes": trainer.stop_after_minutes,
+        "checkpoint.every_minutes": config.checkpoint.every_minutes,
+    }.items():
+        if minutes is not None and not minutes > 0:
+            raise ValueError(f"{key} must be above 0 or null, not {minutes}")
     if trainer.fp8 is not None and not config.bf16:
         raise ValueError("trainer.fp8 needs trainer.precision=bf16-mixed: what is not FP8 is bf16")
     if model.context_parallel_size != 1:

@@ -12,17 +12,19 @@ import dataclasses
 import hashlib
 import resource
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import lightning.pytorch as pl
 import torch
 
+from nemo_brain.checkpoint import groups_from_json, read_json
 from nemo_brain.config import Config
 from nemo_brain.data.order import prompts_of_iteration, visits
 from nemo_brain.data.rollouts import write_rollout
 from nemo_brain.evaluate import evaluate, rollout_metrics
 from nemo_brain.groups import Group, Prompt, Rollout, output_matrix
+from nemo_brain.interruption import Interrupted, Interruption
 from nemo_brain.metrics import MetricsWriter, write_samples
 from nemo_brain.passes import Scores
 from nemo_brain.progress import progress
@@ -30,6 +32,7 @@ from nemo_brain.remote_rollout import RemoteRollout
 from nemo_brain.rewards.protocol import Reward
 from nemo_brain.rollout import RolloutWorker
 from nemo_brain.sampling import SamplingOptions
+from nemo_brain.saving import Checkpointer, restore_random_states
 from nemo_brain.strategy import TrainStep
 
 _VALIDATION = -1  # the "iteration" of validation draws: the same at every validation, so that its noise is shared
@@ -47,6 +50,7 @@ class BRAInLoop(pl.Callback):
         reward: scores outputs.
         remote: samples in place of the policy's own ranks.
         run_dir: where rank 0 writes.
+        checkpointer: writes the run's state when it is due.
     """
 
     def __init__(
@@ -58,6 +62,7 @@ class BRAInLoop(pl.Callback):
         reward: Reward,
         remote: RemoteRollout | None,
         run_dir: Path,
+        checkpointer: Checkpointer,
     ):
         self.config = config
         self.prompts = prompts
@@ -68,6 +73,8 @@ class BRAInLoop(pl.Callback):
         self.reward = reward
         self.remote = remote
         self.run_dir = run_dir
+        self.checkpointer = checkpointer
+        self.interruption = Interruption(config.trainer.stop_after_minutes)
         self.step = 0
         rollout = config.rollout
         self._sampling = SamplingOptions(
@@ -86,21 +93,32 @@ class BRAInLoop(pl.Callback):
         self._start_groups: list[Group] = []
         self._reference_rewards: list[float | None] | None = None
         self._record: dict[str, float] = {}
+        self._rollout: list[Group] = []  # the scored groups of the iteration under way
+        self._score_of_eval: float | None = None
+        self._validated = 0  # iterations before the last validation
         self._current: TrainStep | None = None
 
     # What the trainer calls.
 
     def on_fit_start(self, trainer: pl.Trainer, model: pl.LightningModule) -> None:
-        self.worker = RolloutWorker(self.config, trainer.strategy, self.reward, self.remote)
+        self.worker = RolloutWorker(self.config, trainer.strategy, self.reward, self.remote, self.interruption)
+        self._trainer = trainer
         self.objective = model.objective
         self.writer = None
         if trainer.is_global_zero:
             self.writer = MetricsWriter(self.run_dir, trainer.loggers, self.config.trainer.log_every_steps)
 
+    def on_train_start(self, trainer, model) -> None:
+        self.interruption.listen()
+
     def __iter__(self) -> Iterator[TrainStep]:
-        if self.held_out:
-            self._validate(0)
-        for iteration in range(self.config.trainer.max_iterations):
+        if (path := self._trainer.strategy.resumed_from) is not None:
+            self._restore(path)
+        if self.held_out and not self._start_groups:
+            self._or_save(self._validate, 0)
+        elif self._validation_due():
+            self._or_save(self._validate, self.step // self.config.steps_per_iteration)
+        for iteration in range(self.step // self.config.steps_per_iteration, self.config.trainer.max_iterations):
             yield from self._iteration(iteration)
 
     def on_before_optimizer_step(self, trainer, model, optimizer) -> None:
@@ -131,34 +149,43 @@ class BRAInLoop(pl.Callback):
             },
         )
         self._bar.update(1)
+        done = self.step == self.config.trainer.max_iterations * self.config.steps_per_iteration
         if self.step % self.config.steps_per_iteration == 0:
             self._bars.close()
+            self._rollout = []
             self._write("iteration", {"iteration": step.iteration, **self._record, "peak_memory_gib": _peak_memory()})
-            done = step.iteration + 1
-            last = done == self.config.trainer.max_iterations
-            if self.held_out and (last or done % self.config.trainer.val_every_iterations == 0):
-                self._validate(done, last)
+            if done:
+                self.interruption.ignore()
+            if self._validation_due():
+                self._or_save(self._validate, step.iteration + 1, done)
+        interrupted, due = self.interruption.agreed(also=self.checkpointer.due(self.step))
+        if interrupted or (self.config.checkpoint.at_end if done else due):
+            self._save()
+        if interrupted:
+            raise Interrupted(self.interruption.reason)
 
     # One iteration.
 
     def _iteration(self, iteration: int) -> Iterator[TrainStep]:
-        self._record = {}
-        groups = self._offline_groups(iteration) if self.offline else self._sample(iteration)
-        scores, policy_GN = self._score(groups)
-        out = self.objective(policy_GN, **vars(scores))
-        self._record["groups/zero_gradient"] = int(out.zero_gradient_G.sum())
-        self._record["train_seconds"] = 0.0
-        if self.writer:
-            write_samples(self.run_dir, iteration, groups[:_TRAIN_SAMPLES], "train", out.alpha_GN)
-            if self.config.rollout.save:
-                write_rollout(self.run_dir / "rollouts.jsonl", Rollout(iteration, list(groups)))
+        if not self._rollout:
+            self._record = {}
+            self._rollout = self._or_save(self._offline_groups if self.offline else self._sample, iteration)
+            self._score(iteration, self._rollout)
+        groups = self._rollout
+        scores = Scores.of(groups, keep_truncated=self.config.rollout.truncated == "keep")
+        policy_GN = output_matrix(groups, "policy_logprob")
+        done = self.step % self.config.steps_per_iteration  # of this iteration's steps, before the run was resumed
         with contextlib.ExitStack() as self._bars:
             total = self.config.steps_per_iteration
             self._bar = self._bars.enter_context(progress(total, f"iteration {iteration}: training", "steps"))
+            self._bar.update(done)
             size = self.config.train.global_batch_size
             for epoch in range(self.config.train.epochs_per_iteration):
                 order = _shuffled(len(groups), f"{self.config.seed}/{iteration}/{epoch}")
                 for start in range(0, len(groups), size):
+                    if done:
+                        done -= 1
+                        continue
                     members = order[start : start + size]
                     # The first step after a refresh: the scoring pass has just computed log q.
                     fresh = epoch == 0 and start == 0 and self.config.rollout.rescore_proposal and not self.offline
@@ -190,11 +217,9 @@ class BRAInLoop(pl.Callback):
                 self.worker.score_rewards(unscored)
         return groups
 
-    def _score(self, groups: Sequence[Group]) -> tuple[Scores, torch.Tensor]:
-        """Fills in log p and the policy's log q of every output; the proposal's log q' where it is to be rescored.
-
-        Returns the scores and log q [G, N] at this moment.
-        """
+    def _score(self, iteration: int, groups: Sequence[Group]) -> None:
+        """Fills in log p and the policy's log q of every output, and the proposal's log q' where it is to be rescored;
+        begins the iteration's record and writes its samples."""
         rollout = self.config.rollout
         rescore = rollout.rescore_proposal and not self.offline
         gap = None
@@ -212,7 +237,13 @@ class BRAInLoop(pl.Callback):
                         output.proposal_logprob = output.prior_logprob
         self._record |= rollout_metrics(groups, rollout.outputs_per_prompt, gap)
         scores = Scores.of(groups, keep_truncated=rollout.truncated == "keep")
-        return scores, output_matrix(groups, "policy_logprob")
+        out = self.objective(output_matrix(groups, "policy_logprob"), **vars(scores))
+        self._record["groups/zero_gradient"] = int(out.zero_gradient_G.sum())
+        self._record["train_seconds"] = 0.0
+        if self.writer:
+            write_samples(self.run_dir, iteration, groups[:_TRAIN_SAMPLES], "train", out.alpha_GN)
+            if rollout.save:
+                write_rollout(self.run_dir / "rollouts.jsonl", Rollout(iteration, list(groups)))
 
     def _temperatures(self, groups: Sequence[Group], rescore: bool) -> tuple[float, ...]:
         """Those at which the policy is to be scored: 1 where log q is not known yet, and the proposal's."""
@@ -223,6 +254,13 @@ class BRAInLoop(pl.Callback):
         return () if known and not self.offline else (1.0,)
 
     # Validation.
+
+    def _validation_due(self) -> bool:
+        """Whether the iteration that has just ended is one to validate after, and that is still to be done."""
+        iterations, within = divmod(self.step, self.config.steps_per_iteration)
+        every = iterations % self.config.trainer.val_every_iterations == 0
+        last = iterations == self.config.trainer.max_iterations
+        return bool(self.held_out) and not within and iterations > self._validated and (every or last)
 
     def _validate(self, iteration: int, last: bool = False) -> None:
         """Samples for the held-out prompts, compares with the start model, and records it.
@@ -235,10 +273,39 @@ class BRAInLoop(pl.Callback):
             self._start_groups = groups
             self._reference_rewards = self.worker.reference_rewards(self.held_out)
         result = evaluate(self._start_groups, groups, self._reference_rewards)
+        self._score_of_eval, self._validated = result.reward.mean, iteration
         self._write("eval", {"iteration": iteration, **result.as_metrics()})
         if self.writer:
             kind = "start" if iteration == 0 else "final" if last else "validation"
             write_samples(self.run_dir, iteration, groups, kind)
+
+    # Saving and going on.
+
+    def _save(self) -> None:
+        state = {
+            "step": self.step,
+            "record": self._record,
+            "score": self._score_of_eval,
+            "validated": self._validated,
+            "reference_rewards": self._reference_rewards,
+        }
+        self.checkpointer.save(self._trainer, state, {"rollout": self._rollout, "start": self._start_groups})
+
+    def _restore(self, path: Path) -> None:
+        state, groups = read_json(path / "run.json"), read_json(path / "groups.json")
+        self.step = state["step"]
+        self._record, self._score_of_eval, self._validated = state["record"], state["score"], state["validated"]
+        self._reference_rewards = state["reference_rewards"]
+        self._rollout, self._start_groups = (groups_from_json(groups[name]) for name in ("rollout", "start"))
+        restore_random_states(path)
+
+    def _or_save(self, work: Callable, *args):
+        """``work``, which samples; where the run is asked to end meanwhile, it is saved as it was before."""
+        try:
+            return work(*args)
+        except Interrupted:
+            self._save()
+            raise
 
     # Helpers.
 

@@ -28,6 +28,7 @@ RUN_FILES = (
     "rollouts",
     "report.html",
     "checkpoints",
+    "status.json",
     "tensorboard",
     "wandb",
 )

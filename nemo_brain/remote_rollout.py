@@ -75,6 +75,7 @@ class RemoteRollout:
         seed: int,
         iteration: int,
         on_outputs: Callable[[int], None],
+        stop: Callable[[], bool],
     ) -> Iterator[tuple[int, Group]]:
         """As ``Sampler.sample``, with ``prior_logprob`` filled in too.
 
@@ -95,7 +96,7 @@ class RemoteRollout:
                 if members.size() > 1:
                     dist.broadcast_object_list(message, dist.get_process_group_ranks(members)[0], group=members)
                 (block,) = message
-                if block is None:
+                if block is None or stop():
                     return
                 if isinstance(block, ValueError):
                     raise block

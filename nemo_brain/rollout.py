@@ -17,6 +17,7 @@ from megatron.core import parallel_state
 
 from nemo_brain.config import Config
 from nemo_brain.groups import Group, Prompt, chunk_tokens
+from nemo_brain.interruption import Interrupted, Interruption
 from nemo_brain.progress import progress
 from nemo_brain.remote_rollout import RemoteRollout
 from nemo_brain.rewards.protocol import Reward, compute_rewards, score_groups
@@ -31,14 +32,22 @@ _REWARD_BATCH = 64
 class RolloutWorker:
     """This rank's part in making groups. All ranks call its methods in the same order with the same arguments.
 
-    ``remote`` samples in place of the policy's own ranks, if it is given.
+    ``remote`` samples in place of the policy's own ranks, if it is given; ``interruption`` may end sampling early.
     """
 
-    def __init__(self, config: Config, strategy: BRAInStrategy, reward: Reward, remote: RemoteRollout | None):
+    def __init__(
+        self,
+        config: Config,
+        strategy: BRAInStrategy,
+        reward: Reward,
+        remote: RemoteRollout | None,
+        interruption: Interruption,
+    ):
         self.config = config
         self.strategy = strategy
         self.reward = reward
         self.remote = remote
+        self.interruption = interruption
         self._members = parallel_state.get_model_parallel_group()
         self._replicas = parallel_state.get_data_parallel_group()
         self._first = self._members.rank() == 0
@@ -50,6 +59,7 @@ class RolloutWorker:
 
         Raises:
             ValueError: the reward or the inference server failed; on every rank.
+            Interrupted: the run was asked to end; on every rank.
         """
         if self.remote is not None:
             self.remote.refresh(self.strategy, step, options)
@@ -68,6 +78,9 @@ class RolloutWorker:
             except ValueError as error:
                 failure = error  # on all ranks of this replica: those of the others are told below
 
+            if any(self._gather(failure is None and len(groups) < len(share))):
+                raise Interrupted(self.interruption.reason)
+
             def finish() -> None:
                 if failure is not None:
                     raise failure
@@ -79,10 +92,13 @@ class RolloutWorker:
         return [shares[i % ranks][i // ranks] for i in range(len(prompts))]
 
     def _sampled(self, share, options: SamplingOptions, iteration: int, on_outputs) -> Iterator[tuple[int, Group]]:
-        arguments = (share, options, self.config.seed, iteration, on_outputs)
+        arguments = (share, options, self.config.seed, iteration, on_outputs, self._stop)
         if self.remote is None:
             return self.strategy.sample(*arguments)
         return self.remote.sample(self.strategy, *arguments)
+
+    def _stop(self) -> bool:
+        return self.interruption.agreed(self._members)[0]
 
     def score_rewards(self, groups: Sequence[Group]) -> None:
         """Sets the rewards of groups that every rank of a replica has; ValueError as in ``sample``."""

@@ -35,6 +35,7 @@ from nemo_brain.data.prompts import load_prompts, split_holdout
 from nemo_brain.data.rollouts import read_rollouts
 from nemo_brain.data.tokenizers import byte_tokenizer, load_tokenizer
 from nemo_brain.gpt import HAVE_TRANSFORMER_ENGINE, PackedGPTConfig
+from nemo_brain.interruption import Interrupted
 from nemo_brain.loop import BRAInLoop
 from nemo_brain.metrics import prepare_run_dir, read_metrics
 from nemo_brain.model import BRAInGPTModel
@@ -42,7 +43,9 @@ from nemo_brain.objectives import OBJECTIVES, Objective, make_objective
 from nemo_brain.progress import summary_lines
 from nemo_brain.remote_rollout import RemoteRollout
 from nemo_brain.report import write_report
+from nemo_brain.resume import candidates, check_configuration, write_status
 from nemo_brain.rewards.build import make_reward
+from nemo_brain.saving import Checkpointer
 from nemo_brain.strategy import BRAInStrategy
 
 
@@ -55,6 +58,7 @@ def run(cfg: DictConfig, callbacks: list[pl.Callback] | None = None) -> BRAInGPT
 
     Raises:
         ValueError: on every rank, for what is wrong with the configuration, the data or the weights.
+        Interrupted: on every rank, when the run was asked to end early; it has been saved.
     """
     _quiet()
     config = check(cfg)
@@ -71,13 +75,31 @@ def run(cfg: DictConfig, callbacks: list[pl.Callback] | None = None) -> BRAInGPT
     prompts, offline, held_out = _data(config, weights.tokenizer)
     rank_zero = int(os.environ.get("RANK", 0)) == 0
     run_dir = Path(config.run_dir)
+    configuration = dataclasses.asdict(config)
+    earlier = candidates(config)
+    changes = check_configuration(config, earlier[0], configuration) if earlier else []
     if rank_zero:
-        prepare_run_dir(run_dir)
+        prepare_run_dir(run_dir, resume=bool(earlier) and earlier[0].parent.parent == run_dir)
+        if earlier:
+            print("\n  ".join([f"resuming from {earlier[0]}", *changes]))
         (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True), encoding="utf-8")
-    loop = BRAInLoop(config, prompts, offline, held_out, reward, remote, run_dir)
+    checkpointer = Checkpointer(config.checkpoint, run_dir / "checkpoints", configuration)
+    loop = BRAInLoop(config, prompts, offline, held_out, reward, remote, run_dir, checkpointer)
     model = BRAInGPTModel(gpt, weights, objective, optim=optim, tokenizer=weights.tokenizer)
     trainer = _trainer(config, [loop, *callbacks])
-    trainer.fit(model, train_dataloaders=loop)
+    trainer.strategy.resume_candidates = earlier
+    if rank_zero:
+        write_status(run_dir, "running", loop.step)
+    state = "failed"
+    try:
+        trainer.fit(model, train_dataloaders=loop, ckpt_path=str(earlier[0]) if earlier else None)
+        state = "finished"
+    except Interrupted:
+        state = "interrupted"
+        raise
+    finally:
+        if rank_zero:
+            write_status(run_dir, state, loop.step)
     if rank_zero:
         report = write_report(run_dir)
         print("\n".join(summary_lines(read_metrics(run_dir / "metrics.jsonl"), report)))

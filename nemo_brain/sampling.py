@@ -27,6 +27,8 @@ from nemo_brain.groups import Group, Output, Prompt
 from nemo_brain.kv_cache import KVCache, vacate
 from nemo_brain.logprobs import vocab_parallel_logprobs
 
+_STOP_TICKS = 16  # between two questions whether to stop
+
 
 @dataclass(frozen=True)
 class SamplingOptions:
@@ -146,6 +148,7 @@ class Sampler:
         seed: int,
         iteration: int,
         on_outputs: Callable[[int], None] = lambda count: None,
+        stop: Callable[[], bool] = lambda: False,
     ) -> Iterator[tuple[int, Group]]:
         """n outputs for each prompt, with ``proposal_logprob`` and ``policy_logprob`` filled in.
 
@@ -154,6 +157,8 @@ class Sampler:
 
         Args:
             on_outputs: is told how many outputs have ended since its last call.
+            stop: asked now and then, on all ranks at the same point; where it says so, sampling ends there, with groups
+                missing.
 
         Yields:
             The place of a prompt in ``prompts`` and its group, as soon as the group's last output has ended.
@@ -163,8 +168,10 @@ class Sampler:
             chunk.eval()
         try:
             waiting = deque(_Group(index, prompt) for index, prompt in enumerate(prompts))
-            for ended in self._ticks(waiting, seed, iteration):
+            for tick, ended in enumerate(self._ticks(waiting, seed, iteration)):
                 on_outputs(len(ended))
+                if tick % _STOP_TICKS == 0 and stop():
+                    return
                 for row in ended:
                     outputs = row.group.outputs
                     outputs[row.output] = self._output(row)

@@ -6,16 +6,22 @@ import contextlib
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from megatron.core import parallel_state, tensor_parallel
+from megatron.core.dist_checkpointing.strategies.base import SaveShardedStrategy
+from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 from nemo.lightning import MegatronStrategy
 
+from nemo_brain.checkpoint import read_json
 from nemo_brain.convert.weights import load_weights
 from nemo_brain.groups import Group, Prompt
 from nemo_brain.passes import GroupPasses, Scores, StepResult
 from nemo_brain.prior import OffloadedPrior, ResidentPrior
 from nemo_brain.sampling import Sampler, SamplingOptions
+from nemo_brain.saving import fingerprint, first_intact
+from nemo_brain.torch_dist import InProcessSave, loading, loading_optimizers
 
 
 @dataclass
@@ -46,6 +52,8 @@ class BRAInStrategy(MegatronStrategy):
         self._micro_batch_tokens = micro_batch_tokens
         self._prior_placement = prior_placement
         self._seed = seed
+        self.resume_candidates: Sequence[Path] = ()
+        self.resumed_from: Path | None = None
 
     def setup_distributed(self) -> None:
         """NeMo's, and Megatron's random-number tracker where NeMo leaves it unseeded: on a machine without a GPU."""
@@ -65,6 +73,32 @@ class BRAInStrategy(MegatronStrategy):
             self._prior = OffloadedPrior(self.chunks)
         else:
             self._prior = ResidentPrior(self._prior_chunks(model))
+        self.prior_fingerprint = fingerprint(self.chunks, model.config.vocab_size)
+        save: SaveShardedStrategy = InProcessSave()
+        replicas = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        if replicas.size() > 1:  # each writes its share of what all of them hold
+            save = FullyParallelSaveStrategyWrapper(save, replicas)
+        self.unwrapped_checkpoint_io._save_sharded_strategy = save
+
+    def load_checkpoint(self, checkpoint_path, selective_restore: bool = False) -> dict:
+        """NeMo's, of the first of ``resume_candidates`` that is intact; ``resumed_from`` names it.
+
+        Raises:
+            ValueError: on every rank, when there is none, or when it belongs to another prior.
+        """
+        path = self.resumed_from = first_intact(self.resume_candidates)
+        if read_json(path / "run.json")["prior"] != self.prior_fingerprint:
+            raise ValueError(
+                f"checkpoint.resume: {path} was written with another start model, which is the prior: set "
+                "model.restore_from (or model.gpt and seed) to what it was, or start anew with checkpoint.resume=never"
+            )
+        with loading(self.optimizers):
+            return super().load_checkpoint(path, selective_restore)
+
+    def load_optimizer_state_dict(self, checkpoint, selective_restore: bool = False) -> None:
+        """NeMo's."""
+        with loading_optimizers(self.optimizers):
+            super().load_optimizer_state_dict(checkpoint, selective_restore)
 
     def _prior_chunks(self, model) -> list[torch.nn.Module]:
         config = copy.copy(model.config)
@@ -124,9 +158,10 @@ class BRAInStrategy(MegatronStrategy):
         seed: int,
         iteration: int,
         on_outputs: Callable[[int], None],
+        stop: Callable[[], bool],
     ) -> Iterator[tuple[int, Group]]:
         """Groups sampled from the policy as it stands, by this rank's model-parallel group: see ``Sampler.sample``."""
         self.settle()
         model = self.lightning_module
         sampler = Sampler(self.chunks, model.config, model.tokenizer, options)
-        return sampler.sample(prompts, seed, iteration, on_outputs)
+        return sampler.sample(prompts, seed, iteration, on_outputs, stop)

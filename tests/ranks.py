@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import pickle
+import signal
 import socket
 import sys
 import tempfile
+import threading
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -18,34 +21,72 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def run_ranks(function: Callable, world_size: int, *args, **kwargs) -> list:
-    """Calls ``function(*args, **kwargs)`` on ``world_size`` ranks (RANK, WORLD_SIZE ... are set as torchrun does).
+class Ranks:
+    """``function(*args, **kwargs)`` on ``world_size`` ranks that have been started (RANK ... are set as torchrun does).
 
-    Returns what each rank returned, in order. The first rank that raised fails the test with its traceback; the others
-    are killed then, as torchrun would.
+    The first rank that ends badly ends the others too, as torchrun would.
     """
-    port = free_port()
-    with tempfile.TemporaryDirectory() as scratch:
-        pids = {}
+
+    def __init__(self, function: Callable, world_size: int, *args, **kwargs):
+        self._scratch = tempfile.TemporaryDirectory()
+        self._world_size = world_size
+        self._killer: threading.Timer | None = None
+        self._killed = False
+        self._lock = threading.Lock()
+        port = free_port()
+        self._pids = {}
         sys.stdout.flush()
         sys.stderr.flush()
         for rank in range(world_size):
             pid = os.fork()
             if pid == 0:
-                _child(function, rank, world_size, port, Path(scratch), args, kwargs)
-            pids[pid] = rank
+                _child(function, rank, world_size, port, Path(self._scratch.name), args, kwargs)
+            self._pids[pid] = rank
+
+    def kill_after(self, seconds: float, ranks: list[int]) -> None:
+        """SIGKILL for these ranks after a while, if they still run."""
+
+        def kill() -> None:
+            with self._lock:
+                for pid, rank in self._pids.items():
+                    if rank in ranks:
+                        self._killed = True
+                        os.kill(pid, signal.SIGKILL)
+
+        self._killer = threading.Timer(seconds, kill)
+        self._killer.start()
+
+    def wait(self) -> list | str:
+        """What each rank returned, in order, or ``killed``; AssertionError with the first traceback."""
         failed = None
-        while pids:
-            pid, status = os.wait()
-            rank = pids.pop(pid, None)
-            if rank is not None and status != 0 and failed is None:
-                failed = rank
-                for other in pids:
-                    os.kill(other, 9)
-        if failed is not None:
+        while self._pids:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+            if pid == 0:
+                time.sleep(0.01)
+                continue
+            with self._lock:
+                rank = self._pids.pop(pid, None)
+                if rank is not None and status != 0 and failed is None:
+                    failed = rank
+                    for other in self._pids:
+                        os.kill(other, signal.SIGKILL)
+        if self._killer is not None:
+            self._killer.cancel()
+        with self._scratch as scratch:
+            if failed is None:
+                return [pickle.loads(Path(scratch, f"{rank}.result").read_bytes()) for rank in range(self._world_size)]
             error = Path(scratch, f"{failed}.error")
+            if self._killed:
+                return "killed"
             raise AssertionError(f"rank {failed} failed:\n{error.read_text() if error.exists() else 'killed'}")
-        return [pickle.loads(Path(scratch, f"{rank}.result").read_bytes()) for rank in range(world_size)]
+
+
+def run_ranks(function: Callable, world_size: int, *args, **kwargs) -> list:
+    """Calls ``function(*args, **kwargs)`` on ``world_size`` ranks and returns what each returned, in order.
+
+    The first rank that raised fails the test with its traceback; the others are killed then.
+    """
+    return Ranks(function, world_size, *args, **kwargs).wait()
 
 
 def _child(function, rank, world_size, port, scratch, args, kwargs) -> None:

@@ -125,8 +125,16 @@ def test_tensorboard_has_the_same_numbers(twice):
 
 def test_an_earlier_run_moves_aside_and_a_run_repeats_itself_bit_for_bit(twice, tmp_path):
     earlier = twice / "previous" / "1"
-    names = {"config.yaml", "metrics.jsonl", "samples.jsonl", "report.html", "tensorboard"}
-    assert {path.name for path in earlier.iterdir()} == names
+    names = {
+        "config.yaml",
+        "metrics.jsonl",
+        "samples.jsonl",
+        "report.html",
+        "tensorboard",
+        "checkpoints",
+        "status.json",
+    }
+    assert {path.name for path in earlier.iterdir()} == names | {"status.json"}
     assert without_timings(earlier) == without_timings(twice)
     assert (earlier / "samples.jsonl").read_bytes() == (twice / "samples.jsonl").read_bytes()
     train(tmp_path, "seed=1")

@@ -1,0 +1,71 @@
+"""When a run is asked to end early: signals, and a limit of wall-clock time.
+
+SIGTERM (shutdown, ``scancel``, preemption) and SIGUSR1 (``sbatch --signal=USR1@120``) are remembered, never acted upon
+where they arrive: the ranks agree at points where all of them are, save, and leave with ``EXIT_CODE``.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+
+import torch
+import torch.distributed as dist
+
+# sysexits.h's EX_TEMPFAIL: try again later. Whoever requeues jobs tests for it.
+EXIT_CODE = 75
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+class Interrupted(Exception):
+    """The run ends early, all its ranks at the same point; ``str`` says why."""
+
+
+class Interruption:
+    """Whether the run shall end early.
+
+    Args:
+        limit_minutes: of wall-clock time from now on; None: no limit.
+    """
+
+    def __init__(self, limit_minutes: float | None = None):
+        self._reason: str | None = None
+        self._deadline = None if limit_minutes is None else time.monotonic() + 60 * limit_minutes
+        self._limit_minutes = limit_minutes
+        self._ignored = False
+
+    def listen(self) -> None:
+        """Takes the signals from now on. After Lightning has installed its own handlers; in the main thread."""
+        for number in _SIGNALS:
+            signal.signal(number, self._received)
+
+    def ignore(self) -> None:
+        """From now on nothing ends the run early: what is left is short, and cannot be gone on with."""
+        self._ignored = True
+
+    def _received(self, number: int, frame) -> None:
+        self._reason = f"signal {signal.Signals(number).name}"
+
+    def agreed(self, group: dist.ProcessGroup | None = None, also: bool = False) -> tuple[bool, bool]:
+        """Whether any rank of the group (None: of the run) was asked to end, and whether ``also`` is true on any.
+
+        A collective of the group.
+        """
+        wanted = self._wanted()
+        group = dist.group.WORLD if group is None else group
+        if group.size() == 1:
+            return wanted, also
+        device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else "cpu"
+        flags = torch.tensor([wanted, also], dtype=torch.int32, device=device)
+        dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=group)
+        wanted, also = flags.tolist()
+        return bool(wanted), bool(also)
+
+    @property
+    def reason(self) -> str:
+        return self._reason or "another rank was asked to end"
+
+    def _wanted(self) -> bool:
+        if self._reason is None and self._deadline is not None and time.monotonic() >= self._deadline:
+            self._reason = f"trainer.stop_after_minutes={self._limit_minutes:g}"
+        return self._reason is not None and not self._ignored

@@ -1,0 +1,109 @@
+"""Megatron's distributed checkpoints without helper processes, and loadable where Adam is torch's own."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from megatron.core.dist_checkpointing.strategies.torch import (
+    MCoreSavePlanner,
+    TorchDistSaveShardedStrategy,
+    _replace_state_dict_keys_with_sharded_keys,
+    mcore_to_pyt_state_dict,
+)
+from megatron.core.optimizer.distrib_optimizer import HAVE_APEX_OR_TE, DistributedOptimizer
+from nemo.lightning.io import pl as nemo_io
+from torch.distributed import checkpoint as torch_checkpoint
+
+
+class InProcessSave(TorchDistSaveShardedStrategy):
+    """Megatron's torch_dist format, written by each rank itself.
+
+    Megatron's own synchronous save starts a server and writers for every rank, which outlive a rank that is killed.
+    """
+
+    def __init__(self):
+        super().__init__("torch_dist", 1)
+
+    def save(self, sharded_state_dict, checkpoint_dir) -> None:
+        sharded_state_dict, _, _ = _replace_state_dict_keys_with_sharded_keys(
+            sharded_state_dict, self.keep_only_main_replica
+        )
+        torch_checkpoint.save(
+            mcore_to_pyt_state_dict(sharded_state_dict, False),
+            storage_writer=torch_checkpoint.FileSystemWriter(str(checkpoint_dir)),
+            planner=MCoreSavePlanner(
+                dedup_replicated_tensors=not self.keep_only_main_replica, flatten_state_dict=False
+            ),
+        )
+
+
+@contextlib.contextmanager
+def loading(optimizers) -> Iterator[None]:
+    """Around NeMo's loading of weights.
+
+    Without CUDA, NeMo's move of what it has loaded to "the" CUDA device is left out. Without Apex and Transformer
+    Engine, Megatron's distributed optimizer asks torch's Adam for a step count before there is one: every optimizer
+    makes a step of length zero first, whose states are then overwritten.
+    """
+    if not HAVE_APEX_OR_TE:
+        for inner in _inner(optimizers):
+            _allocate(inner.optimizer)
+    fix_device = nemo_io._fix_tensors_device
+    if not torch.cuda.is_available():
+        nemo_io._fix_tensors_device = lambda checkpoint: checkpoint
+    try:
+        yield
+    finally:
+        nemo_io._fix_tensors_device = fix_device
+
+
+@contextlib.contextmanager
+def loading_optimizers(optimizers) -> Iterator[None]:
+    """Around NeMo's loading of optimizer states.
+
+    Without Apex and Transformer Engine, Megatron's distributed optimizer looks for torch Adam's step count among the
+    tensors that it has gathered, and gives all parameters one and the same tensor to count in.
+    """
+    if HAVE_APEX_OR_TE:
+        yield
+        return
+    distributed = [inner for inner in _inner(optimizers) if isinstance(inner, DistributedOptimizer)]
+    for inner in distributed:
+        inner._set_main_param_and_optimizer_states = _with_step(inner)
+    yield
+    for inner in distributed:
+        del inner._set_main_param_and_optimizer_states
+        for state in inner.optimizer.state.values():
+            state["step"] = state["step"].clone()
+
+
+def _inner(optimizers) -> Iterator:
+    for optimizer in optimizers:
+        yield from optimizer.mcore_optimizer.chained_optimizers
+
+
+def _allocate(optimizer: torch.optim.Optimizer) -> None:
+    if optimizer.state or not isinstance(optimizer, torch.optim.AdamW):
+        return
+    saved = [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group["lr"] = group["weight_decay"] = 0.0
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad()
+    for group, (lr, weight_decay) in zip(optimizer.param_groups, saved, strict=True):
+        group["lr"], group["weight_decay"] = lr, weight_decay
+
+
+def _with_step(inner: DistributedOptimizer):
+    original = inner._set_main_param_and_optimizer_states
+
+    def load(model_param, tensors) -> None:
+        group, order = inner.model_param_group_index_map[model_param]
+        state = inner.optimizer.state[inner.optimizer.param_groups[group]["params"][order]]
+        original(model_param, {**tensors, "step": state["step"]})
+
+    return load

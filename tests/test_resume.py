@@ -1,0 +1,168 @@
+"""A run that was interrupted, killed or stopped anywhere and goes on is the run that was not.
+
+Runs are forks of the test process (tests/ranks.py), so that each costs seconds; what kills them is SIGKILL.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import os
+import random
+import shutil
+import signal
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+from ranks import Ranks, run_ranks
+from toy_runs import toy_config
+
+from nemo_brain import checkpoint
+from nemo_brain.interruption import Interrupted
+from nemo_brain.metrics import read_metrics
+from nemo_brain.resume import read_status
+from nemo_brain.run import run
+
+RUN = (
+    "trainer.max_iterations=3",
+    "trainer.val_every_iterations=2",
+    "rollout.prompts_per_iteration=8",
+    "rollout.outputs_per_prompt=4",
+    "train.global_batch_size=4",
+    "train.epochs_per_iteration=2",
+    "data.holdout=4",
+    "rollout.save=true",
+    "optim.adam_eps=1e-3",  # as in test_parity: rounding of tiny gradients stays tiny in other layouts
+    "optim.sched={name: WarmupPolicy, warmup_steps: 3, min_lr: 1e-3}",
+)
+STEPS = 12
+TIMES = ("_seconds", "tokens_per_second", "peak_memory_gib")
+TP2 = "model.tensor_model_parallel_size=2"
+PP2 = "model.pipeline_model_parallel_size=2"
+DISTRIBUTED = "optim.use_distributed_optimizer=true"
+
+
+def train(run_dir: str, *overrides: str, stop_after: int | None = None) -> str:
+    """One rank of a run; ``stop_after``: SIGTERM comes in the middle of that step. Returns how it ended."""
+    logging.disable(logging.WARNING)
+    if stop_after is not None:
+        _signal_in_step(stop_after)
+    try:
+        run(toy_config(f"run_dir={run_dir}", *RUN, *overrides))
+    except Interrupted as reason:
+        return str(reason)
+    return "finished"
+
+
+def _signal_in_step(step: int) -> None:
+    from nemo_brain.passes import GroupPasses
+
+    original, calls = GroupPasses.train, []
+
+    def counted(self, *args, **kwargs):
+        calls.append(1)
+        if len(calls) == step and int(os.environ["RANK"]) == 0:
+            os.kill(os.getpid(), signal.SIGTERM)  # one rank is told; all of them stop
+        return original(self, *args, **kwargs)
+
+    GroupPasses.train = counted
+
+
+def records(run_dir: Path) -> list[dict]:
+    """The metrics without times, in their order."""
+    return [
+        {name: value for name, value in record.items() if not name.endswith(TIMES)}
+        for record in sorted(read_metrics(run_dir / "metrics.jsonl"), key=lambda r: (r["step"], r["kind"]))
+    ]
+
+
+@functools.cache
+def undisturbed(*overrides: str, ranks: int = 1) -> tuple[list[dict], str]:
+    with tempfile.TemporaryDirectory() as scratch:
+        assert run_ranks(train, ranks, f"{scratch}/run", "checkpoint.at_end=false", *overrides) == ["finished"] * ranks
+        return records(Path(scratch, "run")), last_samples(Path(scratch, "run"))
+
+
+def last_samples(run_dir: Path) -> str:
+    """The held-out outputs at the end, as they were written."""
+    lines = (run_dir / "samples.jsonl").read_text().splitlines()
+    return "\n".join(line for line in lines if json.loads(line)["kind"] == "final")
+
+
+def compare(run_dir: Path, expected: list[dict], tolerance: float) -> None:
+    found = records(run_dir)
+    assert [(r["kind"], r["step"]) for r in found] == [(r["kind"], r["step"]) for r in expected]
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.keys() == theirs.keys()
+        for name in theirs.keys() - ({"tokens", "proposal_gap"} if tolerance else set()):
+            if tolerance and isinstance(theirs[name], float):
+                absolute = 2e-5 if "kl_to_prior" in name else 1e-7  # as in test_parity
+                assert ours[name] == pytest.approx(theirs[name], rel=tolerance, abs=absolute), (theirs["step"], name)
+            else:
+                assert ours[name] == theirs[name], (theirs["step"], name)
+
+
+SAME = [(1, []), (2, [TP2]), (2, [PP2]), (2, [DISTRIBUTED])]
+
+
+@pytest.mark.parametrize(("ranks", "overrides"), SAME, ids=["one process", "TP2", "PP2", "DP2 distributed optimizer"])
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path, ranks, overrides):
+    """Told to stop in the middle of iterations and at the end of one; every number of the rest is the same."""
+    expected, samples = undisturbed(*overrides, ranks=ranks)
+    for stop in (3, 1, 4):  # after steps 3, 4 (an iteration's last) and 8
+        ends = run_ranks(train, ranks, str(tmp_path / "run"), *overrides, stop_after=stop)
+        assert "signal SIGTERM" in ends[0] and "finished" not in ends
+        assert read_status(tmp_path / "run")["state"] == "interrupted"
+    assert run_ranks(train, ranks, str(tmp_path / "run"), *overrides) == ["finished"] * ranks
+    compare(tmp_path / "run", expected, tolerance=0)
+    assert last_samples(tmp_path / "run") == samples
+    assert not list(tmp_path.glob("run/previous/*"))
+
+
+OTHER = {
+    "one process to TP2": (1, [], 2, [TP2]),
+    "TP2 to PP2 with 2 virtual stages": (2, [TP2], 2, [PP2, "model.virtual_pipeline_model_parallel_size=2"]),
+    "PP2 to one process, prior offloaded": (2, [PP2], 1, ["prior.placement=offload"]),
+    "DP2 to one process, both with the distributed optimizer": (2, [DISTRIBUTED], 1, [DISTRIBUTED]),
+    "one process to TP2 x PP2, two pass": (1, [], 4, [TP2, PP2, "train.micro_batch_tokens=1"]),
+    "TP2 x DP2 to DP2, distributed optimizer": (4, [TP2, DISTRIBUTED], 2, [DISTRIBUTED]),
+}
+
+
+@pytest.mark.parametrize("name", OTHER)
+def test_a_run_goes_on_in_another_layout(tmp_path, name):
+    """In the middle of an iteration. fp32, sums in another order."""
+    ranks, overrides, other_ranks, other_overrides = OTHER[name]
+    run_ranks(train, ranks, str(tmp_path / "run"), *overrides, stop_after=7)
+    run_ranks(train, other_ranks, str(tmp_path / "run"), *other_overrides)
+    compare(tmp_path / "run", undisturbed()[0], tolerance=1e-5)
+
+
+@pytest.mark.parametrize(("ranks", "overrides", "points"), [(1, [], 14), (2, [PP2], 8)], ids=["one process", "PP2"])
+def test_kill_9_anywhere_costs_at_most_the_work_since_the_last_checkpoint(tmp_path, ranks, overrides, points):
+    """SIGKILL for one rank or all, at random moments of sampling, scoring, training and saving."""
+    expected, samples = undisturbed(*overrides, ranks=ranks)
+    seed = int(os.environ.get("KILL_SEED", time.time_ns() % 10**6))
+    print(f"KILL_SEED={seed}")
+    draw = random.Random(seed)
+    run_dir = tmp_path / "run"
+    options = (str(run_dir), "checkpoint.every_steps=1", *overrides)
+    kills = 0
+    while kills < points:
+        running = Ranks(train, ranks, *options)
+        running.kill_after(draw.uniform(0.2, 2.5), draw.choice([[0], list(range(ranks))]))
+        kills += running.wait() == "killed"
+        for found in checkpoint.complete(run_dir / "checkpoints"):
+            assert checkpoint.damage(found, 0, 1) is None, "what is visible is complete"
+        if (run_dir / "status.json").exists() and json.loads((run_dir / "status.json").read_text())[
+            "state"
+        ] == "finished":
+            compare(run_dir, expected, tolerance=0)
+            shutil.rmtree(run_dir)
+    assert run_ranks(train, ranks, *options) == ["finished"] * ranks
+    compare(run_dir, expected, tolerance=0)
+    assert last_samples(run_dir) == samples
+    assert not [path for path in (run_dir / "checkpoints").iterdir() if path.name.startswith(".")]
