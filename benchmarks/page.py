@@ -1,0 +1,111 @@
+"""docs/benchmarks.md from the results: figures with their spread, targets, and what was found where one is missed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+_HEAD = """# Benchmarks
+
+Written by `python benchmarks/run.py`, which [benchmarks/README.md](../benchmarks/README.md) explains; the numbers are in
+`benchmarks/results/`. Cases of one table ran interleaved (A B A B ...) in one process with one thread unless the text says
+otherwise. Times are medians, in parentheses the quartiles and the number of repeats. A ratio is that of the medians, in
+parentheses the quartiles of the rounds' own ratios.
+"""
+_FINDINGS = Path(__file__).resolve().parent / "findings"
+_ORDER = ("step", "layouts", "trl", "logprobs", "sampling", "guards", "scaling", "calculated")
+
+
+def write_page(results: Path, page: Path) -> None:
+    """Rewrites ``page`` from the JSON files in ``results``; tables that were never measured are left out."""
+    found = {name: _read(results / f"{name}.json") for name in _ORDER if (results / f"{name}.json").exists()}
+    lines = [_HEAD]
+    targets = [(name, target) for name, result in found.items() for target in result.get("targets", [])]
+    if targets:
+        lines += ["## Targets\n", *_target_table(targets), ""]
+    for name, result in found.items():
+        lines += _section(name, result, results)
+    page.parent.mkdir(parents=True, exist_ok=True)
+    page.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
+
+
+def met(target: dict) -> bool:
+    """Whether the median keeps the target."""
+    value = target["value"]["median"] if isinstance(target["value"], dict) else target["value"]
+    return value <= target["at_most"] if "at_most" in target else value >= target["at_least"]
+
+
+def _target_table(targets: list[tuple[str, dict]]) -> list[str]:
+    rows = []
+    for name, target in targets:
+        unit = target.get("unit", "ratio")
+        bound = f"at most {_format(target['at_most'], unit)}" if "at_most" in target else ""
+        bound = bound or f"at least {_format(target['at_least'], unit)}"
+        rows.append([name, target["what"], _format(target["value"], unit), bound, "yes" if met(target) else "**no**"])
+    return _table(["table", "figure", "measured", "target", "met"], rows)
+
+
+def _section(name: str, result: dict, results: Path) -> list[str]:
+    lines = [f"## {result['title']}\n"]
+    facts = result["facts"]
+    versions = ", ".join(f"{package} {version}" for package, version in facts["versions"].items())
+    command = f"python benchmarks/run.py {name}" + (" --smoke" if result["smoke"] else "")
+    lines.append(
+        f"`{command}`: {facts['date']}, {facts['cpu']}, {facts['memory_gib']} GiB, {facts['threads']} thread, "
+        f"load {facts['load_average']} before; Python {facts['python']}, {versions}; commit {facts['commit']}; "
+        f"{result['measured_in_seconds']} s.\n"
+    )
+    if result["smoke"]:
+        lines.append("**A smoke run: toy sizes, no meaning.**\n")
+    lines += [f"{paragraph}\n" for paragraph in result["method"]]
+    for part in result["parts"]:
+        if part.get("title"):
+            lines.append(f"### {part['title']}\n")
+        lines += [f"{paragraph}\n" for paragraph in part.get("text", [])]
+        rows = [[_format(row.get(key), unit) for key, _, unit in part["columns"]] for row in part["rows"]]
+        lines += [*_table([label for _, label, _ in part["columns"]], rows), ""]
+    findings = _FINDINGS / f"{name}.md"
+    if findings.exists() and not result["smoke"]:
+        lines += ["### Where the time goes, and what would change it\n", findings.read_text(encoding="utf-8")]
+    profile = results / f"{name}.profile.json"
+    if profile.exists():
+        lines += _profiles(name, _read(profile))
+    return lines
+
+
+def _profiles(name: str, profiled: dict) -> list[str]:
+    lines = [f"### Profile\n\n`python benchmarks/run.py {name} --profile`, {profiled['facts']['date']}; self time.\n"]
+    for profile in profiled["profiles"]:
+        rows = [
+            [f"`{item['operation']}`", f"{item['share']:.1%}", f"{item['milliseconds']:.1f}", str(item["calls"])]
+            for item in profile["operations"]
+        ]
+        lines += [f"{profile['title']}:\n", *_table(["operation", "share", "milliseconds", "calls"], rows), ""]
+    return lines
+
+
+def _table(head: list[str], rows: list[list[str]]) -> list[str]:
+    return [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)]
+
+
+def _format(value: object, unit: str) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, dict):
+        middle, low, high = (_format(value[key], unit) for key in ("median", "low", "high"))
+        if value["repeats"] == 1:
+            return f"{middle} (1)"
+        return f"{middle} ({low} to {high}; {value['repeats']})"
+    if unit == "bytes":
+        return f"{value / 2**20:,.0f} MiB"
+    if unit == "percent":
+        return f"{value:.2%}" if value < 0.1 else f"{value:.0%}"
+    if unit == "count":
+        return f"{value:,}"
+    if unit == "text":
+        return f"({', '.join(map(str, value))})" if isinstance(value, list | tuple) else str(value)
+    return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
+
+
+def _read(path: Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8"))
