@@ -115,6 +115,12 @@ def interleaved(
     return times
 
 
+def seconds_of(function: Callable[[], object]) -> float:
+    before = time.perf_counter()
+    function()
+    return time.perf_counter() - before
+
+
 def spread(values: Sequence[float]) -> dict[str, float]:
     """Median, quartiles, and how many there are."""
     low, _, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
@@ -140,6 +146,20 @@ def peak_extra(function: Callable[[], object]) -> int:
     before = _status("VmRSS")
     function()
     return _status("VmHWM") - before
+
+
+class Meter:
+    """Turns a call into a case of ``interleaved`` that also keeps its peak of extra memory: for calls too long to make
+    once more for the memory alone."""
+
+    def __init__(self, function: Callable[[], object]):
+        self.function = function
+        self.peak = 0
+
+    def __call__(self) -> float:
+        seconds = []
+        self.peak = max(self.peak, peak_extra(lambda: seconds.append(seconds_of(self.function))))
+        return seconds[0]
 
 
 def _status(name: str) -> int:

@@ -102,7 +102,7 @@ def _format(value: object, unit: str) -> str:
         return f"{value:.2%}" if value < 0.1 else f"{value:.0%}"
     if unit == "count":
         return f"{value:,}"
-    if unit == "text":
+    if unit == "text" or isinstance(value, str):
         return f"({', '.join(map(str, value))})" if isinstance(value, list | tuple) else str(value)
     return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
 

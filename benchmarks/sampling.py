@@ -1,0 +1,200 @@
+"""Our sampler against transformers' generate, from the same weights."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from benchmarks import common, models
+from nemo_brain.groups import Group, Prompt
+from nemo_brain.sampling import Sampler, SamplingOptions
+
+TITLE = "Sampling, against transformers"
+METHOD = [
+    "SmolLM2-135M-Instruct, fp32, temperature 1, no truncation. transformers: `generate(do_sample=True, "
+    "num_return_sequences=n)` with its default dynamic cache and attention by torch's fused kernel; prompts are padded on "
+    "the left. Ours: `Sampler` with as many rows in flight as transformers has in a batch; it also computes the log-probs "
+    "of what it draws, and the texts. Prompts are pieces of this repository's documents. Tokens per second count sampled "
+    "tokens over the whole call, prompts' forward passes included.",
+    "Fixed lengths: no token ends an output. Drawn lengths: a frequent token (the comma) ends an output on both sides, so "
+    "that lengths vary as the model's own law has it, to at most the stated number; prompts of 64 to 192 tokens, and twice "
+    "as many outputs as rows, which transformers takes in two batches, each until its longest output ends. Tokens after "
+    "an output's end do not count.",
+]
+TARGET = 2.0
+# (rows at a time, n, prompt tokens, new tokens, repeats, seconds)
+FIXED = [
+    (16, 1, 128, 64, 2, 45),
+    (16, 8, 128, 64, 2, 40),
+    (64, 1, 128, 64, 1, 60),
+    (64, 8, 128, 64, 3, 120),
+    (64, 8, 400, 64, 1, 60),
+]
+DRAWN = (64, 8, None, 96, 2, 100)
+
+
+def measure(smoke: bool) -> dict:
+    size = "toy" if smoke else models.SMOLLM2
+    fixed = [(4, 2, 12, 5, 1, 10)] if smoke else FIXED
+    drawn = (4, 2, None, 6, 1, 10) if smoke else DRAWN
+    measured = common.fresh(_all, size, fixed, drawn)
+    rows, targets = [], []
+    for (count, n, prompt, new, *_), case in zip([*fixed, drawn], measured, strict=True):
+        row = {"rows": count, "n": n, "prompt": prompt or "64 to 192", "new": new if prompt else f"drawn, at most {new}"}
+        for name, result in case.items():
+            row[name] = common.spread(result["rates"])
+            row[f"{name}_seconds"] = common.spread(result["seconds"])
+            row[f"{name}_tokens"] = result["tokens"] // len(result["seconds"])
+            row[f"{name}_memory"] = result["peak"]
+        row["ratio"] = common.ratio(case["ours"]["rates"], case["transformers"]["rates"])
+        rows.append(row)
+        if n == 8 and count == 64:
+            what = f"our tokens/s / transformers', {count} rows, n = {n}, prompt {row['prompt']}, length {row['new']}"
+            targets.append({"what": what, "value": row["ratio"], "at_least": TARGET})
+    columns = [
+        ("rows", "rows", "count"),
+        ("n", "n", "count"),
+        ("prompt", "prompt tokens", "text"),
+        ("new", "new tokens", "text"),
+        ("ours", "ours, tokens/s", "rate"),
+        ("transformers", "transformers, tokens/s", "rate"),
+        ("ratio", "ours / transformers", "ratio"),
+        ("ours_seconds", "ours, s", "seconds"),
+        ("transformers_seconds", "transformers, s", "seconds"),
+        ("ours_memory", "ours, extra memory", "bytes"),
+        ("transformers_memory", "transformers, extra memory", "bytes"),
+    ]
+    return {"parts": [{"columns": columns, "rows": rows}], "targets": targets}
+
+
+def profile(smoke: bool) -> list[dict]:
+    """torch.profiler on our sampler."""
+    size, case = ("toy", (4, 2, 12, 5, 1, 10)) if smoke else (models.SMOLLM2, (64, 8, 128, 64, 1, 60))
+    return [{"title": f"ours, {case[0]} rows, n = {case[1]}", "operations": common.fresh(_operations, size, case)}]
+
+
+def sampled_groups(sampler: Sampler, prompts: list[Prompt], iteration: int) -> list[Group]:
+    """All groups; the sampler hands them over one by one, or as lists of those that have ended."""
+    found = sampler.sample(prompts, seed=0, iteration=iteration)
+    return [group for item in found for group in (item if isinstance(item, list) else [item])]
+
+
+def transformers_model(size: str) -> LlamaForCausalLM:
+    """The model in transformers: the same weights for SmolLM2, random ones of the same shape otherwise."""
+    weights = models.weights_of(size)
+    if size == models.SMOLLM2:
+        source = weights.source
+        model = LlamaForCausalLM(LlamaConfig(**source.config, attn_implementation="sdpa"))
+        model.load_state_dict({name: source.tensor(name) for name in source.names}, strict=False)
+        model.tie_weights()
+        return model.eval()
+    gpt = weights.gpt_config
+    config = LlamaConfig(
+        vocab_size=weights.vocab_size,
+        hidden_size=gpt["hidden_size"],
+        intermediate_size=gpt["ffn_hidden_size"],
+        num_hidden_layers=gpt["num_layers"],
+        num_attention_heads=gpt["num_attention_heads"],
+        num_key_value_heads=gpt["num_query_groups"],
+        tie_word_embeddings=True,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def text_prompts(size: str, count: int, length: int | None) -> list[Prompt]:
+    """Prompts of ``length`` tokens, or of 64 to 192, from this repository's documents."""
+    weights = models.weights_of(size)
+    text = "".join(path.read_text(encoding="utf-8") for path in sorted(common.ROOT.glob("*.md")))
+    tokens = list(text.encode())[:4000] if weights.tokenizer is None else weights.tokenizer(text)["input_ids"]
+    draw = random.Random(0)
+    prompts = []
+    for i in range(count):
+        size_i = length or draw.randint(64, 192)
+        start = draw.randrange(len(tokens) - size_i)
+        prompts.append(Prompt(str(i), "", tokens[start : start + size_i]))
+    return prompts
+
+
+def _all(size: str, fixed, drawn) -> list[dict]:
+    models.start()
+    model, theirs = models.build(size), transformers_model(size)
+    _measure(model, theirs, size, (8, 8, 16, 4, 1, 30))  # warms both up
+    return [_measure(model, theirs, size, case) for case in [*fixed, drawn]]
+
+
+def _measure(model, theirs, size, case) -> dict:
+    rows, n, length, new, repeats, seconds = case
+    outputs = rows if length else 2 * rows
+    prompts = text_prompts(size, outputs // n, length)
+    end = None if length else _end_token(model)
+    counts: dict[str, list[int]] = {"ours": [], "transformers": []}
+    ours = _ours(model, prompts, n, new, rows, end, counts["ours"])
+    generate = _transformers(theirs, prompts, n, new, rows, end, counts["transformers"])
+    meters = {"ours": common.Meter(ours), "transformers": common.Meter(generate)}
+    times = common.interleaved(meters, repeats, seconds, warm_up=False)
+    if length:
+        assert all(count == outputs * new for found in counts.values() for count in found), counts
+    return {
+        name: {
+            "seconds": times[name],
+            "rates": [count / s for count, s in zip(counts[name], times[name], strict=True)],
+            "tokens": sum(counts[name]),
+            "peak": meters[name].peak,
+        }
+        for name in times
+    }
+
+
+def _end_token(model) -> int:
+    tokenizer = model.weights.tokenizer
+    return 44 if tokenizer is None else tokenizer(",")["input_ids"][-1]
+
+
+def _ours(model, prompts, n, new, rows, end, counts) -> Callable[[], None]:
+    decode = getattr(model.weights.tokenizer, "decode", lambda ids, **_: str(ids))
+    tokenizer = SimpleNamespace(eos_token_id=-1 if end is None else end, decode=decode)
+    options = SamplingOptions(outputs=n, max_new_tokens=new, rows_in_flight=rows)
+    sampler = Sampler(model.chunks, model.config, tokenizer, options)
+
+    def call() -> None:
+        groups = sampled_groups(sampler, prompts, iteration=len(counts))
+        counts.append(sum(len(output.token_ids) for group in groups for output in group.outputs))
+
+    return call
+
+
+def _transformers(theirs, prompts, n, new, rows, end, counts) -> Callable[[], None]:
+    pad = 0
+    options = dict(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=new, num_return_sequences=n)
+    theirs.generation_config.eos_token_id = end
+
+    @torch.no_grad()
+    def call() -> None:
+        torch.manual_seed(len(counts))
+        count = 0
+        for start in range(0, len(prompts), rows // n):
+            batch = [prompt.token_ids for prompt in prompts[start : start + rows // n]]
+            width = max(map(len, batch))
+            ids = torch.tensor([[pad] * (width - len(tokens)) + tokens for tokens in batch])
+            mask = torch.tensor([[0] * (width - len(tokens)) + [1] * len(tokens) for tokens in batch])
+            out = theirs.generate(ids, attention_mask=mask, eos_token_id=end, pad_token_id=pad, **options)[:, width:]
+            lengths = torch.full((len(out),), out.shape[1])
+            if end is not None:
+                ended = out == end
+                lengths = torch.where(ended.any(1), ended.int().argmax(1) + 1, lengths)
+            count += int(lengths.sum())
+        counts.append(count)
+
+    return call
+
+
+def _operations(size: str, case) -> list[dict]:
+    models.start()
+    rows, n, length, new, *_ = case
+    counts: list[int] = []
+    call = _ours(models.build(size), text_prompts(size, rows // n, length), n, new, rows, None, counts)
+    return common.top_operations(call)
