@@ -23,22 +23,25 @@ from nemo_brain.sampling import Sampler, SamplingOptions
 
 PYTHON = common.ROOT / "benchmarks" / ".venv-trl" / "bin" / "python"
 TITLE = "Training step and iteration, against TRL"
-METHOD = [
-    "SmolLM2-135M-Instruct in both, fp32, one thread each, in two processes that take turns. TRL has an environment of "
-    "its own (`bash benchmarks/install_trl.sh`), with the newer transformers that it wants. Both train all weights with "
-    "AdamW and gradient clipping on the same prompt and the same given outputs, one group per step.",
-    "Settings of TRL: gradient checkpointing off (it is off for BRAIn too), torch's fused attention, the whole group in "
-    "one batch, TRL's fused log-prob head at the completion's positions, no padding (all outputs have one length), all "
-    "else as it comes. A step is `training_step`, `clip_grad_norm_` and the optimizer's step, as `Trainer.train` makes "
-    "them. BRAIn: shared-prefix rows, one pass, planning and packing included.",
-    "The reference model's forward pass is in no step: TRL's RLOO and GRPO make it while scoring (beta = 0.05 for both), "
-    "for DPO `precompute_ref_log_probs=True`; BRAIn scores its prior once per rollout. An iteration is sampling of one "
-    "group without an end token, scoring by policy and reference (prior), rewards from a trivial function, and one step; "
-    "TRL's is RLOO's, with generation by transformers. BRAIn samples with `Sampler`, scores log p and log q' by the "
-    "training kernels, and trains.",
-    "Extra memory: the peak beyond what the process holds before the step (weights, optimizer state). Tokens per second "
-    "count the outputs' tokens.",
-]
+METHOD = """
+SmolLM2-135M-Instruct in both, fp32, one thread each, in two processes that take turns. TRL has an environment of its
+own (`bash benchmarks/install_trl.sh`), with the newer transformers that it wants. Both train all weights with AdamW
+and gradient clipping on the same prompt and the same given outputs, one group per step.
+
+Settings of TRL: gradient checkpointing off (it is off for BRAIn too), torch's fused attention, the whole group in one
+batch, TRL's fused log-prob head at the completion's positions, no padding (all outputs have one length), all else as
+it comes. A step is `training_step`, `clip_grad_norm_` and the optimizer's step, as `Trainer.train` makes them. BRAIn:
+shared-prefix rows, one pass, planning and packing included.
+
+The reference model's forward pass is in no step: TRL's RLOO and GRPO make it while scoring (beta = 0.05 for both),
+for DPO `precompute_ref_log_probs=True`; BRAIn scores its prior once per rollout. An iteration is sampling of one
+group without an end token, scoring by policy and reference (prior), rewards from a trivial function, and one step;
+TRL's is RLOO's, with generation by transformers. BRAIn samples with `Sampler`, scores log p and log q' by the
+training kernels, and trains.
+
+Extra memory: the peak beyond what the process holds before the step (weights, optimizer state). Tokens per second
+count the outputs' tokens.
+"""
 TARGET = 0.33
 SHAPE, PAIR = (400, 50, 8), (400, 50, 2)
 KINDS = {"rloo": "RLOO", "grpo": "GRPO"}
@@ -79,8 +82,10 @@ def measure(smoke: bool) -> dict:
         ("memory", "extra memory", "bytes"),
     ]
     versions = ", ".join(f"{name} {version}" for name, version in measured["versions"].items())
-    text = [f"TRL's environment: {versions}."]
-    return {"parts": [{"text": text, "columns": columns, "rows": rows}], "targets": targets}
+    return {
+        "parts": [{"text": f"TRL's environment: {versions}.", "columns": columns, "rows": rows}],
+        "targets": targets,
+    }
 
 
 class Worker:
@@ -123,7 +128,7 @@ def _all(size: str, shapes, repeats: int) -> dict:
     transformers_model(size).save_pretrained(directory)
     _tokenizer(model).save_pretrained(directory)
     cases, versions = [], {}
-    for kind, label in KINDS.items():
+    for kind, label in list(KINDS.items())[: 1 if size == "toy" else None]:
         worker = Worker(kind, directory)
         against = f"TRL {label}"
         cases.append(_step(model, worker, against, size, shapes[0], repeats))
@@ -188,9 +193,7 @@ def _iteration(model, prior, worker: Worker, against: str, size: str, shape, rep
     cases = {"BRAIn": ours, against: lambda: worker.ask("iterate", new_tokens=shape[1])}
     times = common.interleaved(cases, repeats, seconds=150, warm_up=False)
     memory = {"BRAIn": ours.peak, against: worker.peak}
-    return dict(
-        what="iteration", shape=shape, times=times, tokens=shape[1] * shape[2], against=against, memory=memory
-    )
+    return dict(what="iteration", shape=shape, times=times, tokens=shape[1] * shape[2], against=against, memory=memory)
 
 
 def _brain_iteration(model, prior, prompt: Prompt, shape) -> Callable[[], None]:

@@ -80,7 +80,7 @@ def fresh(function: Callable, *args, ranks: int = 1, precise_memory: bool = Fals
 def _child(pipe, environment, precise_memory, function, args, kwargs) -> None:
     os.environ.update({name: str(value) for name, value in environment.items()})
     if precise_memory:
-        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 16)
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 20)
     try:
         pipe.send((function(*args, **kwargs), None))
     except BaseException:

@@ -44,7 +44,10 @@ _LLAMA = dict(
 # name: vocabulary, and what else describes a Llama-like model
 _SIZES = {
     "toy": (512, dict(num_layers=4, hidden_size=64, num_attention_heads=4, num_query_groups=2, ffn_hidden_size=128)),
-    "20M": (16384, dict(num_layers=8, hidden_size=384, num_attention_heads=6, num_query_groups=2, ffn_hidden_size=1024)),
+    "20M": (
+        16384,
+        dict(num_layers=8, hidden_size=384, num_attention_heads=6, num_query_groups=2, ffn_hidden_size=1024),
+    ),
     "60M": (
         32768,
         dict(num_layers=10, hidden_size=640, num_attention_heads=10, num_query_groups=2, ffn_hidden_size=1728),
@@ -213,4 +216,3 @@ def nemo_step(model: Trainable, rows: Sequence[torch.Tensor]) -> Callable[[], No
 
 def parameters_of(model: Trainable) -> int:
     return sum(parameter.numel() for chunk in model.chunks for parameter in chunk.parameters())
-

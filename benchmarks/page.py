@@ -7,10 +7,10 @@ from pathlib import Path
 
 _HEAD = """# Benchmarks
 
-Written by `python benchmarks/run.py`, which [benchmarks/README.md](../benchmarks/README.md) explains; the numbers are in
-`benchmarks/results/`. Cases of one table ran interleaved (A B A B ...) in one process with one thread unless the text says
-otherwise. Times are medians, in parentheses the quartiles and the number of repeats. A ratio is that of the medians, in
-parentheses the quartiles of the rounds' own ratios.
+Written by `python benchmarks/run.py`, which [benchmarks/README.md](../benchmarks/README.md) explains; the numbers are
+in `benchmarks/results/`. Cases of one table ran interleaved (A B A B ...) in one process with one thread unless the
+text says otherwise. Times are medians, in parentheses the quartiles and the number of repeats. A ratio is that of the
+medians, in parentheses the quartiles of the rounds' own ratios.
 """
 _FINDINGS = Path(__file__).resolve().parent / "findings"
 _ORDER = ("step", "layouts", "trl", "logprobs", "sampling", "guards", "scaling", "calculated")
@@ -57,11 +57,12 @@ def _section(name: str, result: dict, results: Path) -> list[str]:
     )
     if result["smoke"]:
         lines.append("**A smoke run: toy sizes, no meaning.**\n")
-    lines += [f"{paragraph}\n" for paragraph in result["method"]]
+    lines.append(result["method"])
     for part in result["parts"]:
         if part.get("title"):
             lines.append(f"### {part['title']}\n")
-        lines += [f"{paragraph}\n" for paragraph in part.get("text", [])]
+        if part.get("text"):
+            lines.append(f"{part['text'].strip()}\n")
         rows = [[_format(row.get(key), unit) for key, _, unit in part["columns"]] for row in part["rows"]]
         lines += [*_table([label for _, label, _ in part["columns"]], rows), ""]
     findings = _FINDINGS / f"{name}.md"
@@ -104,7 +105,7 @@ def _format(value: object, unit: str) -> str:
         return f"{value:,}"
     if unit == "text" or isinstance(value, str):
         return f"({', '.join(map(str, value))})" if isinstance(value, list | tuple) else str(value)
-    return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
+    return f"{value:,.0f}" if 1000 <= abs(value) < 1e7 else f"{value:.3g}"
 
 
 def _read(path: Path) -> dict:

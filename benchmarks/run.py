@@ -1,9 +1,9 @@
 """Measures the tables that are named, or all of them, and rewrites docs/benchmarks.md.
 
-    python benchmarks/run.py step            # one table
-    python benchmarks/run.py all             # every table, in about 25 minutes
-    python benchmarks/run.py page            # only the page, from the results that are there
-    python benchmarks/run.py step --profile  # also where the time goes, operation by operation
+python benchmarks/run.py step            # one table
+python benchmarks/run.py all             # every table, in about 25 minutes
+python benchmarks/run.py page            # only the page, from the results that are there
+python benchmarks/run.py step --profile  # also where the time goes, operation by operation
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def measure(table: str, results: Path, smoke: bool, profile: bool) -> None:
     print(f"{table} ...", flush=True)
     started = time.perf_counter()
     result = {"facts": common.facts(), **module.measure(smoke)}
-    result |= {"table": table, "title": module.TITLE, "method": module.METHOD, "smoke": smoke}
+    result |= {"table": table, "title": module.TITLE, "method": module.METHOD.strip() + "\n", "smoke": smoke}
     result["measured_in_seconds"] = round(time.perf_counter() - started)
     _write(results / f"{table}.json", result)
     print(f"{table}: {result['measured_in_seconds']} s", flush=True)
