@@ -123,7 +123,7 @@ class Worker:
 def _all(size: str, shapes, repeats: int) -> dict:
     models.start()
     model = models.build(size)
-    prior = models.build(size)
+    prior, *_ = models.bare(size)
     directory = Path(tempfile.mkdtemp())
     transformers_model(size).save_pretrained(directory)
     _tokenizer(model).save_pretrained(directory)
@@ -199,7 +199,7 @@ def _iteration(model, prior, worker: Worker, against: str, size: str, shape, rep
 def _brain_iteration(model, prior, prompt: Prompt, shape) -> Callable[[], None]:
     """Sampling, scoring and a step as the loop makes them, without its files."""
     _, output, n = shape
-    frozen = ResidentPrior(prior.chunks)
+    frozen = ResidentPrior([prior])
     passes = GroupPasses(model.config, "shared_prefix", 16384)
     objective = make_objective("brain", gamma=0.1)
     decode = getattr(model.weights.tokenizer, "decode", lambda ids, **_: str(ids))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
@@ -25,7 +26,7 @@ The second table starts from hidden states ({_HIDDEN} wide) and the output layer
 with it, forward and backward. `linear_logprobs` never holds the logits, so that its extra memory beyond the weight's
 and hidden states' gradients replaces the logits, their gradient and everything else; it makes logits twice for that.
 
-Extra memory counts the process's resident memory in a fresh process. One process, no tensor parallelism.
+Extra memory counts the process's resident memory. One process, no tensor parallelism.
 """
 MEMORY_TARGET, TIME_TARGET = 0.10, 1.2
 _TARGET_VOCAB = 131072
@@ -70,13 +71,13 @@ def measure(smoke: bool) -> dict:
 
 
 def _rows(vocab: int, dtype: str, from_hidden: bool, repeats: int) -> list[dict]:
-    times = common.fresh(_timed, vocab, dtype, from_hidden, repeats)
+    times, memory = common.fresh(_timed, vocab, dtype, from_hidden, repeats)
     itemsize = getattr(torch, dtype).itemsize
     logits = _SHAPE[0] * _SHAPE[1] * vocab * itemsize
     gradients = (_SHAPE[0] * _SHAPE[1] + vocab) * _HIDDEN * itemsize if from_hidden else logits
     rows = []
     for name in times:
-        whole = common.fresh(_memory, name, vocab, dtype, from_hidden, precise_memory=True)
+        whole = memory[name]
         extra = max(0, whole - gradients)
         rows.append(
             {
@@ -163,32 +164,23 @@ def _call(function: Callable, inputs, first: torch.Tensor) -> Callable[[], None]
     return call
 
 
-def _timed(vocab: int, dtype: str, from_hidden: bool, repeats: int) -> dict[str, list[float]]:
+def _timed(vocab: int, dtype: str, from_hidden: bool, repeats: int) -> tuple[dict[str, list[float]], dict[str, int]]:
+    """Seconds and peak memory of each function."""
     models.start()
-    inputs = _inputs(vocab, dtype, from_hidden)
-    scratch = torch.empty_like(inputs[0])
+    inputs, small = _inputs(vocab, dtype, from_hidden), _inputs(64, dtype, from_hidden)
+    scratch = torch.empty_like(inputs[0]).detach()
+    meters = {}
+    for name, function in _cases(from_hidden).items():
+        _call(function, small, small[0])()  # the first use of a kernel allocates workspaces of its own
+        meters[name] = common.Meter(_call(function, inputs, scratch))
 
-    def clocked(function: Callable) -> Callable[[], float]:
-        call = _call(function, inputs, scratch.detach())
+    def case(meter: common.Meter) -> float:
+        scratch.copy_(inputs[0].detach())
+        return meter()
 
-        def case() -> float:
-            scratch.data.copy_(inputs[0].data)
-            return common.seconds_of(call)
-
-        return case
-
-    cases = {name: clocked(function) for name, function in _cases(from_hidden).items()}
-    return common.interleaved(cases, repeats, seconds=20)
-
-
-def _memory(name: str, vocab: int, dtype: str, from_hidden: bool) -> int:
-    models.start()
-    inputs = _inputs(vocab, dtype, from_hidden)
-    function = _cases(from_hidden)[name]
-    # The first use of a kernel allocates workspaces of its own.
-    small = _inputs(64, dtype, from_hidden)
-    _call(function, small, small[0])()
-    return common.peak_extra(_call(function, inputs, inputs[0]))
+    cases = {name: partial(case, meter) for name, meter in meters.items()}
+    times = common.interleaved(cases, repeats, seconds=14, warm_up=False)
+    return times, {name: meter.peak for name, meter in meters.items()}
 
 
 def _operations(name: str, vocab: int, dtype: str, from_hidden: bool) -> list[dict]:

@@ -106,6 +106,20 @@ def start(tensor: int = 1, pipeline: int = 1) -> None:
 
 def build(size: str, kind: type[GPTConfig] = PackedGPTConfig, **options) -> Trainable:
     """A model ready to train. ``kind``: PackedGPTConfig for ours, GPTConfig for NeMo's own; ``options``: its fields."""
+    chunk, config, weights = bare(size, kind, **options)
+    ddp = DistributedDataParallelConfig(overlap_grad_reduce=True, grad_reduce_in_fp32=True, check_for_nan_in_grad=True)
+    wrapped = DistributedDataParallel(config, ddp, chunk)
+    config.no_sync_func = wrapped.no_sync
+    config.finalize_model_grads_func = finalize_model_grads
+    optimizer = get_megatron_optimizer(
+        OptimizerConfig(optimizer="adam", lr=1e-5, weight_decay=0.0, clip_grad=1.0, params_dtype=torch.float32),
+        [wrapped],
+    )
+    return Trainable([wrapped], config, optimizer, weights)
+
+
+def bare(size: str, kind: type[GPTConfig] = PackedGPTConfig, **options) -> tuple[torch.nn.Module, GPTConfig, Weights]:
+    """This rank's chunk alone, as ``build`` wraps it, with its config and where its weights come from."""
     weights = weights_of(size)
     config = kind(
         **{
@@ -127,15 +141,7 @@ def build(size: str, kind: type[GPTConfig] = PackedGPTConfig, **options) -> Trai
     )
     chunk = config.configure_model(None)
     load_weights([chunk], weights)
-    ddp = DistributedDataParallelConfig(overlap_grad_reduce=True, grad_reduce_in_fp32=True, check_for_nan_in_grad=True)
-    wrapped = DistributedDataParallel(config, ddp, chunk)
-    config.no_sync_func = wrapped.no_sync
-    config.finalize_model_grads_func = finalize_model_grads
-    optimizer = get_megatron_optimizer(
-        OptimizerConfig(optimizer="adam", lr=1e-5, weight_decay=0.0, clip_grad=1.0, params_dtype=torch.float32),
-        [wrapped],
-    )
-    return Trainable([wrapped], config, optimizer, weights)
+    return chunk, config, weights
 
 
 def brain_step(model: Trainable, groups: Sequence[Group], layout: str, budget: int = 16384) -> Callable[[], None]:
