@@ -94,7 +94,7 @@ def transformers_model(size: str) -> LlamaForCausalLM:
     weights = models.weights_of(size)
     if size == models.SMOLLM2:
         source = weights.source
-        model = LlamaForCausalLM(LlamaConfig(**source.config, attn_implementation="sdpa"))
+        model = LlamaForCausalLM(LlamaConfig(**{**source.config, "attn_implementation": "sdpa"}))
         model.load_state_dict({name: source.tensor(name) for name in source.names}, strict=False)
         model.tie_weights()
         return model.eval()
