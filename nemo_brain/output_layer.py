@@ -152,7 +152,8 @@ def _exps(shifted_CR: torch.Tensor, scales: tuple[float, ...]) -> Iterator[torch
     """exp(scale * shifted) for one scale after the other; the last one overwrites its argument."""
     for scale in scales[:-1]:
         yield (shifted_CR * scale).exp_()
-    yield shifted_CR.mul_(scales[-1]).exp_()
+    # A scale of one changes no number, but takes a pass over memory.
+    yield (shifted_CR if scales[-1] == 1.0 else shifted_CR.mul_(scales[-1])).exp_()
 
 
 def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
