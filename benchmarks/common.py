@@ -199,6 +199,9 @@ class Stopwatch:
             self.seconds[label] = self.seconds.get(label, 0.0) + spent - self._inner
             self._inner = outer + spent
 
+    def __deepcopy__(self, memo) -> Stopwatch:
+        return self  # NeMo copies a trainer's callbacks, to keep a record of their arguments
+
     def __enter__(self) -> Stopwatch:
         return self
 
