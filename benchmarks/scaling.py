@@ -13,7 +13,7 @@ The training step on one group in shared-prefix rows. Seconds per output would b
 with separate rows they would be constant too, at the price of prompt + output.
 """
 _RANKS_TEXT = """
-The same eight groups (400, 50, 8), one per micro-batch, by one process and by two, each with one thread on one of the
+The same eight groups (200, 25, 8), one per micro-batch, by one process and by two, each with one thread on one of the
 machine's two cores. The layouts take turns in fresh processes; ratios are of two ranks' seconds to one process's in
 the same turn. Perfect would be 0.5, for the pipeline with eight micro-batches 0.5 (1 + 1/8) = 0.56. The ranks talk by
 gloo over loopback.
@@ -69,7 +69,7 @@ def _ranks(size: str, smoke: bool) -> dict:
     rounds = {name: [] for name in _LAYOUTS}
     for _ in range(1 if smoke else 3):
         for name, (ranks, split) in _LAYOUTS.items():
-            shape = (9, 4, 2) if smoke else (400, 50, 8)
+            shape = (9, 4, 2) if smoke else (200, 25, 8)
             rounds[name].append(common.fresh(_split, size, shape, split, ranks=ranks))
     rows = [
         {
