@@ -1,7 +1,7 @@
 """The output layer and the targets' log-probs in one: the logits of a row never exist as a whole.
 
-Shapes: T positions with a target, C positions of a chunk, H hidden, V this rank's vocabulary shard, R <= V its real
-columns (the others pad the vocabulary), E temperatures.
+Shapes: T positions with a target, H hidden, V this rank's vocabulary shard, R <= V its real columns (the others pad the
+vocabulary), C columns of a chunk, E temperatures.
 """
 
 from __future__ import annotations
@@ -29,16 +29,17 @@ def linear_logprobs(
 ) -> torch.Tensor:
     """log softmax(hidden @ weight.T / temperature) at the targets, in nats, for each temperature.
 
-    Logits are made a chunk of positions at a time and reduced at once; backward makes them again, but for those of the
-    last chunk, which are kept. Two collectives forward whatever the number of chunks (a maximum, a sum); backward the
-    sum of the hidden states' gradient, chunk by chunk, behind the weight's gradient.
+    Logits are made a chunk of columns at a time and reduced at once to a running maximum and sum; backward makes them
+    again, but for those of the last chunk, which are kept. So each block of the weight's gradient is written once, and
+    only the hidden states' gradient is added up over the chunks. Two collectives forward (a maximum, a sum), one
+    backward (the hidden states' gradient).
 
     Args:
         hidden_TH: the same on all ranks of the group.
         weight_VH: this rank's rows of the output layer's weight; shards have equal sizes and lie in rank order.
         targets_T, tp_group, real_vocab_size: as in ``logprobs.vocab_parallel_logprobs``.
         temperatures: divide the logits.
-        chunk_bytes: of the chunk's logits in the accumulation dtype; a chunk has at least one position.
+        chunk_bytes: of the chunk's logits in the accumulation dtype; a chunk has at least one column.
 
     Returns:
         [E, T] float32, or float64 for float64 weights; differentiable (once) in the hidden states, with their whole
@@ -67,24 +68,25 @@ class _LinearLogProbs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden_TH, weight_VH, targets_T, group, real_columns, scales, chunk_bytes):
-        weight_RH = weight_VH[:real_columns]
         dtype = torch.promote_types(hidden_TH.dtype, torch.float32)
-        chunks = _chunks(len(targets_T), chunk_bytes // (len(weight_VH) * dtype.itemsize))
-        max_T = hidden_TH.new_full(targets_T.shape, -torch.inf, dtype=dtype)  # of this rank's logits
+        chunks = _chunks(real_columns, chunk_bytes // max(1, len(targets_T) * dtype.itemsize))
+        max_T = hidden_TH.new_full(targets_T.shape, -torch.inf, dtype=dtype)  # of this rank's logits so far
         sums_ET = max_T.new_zeros(len(scales), len(targets_T))  # of exp(scale * (logit - max_T))
         target_T = torch.zeros_like(max_T)  # the target's logit ...
         mine_T = torch.zeros_like(max_T)  # ... on the rank that has it
-        exps_CR = None
-        for part in chunks if real_columns else ():
-            exps_CR = None  # one chunk's at a time
-            logits_CR = _product(hidden_TH[part], weight_RH.T)
-            column_C1, mine_C = locate(targets_T[part], real_columns)
-            mine_T[part] = mine_C.to(dtype)
-            target_T[part] = torch.where(mine_C, logits_CR.gather(1, column_C1)[:, 0], 0.0)
-            max_T[part] = logits_CR.amax(-1)
-            for e, exps_CR in enumerate(_exps(logits_CR.sub_(max_T[part, None]), scales)):
-                sums_ET[e, part] = exps_CR.sum(-1)
         scale_E1 = max_T.new_tensor(scales)[:, None]
+        exps_TC = None
+        for part in chunks:
+            exps_TC = None  # one chunk's at a time
+            logits_TC = _product(hidden_TH, weight_VH[part].T)
+            column_T1, here_T = locate(targets_T - part.start, part.stop - part.start)
+            mine_T += here_T
+            target_T += torch.where(here_T, logits_TC.gather(1, column_T1)[:, 0], 0.0)
+            higher_T = torch.maximum(max_T, logits_TC.amax(-1))
+            sums_ET *= (scale_E1 * (max_T - higher_T)).exp()
+            max_T = higher_T
+            for e, exps_TC in enumerate(_exps(logits_TC.sub_(max_T[:, None]), scales)):
+                sums_ET[e] += exps_TC.sum(-1)
         local_max_T = max_T
         if group is not None:
             max_T = local_max_T.clone()
@@ -95,65 +97,57 @@ class _LinearLogProbs(torch.autograd.Function):
             dist.all_reduce(totals, op=dist.ReduceOp.SUM, group=group)
         sums_ET, shifted_target_T = totals[:-1], totals[-1]
         ctx.save_for_backward(hidden_TH, weight_VH, targets_T, max_T, sums_ET)
-        ctx.group, ctx.real_columns, ctx.scales, ctx.chunks = group, real_columns, scales, chunks
+        ctx.group, ctx.scales, ctx.chunks = group, scales, chunks
         # The last chunk's need not be made again; one temperature is all that is ever trained with.
-        ctx.kept = (exps_CR, local_max_T) if len(scales) == 1 else None
+        ctx.kept = (exps_TC, local_max_T) if len(scales) == 1 else None
         return scale_E1 * shifted_target_T - sums_ET.log()
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_ET):
-        hidden_TH, weight_VH, targets_T, max_T, sums_ET = ctx.saved_tensors
-        weight_RH = weight_VH[: ctx.real_columns]
+        hidden_TH, weight_VH, _, max_T, _ = ctx.saved_tensors
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
-        grad_hidden_TH = torch.zeros_like(hidden_TH) if needs_hidden else None
         # Summed over the chunks in the accumulation dtype.
-        grad_weight_VH = torch.zeros_like(weight_VH, dtype=max_T.dtype) if needs_weight else None
-        running = []
+        grad_hidden_TH = torch.zeros_like(hidden_TH, dtype=max_T.dtype) if needs_hidden else None
+        grad_weight_VH = torch.zeros_like(weight_VH) if needs_weight else None
         for part in reversed(ctx.chunks):  # the kept chunk first, so that its memory serves the others
-            grad_CR = None
-            if ctx.real_columns:
-                grad_CR = _logit_gradient(ctx, part, hidden_TH, weight_RH, targets_T, max_T, sums_ET, grad_ET)
-                grad_CR = grad_CR.to(weight_VH.dtype)
+            grad_TC = _logit_gradient(ctx, part, grad_ET).to(weight_VH.dtype)
+            if needs_weight:
+                torch.mm(grad_TC.T, hidden_TH, out=grad_weight_VH[part])
             if needs_hidden:
-                if ctx.real_columns:
-                    torch.mm(grad_CR, weight_RH, out=grad_hidden_TH[part])
-                if ctx.group is not None:
-                    running.append(dist.all_reduce(grad_hidden_TH[part], group=ctx.group, async_op=True))
-            if needs_weight and ctx.real_columns:
-                _add_product(grad_weight_VH[: ctx.real_columns], grad_CR.T, hidden_TH[part])
-        for work in running:
-            work.wait()
-        if needs_weight:
-            grad_weight_VH = grad_weight_VH.to(weight_VH.dtype)
+                _add_product(grad_hidden_TH, grad_TC, weight_VH[part])
+        if needs_hidden:
+            if ctx.group is not None:
+                dist.all_reduce(grad_hidden_TH, group=ctx.group)
+            grad_hidden_TH = grad_hidden_TH.to(hidden_TH.dtype)
         return grad_hidden_TH, grad_weight_VH, None, None, None, None, None
 
 
-def _logit_gradient(ctx, part, hidden_TH, weight_RH, targets_T, max_T, sums_ET, grad_ET) -> torch.Tensor:
-    """[C, R]: sum over the temperatures of grad * scale * (1[target] - p)."""
+def _logit_gradient(ctx, part: slice, grad_ET: torch.Tensor) -> torch.Tensor:
+    """[T, C]: sum over the temperatures of grad * scale * (1[target] - p)."""
+    hidden_TH, weight_VH, targets_T, max_T, sums_ET = ctx.saved_tensors
     if ctx.kept is not None:
-        (exps_CR, local_max_T), ctx.kept = ctx.kept, None  # overwritten below: a second backward makes it again
+        (exps_TC, local_max_T), ctx.kept = ctx.kept, None  # overwritten below: a second backward makes it again
         # It is less this rank's maximum, the sums are less that of all ranks.
-        exps_CR *= (ctx.scales[0] * (local_max_T[part] - max_T[part])).exp()[:, None]
-        exps = [exps_CR]
+        exps_TC *= (ctx.scales[0] * (local_max_T - max_T)).exp()[:, None]
+        exps = [exps_TC]
     else:
-        exps = _exps(_product(hidden_TH[part], weight_RH.T).sub_(max_T[part, None]), ctx.scales)
-    column_C1, mine_C = locate(targets_T[part], ctx.real_columns)
-    total_CR = None
-    for e, exps_CR in enumerate(exps):
-        grad_C = grad_ET[e, part] * ctx.scales[e]
-        term_CR = exps_CR.mul_((-grad_C / sums_ET[e, part])[:, None])
-        term_CR.scatter_add_(1, column_C1, torch.where(mine_C, grad_C, 0.0)[:, None])
-        total_CR = term_CR if total_CR is None else total_CR.add_(term_CR)
-    return total_CR
+        exps = _exps(_product(hidden_TH, weight_VH[part].T).sub_(max_T[:, None]), ctx.scales)
+    column_T1, here_T = locate(targets_T - part.start, part.stop - part.start)
+    total_TC = None
+    for e, exps_TC in enumerate(exps):
+        grad_T = grad_ET[e] * ctx.scales[e]
+        term_TC = exps_TC.mul_((-grad_T / sums_ET[e])[:, None])
+        term_TC.scatter_add_(1, column_T1, torch.where(here_T, grad_T, 0.0)[:, None])
+        total_TC = term_TC if total_TC is None else total_TC.add_(term_TC)
+    return total_TC
 
 
-def _exps(shifted_CR: torch.Tensor, scales: tuple[float, ...]) -> Iterator[torch.Tensor]:
+def _exps(shifted_TC: torch.Tensor, scales: tuple[float, ...]) -> Iterator[torch.Tensor]:
     """exp(scale * shifted) for one scale after the other; the last one overwrites its argument."""
     for scale in scales[:-1]:
-        yield (shifted_CR * scale).exp_()
-    # A scale of one changes no number, but takes a pass over memory.
-    yield (shifted_CR if scales[-1] == 1.0 else shifted_CR.mul_(scales[-1])).exp_()
+        yield (shifted_TC * scale).exp_()
+    yield shifted_TC.mul_(scales[-1]).exp_()
 
 
 def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -171,7 +165,7 @@ def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
         total += _product(a, b)
 
 
-def _chunks(positions: int, size: int) -> list[slice]:
-    """Even slices of at most ``size`` positions, at least one position each."""
-    count = -(-positions // max(1, size))
-    return [slice(i * positions // count, (i + 1) * positions // count) for i in range(count)]
+def _chunks(columns: int, size: int) -> list[slice]:
+    """Even slices of at most ``size`` columns, at least one column each."""
+    count = -(-columns // max(1, size))
+    return [slice(i * columns // count, (i + 1) * columns // count) for i in range(count)]
