@@ -84,9 +84,8 @@ def profile(smoke: bool) -> list[dict]:
 
 
 def sampled_groups(sampler: Sampler, prompts: list[Prompt], iteration: int) -> list[Group]:
-    """All groups; the sampler hands them over one by one, or as lists of those that have ended."""
-    found = sampler.sample(prompts, seed=0, iteration=iteration)
-    return [group for item in found for group in (item if isinstance(item, list) else [item])]
+    """All groups, in the order in which they were finished."""
+    return [group for _, group in sampler.sample(prompts, seed=0, iteration=iteration)]
 
 
 def transformers_model(size: str) -> LlamaForCausalLM:

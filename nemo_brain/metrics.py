@@ -48,6 +48,7 @@ class MetricsWriter:
         self._loggers = list(loggers)
         self._log_every_steps = log_every_steps
         _drop_cut_line(self._path)
+        self._file = self._path.open("ab")
 
     def write(self, kind: str, step: int, fields: Mapping[str, Any]) -> None:
         """Appends ``{"kind", "step", **fields}``.
@@ -59,7 +60,8 @@ class MetricsWriter:
         """
         assert kind in KINDS, kind
         record = {"kind": kind, "step": step} | {name: _plain(value) for name, value in fields.items()}
-        _append(self._path, [record])
+        self._file.write(_lines([record]))
+        self._file.flush()
         if kind == "step" and step % self._log_every_steps:
             return
         numbers = {k: v for k, v in record.items() if isinstance(v, (int, float)) and k != "step"}
@@ -93,27 +95,26 @@ def write_samples(
     assert kind in SAMPLE_KINDS, kind
     path = Path(run_dir) / "samples.jsonl"
     _drop_cut_line(path)
-    _append(
-        path,
-        [
-            {
-                "iteration": iteration,
-                "kind": kind,
-                "id": group.prompt.id,
-                "prompt": group.prompt.text,
-                "reference": group.prompt.reference,
-                "outputs": [
-                    {
-                        "text": output.text,
-                        "reward": _plain(output.reward),
-                        "weight": None if alpha is None else _plain(alpha[g][i]),
-                    }
-                    for i, output in enumerate(group.outputs)
-                ],
-            }
-            for g, group in enumerate(groups)
-        ],
-    )
+    records = [
+        {
+            "iteration": iteration,
+            "kind": kind,
+            "id": group.prompt.id,
+            "prompt": group.prompt.text,
+            "reference": group.prompt.reference,
+            "outputs": [
+                {
+                    "text": output.text,
+                    "reward": _plain(output.reward),
+                    "weight": None if alpha is None else _plain(alpha[g][i]),
+                }
+                for i, output in enumerate(group.outputs)
+            ],
+        }
+        for g, group in enumerate(groups)
+    ]
+    with path.open("ab") as file:
+        file.write(_lines(records))
 
 
 def read_samples(path: str | Path) -> list[dict[str, Any]]:
@@ -198,11 +199,10 @@ def _plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _append(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
-    # One write call per batch of lines; a lone surrogate of a byte tokenizer must not stop the run.
+def _lines(records: Sequence[Mapping[str, Any]]) -> bytes:
     text = "".join(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n" for record in records)
-    with open(path, "ab") as file:
-        file.write(text.encode("utf-8", errors="replace"))
+    # A lone surrogate of a byte tokenizer must not stop the run.
+    return text.encode("utf-8", errors="replace")
 
 
 def _drop_cut_line(path: Path) -> None:
