@@ -98,6 +98,9 @@ class TrainConfig:
     global_batch_size: int = MISSING
     micro_batch_tokens: int = 4096
     layout: str = "auto"
+    on_nonfinite: str = "stop"
+    min_ess: float = 1.1
+    max_kl: float | None = None
 
 
 @dataclass
@@ -218,6 +221,7 @@ def _check_values(config: Config) -> None:
     _among("model.recompute", model.recompute, ("none", "selective", "full"))
     _among("prior.placement", config.prior.placement, ("resident", "offload"))
     _among("rollout.truncated", rollout.truncated, ("keep", "mask"))
+    _among("train.on_nonfinite", train.on_nonfinite, ("stop", "skip"))
     _among("train.layout", train.layout, ("auto", *LAYOUTS))
     _at_least(
         1,

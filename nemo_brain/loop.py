@@ -12,6 +12,7 @@ import dataclasses
 import hashlib
 import resource
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from nemo_brain.data.order import prompts_of_iteration, visits
 from nemo_brain.data.rollouts import write_rollout
 from nemo_brain.evaluate import evaluate, rollout_metrics
 from nemo_brain.groups import Group, Prompt, Rollout, output_matrix
+from nemo_brain.guards import nonfinite_message, warn_of_collapse, write_groups
 from nemo_brain.interruption import Interrupted, Interruption
 from nemo_brain.metrics import MetricsWriter, write_samples
 from nemo_brain.passes import Scores
@@ -96,6 +98,7 @@ class BRAInLoop(pl.Callback):
         self._rollout: list[Group] = []  # the scored groups of the iteration under way
         self._score_of_eval: float | None = None
         self._validated = 0  # iterations before the last validation
+        self._skipped = 0  # steps left out because their gradient was not finite
         self._current: TrainStep | None = None
 
     # What the trainer calls.
@@ -149,6 +152,7 @@ class BRAInLoop(pl.Callback):
             },
         )
         self._bar.update(1)
+        self._check_gradient(step)
         done = self.step == self.config.trainer.max_iterations * self.config.steps_per_iteration
         if self.step % self.config.steps_per_iteration == 0:
             self._bars.close()
@@ -159,10 +163,33 @@ class BRAInLoop(pl.Callback):
             if self._validation_due():
                 self._or_save(self._validate, step.iteration + 1, done)
         interrupted, due = self.interruption.agreed(also=self.checkpointer.due(self.step))
-        if interrupted or (self.config.checkpoint.at_end if done else due):
+        drifted = self._drifted()
+        if interrupted or drifted or (self.config.checkpoint.at_end if done else due):
             self._save()
+        if drifted:
+            trainer.should_stop = True
         if interrupted:
             raise Interrupted(self.interruption.reason)
+
+    def _check_gradient(self, step: TrainStep) -> None:
+        """After a step that was left out because its gradient was not finite: writes its groups; ValueError to stop."""
+        skipped = sum(guard.skipped for guard in self._trainer.strategy.guards)
+        if skipped == self._skipped:
+            return
+        self._skipped = skipped
+        if self.writer:
+            write_groups(self.run_dir / f"nonfinite_step_{self.step}.jsonl", step.groups)
+        if self.config.train.on_nonfinite == "stop":
+            raise ValueError(nonfinite_message(self.step))
+
+    def _drifted(self) -> bool:
+        """At the end of an iteration: whether its outputs were further from the prior than the run may go."""
+        limit, kl = self.config.train.max_kl, self._record.get("kl_to_prior")
+        ended = self.step % self.config.steps_per_iteration == 0
+        if not ended or limit is None or kl is None or kl <= limit:
+            return False
+        warnings.warn(f"kl_to_prior is {kl:.3g} nats, above train.max_kl={limit:g}: the run stops here", stacklevel=2)
+        return True
 
     # One iteration.
 
@@ -241,6 +268,7 @@ class BRAInLoop(pl.Callback):
         self._record["groups/zero_gradient"] = int(out.zero_gradient_G.sum())
         self._record["train_seconds"] = 0.0
         if self.writer:
+            warn_of_collapse(out.ess_alpha_G.mean().item(), self.config.train.min_ess, rollout.outputs_per_prompt)
             write_samples(self.run_dir, iteration, groups[:_TRAIN_SAMPLES], "train", out.alpha_GN)
             if rollout.save:
                 write_rollout(self.run_dir / "rollouts.jsonl", Rollout(iteration, list(groups)))

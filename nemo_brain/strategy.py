@@ -17,6 +17,7 @@ from nemo.lightning import MegatronStrategy
 from nemo_brain.checkpoint import read_json
 from nemo_brain.convert.weights import load_weights
 from nemo_brain.groups import Group, Prompt
+from nemo_brain.guards import OptimizerGuard
 from nemo_brain.passes import GroupPasses, Scores, StepResult
 from nemo_brain.prior import OffloadedPrior, ResidentPrior
 from nemo_brain.sampling import Sampler, SamplingOptions
@@ -73,6 +74,7 @@ class BRAInStrategy(MegatronStrategy):
             self._prior = OffloadedPrior(self.chunks)
         else:
             self._prior = ResidentPrior(self._prior_chunks(model))
+        self.guards = [OptimizerGuard(optimizer.mcore_optimizer) for optimizer in self.optimizers]
         self.prior_fingerprint = fingerprint(self.chunks, model.config.vocab_size)
         save: SaveShardedStrategy = InProcessSave()
         replicas = parallel_state.get_data_parallel_group(with_context_parallel=True)
