@@ -1,13 +1,13 @@
 """Checkpoints on disk: complete or invisible, checked when they are read, the newest and the best kept.
 
-A checkpoint is a directory ``step=000000042`` that holds
+A checkpoint is a directory ``step_000000042`` that holds
 
 - ``weights/``: model, optimizer and scheduler in Megatron's distributed format (torch_dist), as NeMo writes it;
 - ``run.json``: where the run stood, its configuration, the prior's fingerprint and the versions of the packages;
 - ``groups.json``: the groups that the run was working on; ``random/``: the random states of each rank;
 - ``manifest.json``: size and CRC-32 of every file.
 
-It is written as ``.step=....incomplete`` and renamed when all of it is on the disk.
+It is written as ``.step_....incomplete`` and renamed when all of it is on the disk.
 """
 
 from __future__ import annotations
@@ -41,16 +41,16 @@ _INDEX_NAMES = {
 
 
 def name_of(step: int) -> str:
-    return f"step={step:09d}"
+    return f"step_{step:09d}"
 
 
 def step_of(path: Path) -> int:
-    return int(path.name.removeprefix("step="))
+    return int(path.name.removeprefix("step_"))
 
 
 def complete(directory: Path) -> list[Path]:
     """The checkpoints in ``directory``, the newest first."""
-    found = [path for path in directory.glob("step=*") if path.name.removeprefix("step=").isdecimal()]
+    found = [path for path in directory.glob("step_*") if path.name.removeprefix("step_").isdecimal()]
     return sorted((path for path in found if (path / _MANIFEST).is_file()), key=step_of, reverse=True)
 
 
@@ -58,7 +58,7 @@ def begin(directory: Path, step: int) -> Path:
     """An empty place to write a checkpoint to; what interrupted writes have left is removed. For rank 0."""
     directory.mkdir(parents=True, exist_ok=True)
     for leftover in directory.glob(".*"):
-        if leftover.name.startswith(".step="):
+        if leftover.name.startswith(".step_"):
             shutil.rmtree(leftover, ignore_errors=True)
     path = directory / f".{name_of(step)}.incomplete"
     path.mkdir()

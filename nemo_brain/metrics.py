@@ -6,11 +6,13 @@ readers take the last record of a step or iteration.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import math
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -144,11 +146,37 @@ def prepare_run_dir(path: str | Path, resume: bool = False) -> Path:
             for file in earlier:
                 file.rename(attic / file.name)
     except OSError as error:
-        raise ValueError(
-            f"run_dir={run_dir}: cannot write there ({error.strerror or error}); "
-            "set run_dir to a directory that you may write to, with room for checkpoints"
-        ) from error
+        raise _unwritable(run_dir, error) from error
     return run_dir
+
+
+@contextlib.contextmanager
+def locked(path: str | Path) -> Iterator[None]:
+    """Makes the run directory, and keeps other runs out of it while the context lasts; a killed process leaves it free.
+    For rank 0.
+
+    Raises:
+        ValueError: naming ``run_dir``: another run is in it, or it cannot be written.
+    """
+    run_dir = Path(path)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        file = (run_dir / ".lock").open("w")
+    except OSError as error:
+        raise _unwritable(run_dir, error) from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"run_dir={run_dir}: another run is writing there; name another directory") from None
+        yield
+
+
+def _unwritable(run_dir: Path, error: OSError) -> ValueError:
+    return ValueError(
+        f"run_dir={run_dir}: cannot write there ({error.strerror or error}); set run_dir to a directory that you may "
+        "write to, with room for checkpoints"
+    )
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import inspect
@@ -37,7 +38,7 @@ from nemo_brain.data.tokenizers import byte_tokenizer, load_tokenizer
 from nemo_brain.gpt import HAVE_TRANSFORMER_ENGINE, PackedGPTConfig
 from nemo_brain.interruption import Interrupted
 from nemo_brain.loop import BRAInLoop
-from nemo_brain.metrics import prepare_run_dir, read_metrics
+from nemo_brain.metrics import locked, prepare_run_dir, read_metrics
 from nemo_brain.model import BRAInGPTModel
 from nemo_brain.objectives import OBJECTIVES, Objective, make_objective
 from nemo_brain.progress import summary_lines
@@ -75,23 +76,31 @@ def run(cfg: DictConfig, callbacks: list[pl.Callback] | None = None) -> BRAInGPT
     prompts, offline, held_out = _data(config, weights.tokenizer)
     rank_zero = int(os.environ.get("RANK", 0)) == 0
     run_dir = Path(config.run_dir)
-    configuration = dataclasses.asdict(config)
-    earlier = candidates(config)
-    changes = check_configuration(config, earlier[0], configuration) if earlier else []
+    with locked(run_dir) if rank_zero else contextlib.nullcontext():
+        configuration = dataclasses.asdict(config)
+        earlier = candidates(config)
+        changes = check_configuration(config, earlier[0], configuration) if earlier else []
+        if rank_zero:
+            prepare_run_dir(run_dir, resume=bool(earlier) and earlier[0].parent.parent == run_dir)
+            if earlier:
+                print("\n  ".join([f"resuming from {earlier[0]}", *changes]))
+            (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True), encoding="utf-8")
+        checkpointer = Checkpointer(config.checkpoint, run_dir / "checkpoints", configuration)
+        loop = BRAInLoop(config, prompts, offline, held_out, reward, remote, run_dir, checkpointer)
+        model = BRAInGPTModel(gpt, weights, objective, optim=optim, tokenizer=weights.tokenizer)
+        trainer = _trainer(config, [loop, *callbacks])
+        trainer.strategy.resume_candidates = earlier
+        _fit(trainer, model, loop, rank_zero)
+    return model
+
+
+def _fit(trainer: nl.Trainer, model: BRAInGPTModel, loop: BRAInLoop, rank_zero: bool) -> None:
+    """Trains; rank 0 keeps status.json and writes the report."""
+    state = "running"
     if rank_zero:
-        prepare_run_dir(run_dir, resume=bool(earlier) and earlier[0].parent.parent == run_dir)
-        if earlier:
-            print("\n  ".join([f"resuming from {earlier[0]}", *changes]))
-        (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True), encoding="utf-8")
-    checkpointer = Checkpointer(config.checkpoint, run_dir / "checkpoints", configuration)
-    loop = BRAInLoop(config, prompts, offline, held_out, reward, remote, run_dir, checkpointer)
-    model = BRAInGPTModel(gpt, weights, objective, optim=optim, tokenizer=weights.tokenizer)
-    trainer = _trainer(config, [loop, *callbacks])
-    trainer.strategy.resume_candidates = earlier
-    if rank_zero:
-        write_status(run_dir, "running", loop.step)
-    state = "failed"
+        write_status(loop.run_dir, state, loop.step)
     try:
+        earlier = trainer.strategy.resume_candidates
         trainer.fit(model, train_dataloaders=loop, ckpt_path=str(earlier[0]) if earlier else None)
         state = "finished"
     except Interrupted:
@@ -99,11 +108,10 @@ def run(cfg: DictConfig, callbacks: list[pl.Callback] | None = None) -> BRAInGPT
         raise
     finally:
         if rank_zero:
-            write_status(run_dir, state, loop.step)
+            write_status(loop.run_dir, "failed" if state == "running" else state, loop.step)
     if rank_zero:
-        report = write_report(run_dir)
-        print("\n".join(summary_lines(read_metrics(run_dir / "metrics.jsonl"), report)))
-    return model
+        report = write_report(loop.run_dir)
+        print("\n".join(summary_lines(read_metrics(loop.run_dir / "metrics.jsonl"), report)))
 
 
 def _export_at_end(directory: str, gpt: PackedGPTConfig, weights: Weights) -> pl.Callback:

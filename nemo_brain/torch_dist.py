@@ -15,6 +15,7 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 from megatron.core.optimizer.distrib_optimizer import HAVE_APEX_OR_TE, DistributedOptimizer
 from nemo.lightning.io import pl as nemo_io
 from torch.distributed import checkpoint as torch_checkpoint
+from torch.distributed.checkpoint.api import CheckpointException
 
 
 class InProcessSave(TorchDistSaveShardedStrategy):
@@ -30,13 +31,16 @@ class InProcessSave(TorchDistSaveShardedStrategy):
         sharded_state_dict, _, _ = _replace_state_dict_keys_with_sharded_keys(
             sharded_state_dict, self.keep_only_main_replica
         )
-        torch_checkpoint.save(
-            mcore_to_pyt_state_dict(sharded_state_dict, False),
-            storage_writer=torch_checkpoint.FileSystemWriter(str(checkpoint_dir)),
-            planner=MCoreSavePlanner(
-                dedup_replicated_tensors=not self.keep_only_main_replica, flatten_state_dict=False
-            ),
-        )
+        deduplicate = not self.keep_only_main_replica
+        try:
+            torch_checkpoint.save(
+                mcore_to_pyt_state_dict(sharded_state_dict, False),
+                storage_writer=torch_checkpoint.FileSystemWriter(str(checkpoint_dir)),
+                planner=MCoreSavePlanner(dedup_replicated_tensors=deduplicate, flatten_state_dict=False),
+            )
+        except CheckpointException as error:  # on every rank, with what failed on some of them; no Exception
+            rank, (failure, _) = min(error.failures.items(), key=lambda item: item[0])
+            raise OSError(f"rank {rank}: {failure}") from error
 
 
 @contextlib.contextmanager

@@ -103,4 +103,4 @@ def test_a_run_that_drifts_too_far_saves_and_stops(tmp_path):
     iterations = [record for record in read_metrics(tmp_path / "metrics.jsonl") if record["kind"] == "iteration"]
     assert len(iterations) < 9
     assert [record["kl_to_prior"] > 0.5 for record in iterations] == [False] * (len(iterations) - 1) + [True]
-    assert [path.name for path in complete(tmp_path / "checkpoints")] == [f"step={2 * len(iterations):09d}"]
+    assert [path.name for path in complete(tmp_path / "checkpoints")] == [f"step_{2 * len(iterations):09d}"]

@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import random
+import resource
 import shutil
 import signal
 import tempfile
@@ -166,3 +167,119 @@ def test_kill_9_anywhere_costs_at_most_the_work_since_the_last_checkpoint(tmp_pa
     compare(run_dir, expected, tolerance=0)
     assert last_samples(run_dir) == samples
     assert not [path for path in (run_dir / "checkpoints").iterdir() if path.name.startswith(".")]
+
+
+def failure(run_dir: Path, *overrides: str, ranks: int = 1) -> str:
+    with pytest.raises(AssertionError) as caught:
+        run_ranks(train, ranks, str(run_dir), *overrides)
+    return str(caught.value)
+
+
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory) -> Path:
+    """A run directory with checkpoints of steps 2, 3 (newest) in the middle of an iteration."""
+    run_dir = tmp_path_factory.mktemp("interrupted") / "run"
+    run_ranks(train, 1, str(run_dir), "checkpoint.every_steps=1", stop_after=3)
+    assert [path.name for path in checkpoint.complete(run_dir / "checkpoints")] == ["step_000000003", "step_000000002"]
+    return run_dir
+
+
+@pytest.fixture
+def copied(interrupted, tmp_path) -> Path:
+    return Path(shutil.copytree(interrupted, tmp_path / "run"))
+
+
+def test_keys_that_change_the_mathematics_are_refused_unless_allowed(copied):
+    said = failure(copied, "objective.gamma=0.2", "rollout.temperature=1.5")
+    assert "objective.gamma: 0.1 -> 0.2" in said and "rollout.temperature: 1.0 -> 1.5" in said
+    assert "checkpoint.allow_changes=[objective.gamma, rollout.temperature]" in said
+    run_ranks(train, 1, str(copied), "objective.gamma=0.2", "checkpoint.allow_changes=[objective.gamma]")
+    assert read_status(copied)["state"] == "finished"
+
+
+def test_another_prior_is_refused(copied):
+    assert "another start model, which is the prior" in failure(copied, "seed=1", "checkpoint.allow_changes=[seed]")
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "missing", "code in the index"])
+def test_a_damaged_checkpoint_is_left_out_for_the_one_before(copied, damage):
+    newest, older = checkpoint.complete(copied / "checkpoints")
+    weights = max((newest / "weights").glob("*.distcp"), key=lambda file: file.stat().st_size)
+    content = bytearray(weights.read_bytes())
+    if damage == "truncated":
+        weights.write_bytes(content[:-1])
+    elif damage == "flipped":
+        content[len(content) // 2] ^= 1
+        weights.write_bytes(content)
+    elif damage == "missing":
+        weights.unlink()
+    else:
+        trap = copied / "executed"
+        code = f"cposix\nsystem\n(S'touch {trap}'\ntR.".encode()
+        (newest / "weights" / ".metadata").write_bytes(code)
+        manifest = json.loads((newest / "manifest.json").read_text())
+        manifest["files"]["weights/.metadata"] = checkpoint.checksums(newest, 0, 1)["weights/.metadata"]
+        (newest / "manifest.json").write_text(json.dumps(manifest))
+    problem = checkpoint.damage(newest, 0, 1)
+    assert problem is not None and str(newest) in problem and checkpoint.damage(older, 0, 1) is None
+    assert "no intact checkpoint" in failure(copied, f"checkpoint.resume={newest}")
+    run_ranks(train, 1, str(copied))
+    compare(copied, undisturbed()[0], tolerance=0)
+    assert not (copied / "executed").exists()
+
+
+def test_a_newer_format_is_named(copied):
+    for path in checkpoint.complete(copied / "checkpoints"):
+        manifest = json.loads((path / "manifest.json").read_text())
+        (path / "manifest.json").write_text(json.dumps({**manifest, "format": 99}))
+    assert "is newer than this version's" in failure(copied)
+
+
+def test_resume_never_and_elsewhere(copied, tmp_path):
+    assert "is no checkpoint" in failure(tmp_path / "new", f"checkpoint.resume={tmp_path}/nothing")
+    run_ranks(train, 1, str(tmp_path / "new"), f"checkpoint.resume={copied}")
+    (final,) = [r for r in records(tmp_path / "new") if r["kind"] == "eval" and r["step"] == STEPS]
+    assert final in undisturbed()[0]
+    run_ranks(train, 1, str(copied), "checkpoint.resume=never")
+    compare(copied, undisturbed()[0], tolerance=0)
+    assert (copied / "previous" / "1" / "checkpoints" / "step_000000003").is_dir()
+
+
+def test_two_runs_in_one_directory_are_refused(tmp_path):
+    first = Ranks(train, 1, str(tmp_path / "run"), "trainer.max_iterations=1000")
+    try:
+        while not (tmp_path / "run" / "metrics.jsonl").exists():
+            time.sleep(0.05)
+        assert "another run is writing there" in failure(tmp_path / "run")
+    finally:
+        first.kill_after(0, [0])
+        assert first.wait() == "killed"
+
+
+def _without_room(*args) -> str:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))  # fails where a full disk would
+    return train(*args)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_full_disk_stops_the_run_and_leaves_the_earlier_checkpoints(copied, ranks):
+    with pytest.raises(AssertionError, match=r"could not be written, earlier ones are unharmed: rank .*File too large"):
+        run_ranks(_without_room, ranks, str(copied), "checkpoint.every_steps=1")
+    assert [path.name for path in checkpoint.complete(copied / "checkpoints")] == ["step_000000003", "step_000000002"]
+
+
+def test_a_time_limit_stops_and_saves(tmp_path):
+    (said,) = run_ranks(
+        train, 1, str(tmp_path / "run"), "trainer.stop_after_minutes=0.002", "trainer.max_iterations=1000"
+    )
+    assert said == "trainer.stop_after_minutes=0.002"
+    assert len(checkpoint.complete(tmp_path / "run" / "checkpoints")) == 1
+
+
+def test_the_newest_and_the_best_are_kept(tmp_path):
+    options = ["checkpoint.every_steps=1", "checkpoint.keep_last=1", "checkpoint.keep_best=2", "optim.lr=3e-2"]
+    run_ranks(train, 1, str(tmp_path / "run"), *options, "trainer.val_every_iterations=1")
+    kept = checkpoint.complete(tmp_path / "run" / "checkpoints")
+    assert kept[0].name == f"step_{STEPS:09d}" and 1 <= len(kept) <= 3
+    scores = [r["eval/reward"] for r in records(tmp_path / "run") if r["kind"] == "eval" and r["step"]]
+    assert max(scores) in [checkpoint.read_json(path / "run.json")["score"] for path in kept]
