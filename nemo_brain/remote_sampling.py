@@ -30,7 +30,8 @@ from transformers import PreTrainedTokenizerFast
 
 from nemo_brain.config import RemoteConfig
 from nemo_brain.groups import Group, Output, Prompt
-from nemo_brain.remote_server import BadAnswer, Server
+from nemo_brain.http_client import BadAnswer
+from nemo_brain.remote_server import Server
 
 if TYPE_CHECKING:
     from nemo_brain.sampling import SamplingOptions

@@ -24,7 +24,7 @@ from test_export import LLAMA_LIKE, ONE, exported_logits
 from toy_runs import toy_config
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from nemo_brain import remote_server
+from nemo_brain import http_client
 from nemo_brain.config import RemoteConfig, check
 from nemo_brain.data.tokenizers import byte_tokenizer
 from nemo_brain.groups import Group, Prompt
@@ -61,7 +61,7 @@ def save_model(path: Path, vocab_size: int, end: int, seed: int = 0) -> Path:
 
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch):
-    monkeypatch.setattr(remote_server, "_FIRST_DELAY", 0.02)
+    monkeypatch.setattr(http_client, "_FIRST_DELAY", 0.02)
 
 
 @pytest.fixture(scope="module")

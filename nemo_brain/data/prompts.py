@@ -35,8 +35,9 @@ def load_prompts(
 
     Args:
         source: a JSONL file, a list of them, or an iterable of records. A record has ``prompt`` (text) or ``messages``
-            (role and content each) and may have ``id`` and ``reference``. Other keys go to the prompt's metadata; so do
-            the messages that a chat template rendered. An absent id is ``file stem:line number`` or ``key:index``.
+            (role and content each) and may have ``id`` and ``reference``. Other keys go to the prompt's metadata; so
+            does, as ``messages``, what a template rendered (a plain prompt is one user message). An absent id is
+            ``file stem:line number`` or ``key:index``.
         tokenizer: the model's tokenizer.
         template: None, ``"chat"`` or a format string: see ``Template``.
         max_prompt_tokens: longer prompts lose tokens on the left, behind the tokenizer's own start token.
@@ -73,7 +74,7 @@ def parse_prompt(record: Record, template: Template, max_prompt_tokens: int) -> 
         text = record.text("prompt", prompt)
         if not text:
             raise record.error("prompt is empty", "write a prompt or remove the line")
-        if template.chat:
+        if not template.identity:
             metadata["messages"] = [{"role": "user", "content": text}]
         render, argument = template.render_prompt, text
     else:

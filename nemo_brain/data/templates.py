@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import string
+from collections.abc import Callable, Mapping
 
 import jinja2
 from transformers import PreTrainedTokenizerFast
@@ -26,12 +27,17 @@ class Template:
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, template: str | None) -> None:
         self.chat = template == "chat"
+        self.identity = template is None
         if self.chat and not tokenizer.chat_template:
             raise ValueError(
                 f"{KEY}=chat: the tokenizer has no chat template (set {KEY} to null or to a format string with "
                 "{prompt}, or add chat_template.jinja to the tokenizer's directory)"
             )
-        self._literals = [] if self.chat else _literals("{prompt}" if template is None else template)
+        self._format = (
+            None
+            if self.chat
+            else FormatString("{prompt}" if template is None else template, ("prompt",), KEY, "null, chat")
+        )
         self._tokenizer = tokenizer
         self._protected = protect(tokenizer)
         self._start = [] if self.chat else start_tokens(tokenizer)
@@ -43,10 +49,10 @@ class Template:
         """
         if self.chat:
             return self.render_messages([{"role": "user", "content": prompt}])
-        ids = self._protected.encode(prompt.join(map(self._protected.alias, self._literals)))
+        ids = self._protected.encode(self._format.fill({"prompt": prompt}, self._protected.alias))
         if self._start and ids[: len(self._start)] == self._start:  # the format string writes them too
             ids = ids[len(self._start) :]
-        return prompt.join(self._literals), self._start, ids
+        return self._format.fill({"prompt": prompt}), self._start, ids
 
     def render_messages(self, messages: list[dict[str, str]]) -> tuple[str, list[int], list[int]]:
         """Like ``render_prompt``, for messages with a role and a content each.
@@ -56,35 +62,66 @@ class Template:
         """
         if not self.chat:
             raise ValueError(f"messages need a chat template (set {KEY}=chat, or give a plain prompt)")
-        quoted = [{**message, "content": self._protected.quote(message["content"])} for message in messages]
-        try:
-            rendered = self._tokenizer.apply_chat_template(quoted, tokenize=False, add_generation_prompt=True)
-        except jinja2.TemplateError as error:
-            raise ValueError(
-                f"the chat template refuses the messages: {error} (change their roles or order)"
-            ) from error
-        ids = self._protected.encode(self._protected.unquote(self._protected.alias(rendered)))
-        return self._protected.unquote(rendered), [], ids
+        text, ids = render_chat(self._tokenizer, messages, generation_prompt=True)
+        return text, [], ids
 
 
-def _literals(template: str) -> list[str]:
-    """The pieces of a format string around its ``{prompt}`` fields."""
-    remedy = "use null, chat, or a format string with {prompt}; write {{ and }} for braces"
-    if not isinstance(template, str):
-        raise ValueError(f"{KEY} is {template!r}, which is not text ({remedy})")
+def render_chat(
+    tokenizer: PreTrainedTokenizerFast, messages: list[dict[str, str]], *, generation_prompt: bool
+) -> tuple[str, list[int]]:
+    """Text and token ids of messages in the tokenizer's chat template; only the template writes special tokens.
+
+    Raises:
+        ValueError: the template refuses the messages.
+    """
+    protected = protect(tokenizer)
+    quoted = [{**message, "content": protected.quote(message["content"])} for message in messages]
     try:
-        parts = list(string.Formatter().parse(template))
-    except ValueError as error:
-        raise ValueError(f"{KEY}: {template!r} is not a format string: {error} ({remedy})") from error
-    pieces = [""]
-    for literal, field, spec, conversion in parts:
-        pieces[-1] += literal
-        if field is None:
-            continue
-        if field != "prompt" or spec or conversion:
-            shown = field + (f"!{conversion}" if conversion else "") + (f":{spec}" if spec else "")
-            raise ValueError(f"{KEY}: {template!r} has the unknown field {{{shown}}} ({remedy})")
-        pieces.append("")
-    if len(pieces) == 1:
-        raise ValueError(f"{KEY}: {template!r} has no {{prompt}} ({remedy})")
-    return pieces
+        rendered = tokenizer.apply_chat_template(quoted, tokenize=False, add_generation_prompt=generation_prompt)
+    except jinja2.TemplateError as error:
+        raise ValueError(f"the chat template refuses the messages: {error} (change their roles or order)") from error
+    return protected.unquote(rendered), protected.encode(protected.unquote(protected.alias(rendered)))
+
+
+class FormatString:
+    """A template with named fields: its literals are trusted, the values are not.
+
+    Args:
+        template: the format string.
+        names: the fields; every one of them must occur.
+        key: the configuration key that errors name.
+        others: what that key may be besides a format string.
+
+    Raises:
+        ValueError: it is no format string, or its fields are others.
+    """
+
+    def __init__(self, template: str, names: tuple[str, ...], key: str, others: str) -> None:
+        fields = " and ".join(f"{{{name}}}" for name in names)
+        remedy = f"use {others}, or a format string with {fields}; write {{{{ and }}}} for braces"
+        if not isinstance(template, str):
+            raise ValueError(f"{key} is {template!r}, which is not text ({remedy})")
+        try:
+            parts = list(string.Formatter().parse(template))
+        except ValueError as error:
+            raise ValueError(f"{key}: {template!r} is not a format string: {error} ({remedy})") from error
+        self._literals, self._fields = [""], []
+        for literal, field, spec, conversion in parts:
+            self._literals[-1] += literal
+            if field is None:
+                continue
+            if field not in names or spec or conversion:
+                shown = field + (f"!{conversion}" if conversion else "") + (f":{spec}" if spec else "")
+                raise ValueError(f"{key}: {template!r} has the unknown field {{{shown}}} ({remedy})")
+            self._fields.append(field)
+            self._literals.append("")
+        for name in names:
+            if name not in self._fields:
+                raise ValueError(f"{key}: {template!r} has no {{{name}}} ({remedy})")
+
+    def fill(self, values: Mapping[str, str], trusted: Callable[[str], str] = str) -> str:
+        """The text with ``values`` in place of the fields and ``trusted`` applied to the literals."""
+        rest = (
+            values[field] + trusted(literal) for field, literal in zip(self._fields, self._literals[1:], strict=True)
+        )
+        return trusted(self._literals[0]) + "".join(rest)

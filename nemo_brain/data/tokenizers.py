@@ -12,7 +12,7 @@ import secrets
 from pathlib import Path
 from weakref import WeakKeyDictionary
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Encoding, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
@@ -27,12 +27,15 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def load_tokenizer(path: str | Path, *, key: str = "model.restore_from") -> PreTrainedTokenizerFast:
+def load_tokenizer(
+    path: str | Path, *, key: str = "model.restore_from", end_token: bool = True
+) -> PreTrainedTokenizerFast:
     """The tokenizer of a Hugging Face directory.
 
     Args:
         path: the directory; nothing is downloaded.
         key: the configuration key that errors name.
+        end_token: whether the tokenizer must have one.
 
     Raises:
         ValueError: there is no such directory, no fast tokenizer in it, or it has no end token.
@@ -52,7 +55,7 @@ def load_tokenizer(path: str | Path, *, key: str = "model.restore_from") -> PreT
             f"{key}: {path} holds a {type(tokenizer).__name__}, which has no tokenizer.json (convert it to a fast "
             "tokenizer and save it there)"
         )
-    if tokenizer.eos_token_id is None:
+    if end_token and tokenizer.eos_token_id is None:
         raise ValueError(f"{key}: the tokenizer in {path} has no end token (set eos_token in tokenizer_config.json)")
     return tokenizer
 
@@ -112,7 +115,11 @@ class ProtectedTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of ``text``; only aliases become special tokens."""
-        return self._backend.encode(text, add_special_tokens=False).ids
+        return self.encoding(text).ids
+
+    def encoding(self, text: str) -> Encoding:
+        """Like ``encode``, as the tokenizer's post-processor takes it."""
+        return self._backend.encode(text, add_special_tokens=False)
 
     def alias(self, text: str) -> str:
         """Trusted text with its special tokens spelled by their aliases."""

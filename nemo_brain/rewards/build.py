@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 
-from hydra.utils import instantiate
+from hydra.utils import get_object, instantiate
 
 from nemo_brain.rewards.protocol import Reward
 
@@ -19,8 +20,11 @@ def make_reward(cfg: Mapping | None) -> Reward:
     target = (cfg or {}).get("_target_")
     if not target:
         raise ValueError(f"reward._target_ is missing (name a reward class; {remedy})")
+    parts = False
+    with contextlib.suppress(Exception):  # instantiate finds it out again, and says so
+        parts = getattr(get_object(target), "makes_parts", False)
     try:
-        reward = instantiate(cfg, _convert_="all")
+        reward = instantiate(cfg, _convert_="all", _recursive_=not parts)
     except Exception as error:  # Hydra wraps what the target raises
         cause = " ".join(str(error.__cause__ or error).split())
         raise ValueError(f"reward._target_={target} cannot be made: {cause} ({remedy})") from error

@@ -18,13 +18,48 @@ class Reward(Protocol):
     """Scores a batch of outputs; higher is better. One finite number per output, in their order.
 
     ``prompts`` are what the tokenizer saw (the template applied); ``references`` and ``metadata`` are the prompts' own.
+    Where a template was applied, ``metadata["messages"]`` is what it was applied to: see ``messages_of``.
     A reward with the attribute ``rescorable = True``, like every plain function, may be called again on a part of a
-    batch that it failed on, to find the output that caused it. One with ``name`` is called so in errors.
+    batch that it failed on, to find the output that caused it; one that knows the output raises ``OutputError``. One
+    with ``name`` is called so in errors. One with a method ``load`` is told so, in the processes that will call it,
+    before the first call: what is heavy belongs there.
     """
 
     def __call__(
         self, prompts: list[str], outputs: list[str], *, references: list[str | None], metadata: list[dict]
     ) -> Sequence[float]: ...
+
+
+class RewardError(ValueError):
+    """A reward has failed; the message names it and says all. ``index``: the output of the batch, where it is known."""
+
+    def __init__(self, message: str, index: int | None = None):
+        super().__init__(message)
+        self.index = index
+
+
+class OutputError(Exception):
+    """For rewards to raise when they know which output of the batch they failed on."""
+
+    def __init__(self, message: str, index: int):
+        super().__init__(message)
+        self.index = index
+
+
+def load_reward(reward: Reward) -> None:
+    """Has the reward load what it needs, if it needs anything. ValueError: it cannot."""
+    load = getattr(reward, "load", None)
+    if load is None:
+        return
+    try:
+        load()
+    except Exception as error:
+        raise RewardError(f"{_name(reward)} cannot be loaded: {type(error).__name__}: {error}") from error
+
+
+def messages_of(prompt: str, metadata: dict) -> list[dict[str, str]]:
+    """The messages of a prompt, as its record had them: a plain prompt is one message of the user."""
+    return metadata.get("messages") or [{"role": "user", "content": prompt}]
 
 
 def score_groups(reward: Reward, groups: Sequence[Group]) -> None:
@@ -51,7 +86,7 @@ def compute_rewards(
     """The rewards of outputs, in one call. Python, NumPy and torch numbers are taken.
 
     Raises:
-        ValueError: the reward failed (its own error is the cause), or did not return one finite number per output. The
+        RewardError: the reward failed (its own error is the cause), or did not return one finite number per output. The
             message names the reward and shows the first prompt and output concerned.
     """
     if not outputs:
@@ -60,16 +95,19 @@ def compute_rewards(
     name = _name(reward)
     try:
         result = _call(reward, batch, 0, len(outputs))
+    except RewardError as error:  # of a reward that this one consists of
+        raise RewardError(f"{name}: {error}", error.index) from error
     except Exception as error:
         place = _first_failure(reward, batch, error)
         where = f"a batch of {len(outputs)} from {_show(batch, 0)}" if place is None else _show(batch, place)
-        raise ValueError(f"{name} failed with {type(error).__name__}: {error}, on {where}") from error
+        problem = str(error) if isinstance(error, OutputError) else f"{type(error).__name__}: {error}"
+        raise RewardError(f"{name} failed with {problem}, on {where}", place) from error
     values = result.tolist() if hasattr(result, "tolist") else result
     if not isinstance(values, (list, tuple)):
-        raise ValueError(f"{name} returned a {type(result).__name__} (return a list of one number per output)")
+        raise RewardError(f"{name} returned a {type(result).__name__} (return a list of one number per output)")
     if len(values) != len(outputs):
         place = min(len(values), len(outputs) - 1)
-        raise ValueError(
+        raise RewardError(
             f"{name} returned {len(values)} rewards for {len(outputs)} outputs (return one number per output); the "
             f"first without a partner is {_show(batch, place)}"
         )
@@ -83,6 +121,8 @@ def _call(reward: Reward, batch: tuple, start: int, end: int) -> Sequence[float]
 
 def _first_failure(reward: Reward, batch: tuple, error: Exception) -> int | None:
     """The first output that the reward fails on, by halving; None where that is not known."""
+    if isinstance(error, OutputError):
+        return error.index
     # A failed connection or file is no output's fault, and rewards that run on several ranks must be called in step.
     local = inspect.isfunction(reward) or getattr(reward, "rescorable", False)
     if isinstance(error, OSError) or not local:
@@ -117,8 +157,9 @@ def _number(value: object, name: str, batch: tuple, index: int) -> float:
     except OverflowError:
         number = math.inf
     if not math.isfinite(number):
-        raise ValueError(
-            f"{name} returned {_shorten(repr(value))} for {_show(batch, index)} (return one finite number per output)"
+        raise RewardError(
+            f"{name} returned {_shorten(repr(value))} for {_show(batch, index)} (return one finite number per output)",
+            index,
         )
     return number
 
