@@ -179,14 +179,28 @@ def check(cfg: DictConfig) -> Config:
     Raises:
         ValueError: names the key, what is wrong with it, and the remedy.
     """
+    config = typed(Config, cfg, "conf/brain.yaml")
+    _check_values(config)
+    return config
+
+
+def typed(kind: type, cfg: DictConfig, file: str) -> Any:
+    """``cfg`` as an instance of the structured configuration ``kind``, which has a ``reward`` section.
+
+    Args:
+        file: the configuration file that states every key, for errors.
+
+    Raises:
+        ValueError: names the key that is unknown, has no value, or one of another type.
+    """
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(Config), cfg)
+        merged = OmegaConf.merge(OmegaConf.structured(kind), cfg)
         OmegaConf.resolve(merged)
         config = OmegaConf.to_object(merged)
     except (ConfigKeyError, ConfigAttributeError) as error:
         key = error.full_key or str(error.key)
-        close = difflib.get_close_matches(key, _keys(Config), n=3)
-        hint = f"; did you mean {' or '.join(close)}?" if close else "; the known keys are in conf/brain.yaml"
+        close = difflib.get_close_matches(key, _keys(kind), n=3)
+        hint = f"; did you mean {' or '.join(close)}?" if close else f"; the known keys are in {file}"
         raise ValueError(f"unknown configuration key {key}{hint}") from None
     except MissingMandatoryValue as error:
         raise ValueError(
@@ -197,7 +211,6 @@ def check(cfg: DictConfig) -> Config:
     if config.reward is not None:
         # A config that names another reward than the one it inherits from sets the other's arguments to null.
         config.reward = {name: value for name, value in config.reward.items() if value is not None}
-    _check_values(config)
     return config
 
 

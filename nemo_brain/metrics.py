@@ -28,6 +28,7 @@ RUN_FILES = (
     "samples.jsonl",
     "rollouts.jsonl",
     "rollouts",
+    "failed_rollout.jsonl",
     "report.html",
     "checkpoints",
     "status.json",

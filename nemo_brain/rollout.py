@@ -10,17 +10,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
 from nemo_brain.config import Config
-from nemo_brain.groups import Group, Prompt, chunk_tokens
+from nemo_brain.data.rollouts import write_rollout
+from nemo_brain.groups import Group, Prompt, Rollout, chunk_tokens
 from nemo_brain.interruption import Interrupted, Interruption
 from nemo_brain.progress import progress
 from nemo_brain.remote_rollout import RemoteRollout
-from nemo_brain.rewards.protocol import Reward, compute_rewards, score_groups
+from nemo_brain.rewards.protocol import Reward, compute_rewards, load_reward, score_groups
 from nemo_brain.sampling import SamplingOptions
 from nemo_brain.strategy import BRAInStrategy
 
@@ -51,6 +53,7 @@ class RolloutWorker:
         self._members = parallel_state.get_model_parallel_group()
         self._replicas = parallel_state.get_data_parallel_group()
         self._first = self._members.rank() == 0
+        self._once_per_replica(lambda: load_reward(reward))
 
     def sample(
         self, prompts: Sequence[Prompt], options: SamplingOptions, iteration: int, step: int, description: str
@@ -58,7 +61,8 @@ class RolloutWorker:
         """A group with rewards for each prompt, in their order, from the policy after ``step`` optimizer steps.
 
         Raises:
-            ValueError: the reward or the inference server failed; on every rank.
+            ValueError: the reward or the inference server failed; on every rank. The groups sampled so far are in the
+                run directory's failed_rollout.jsonl.
             Interrupted: the run was asked to end; on every rank.
         """
         if self.remote is not None:
@@ -87,7 +91,10 @@ class RolloutWorker:
                 rewards.wait()
 
             ordered = [groups[index] for index in sorted(groups)]
-            self._share_rewards(ordered, finish)
+            try:
+                self._share_rewards(ordered, finish)
+            except ValueError as error:
+                raise ValueError(f"{error}{self._keep(iteration, ordered)}") from error
         shares = self._gather(ordered)
         return [shares[i % ranks][i // ranks] for i in range(len(prompts))]
 
@@ -99,6 +106,25 @@ class RolloutWorker:
 
     def _stop(self) -> bool:
         return self.interruption.agreed(self._members)[0]
+
+    def _keep(self, iteration: int, groups: list[Group]) -> str:
+        """Writes what all ranks have sampled before the run ends, each its ``groups``; says where, to add to the error.
+
+        Called by every rank, all of which have the same error by now. Some groups may lack rewards.
+        """
+        shares = self._gather(groups)
+        note = [""]
+        if dist.get_rank() == 0:
+            path = Path(self.config.run_dir) / "failed_rollout.jsonl"
+            kept = [group for share in shares for group in share]
+            try:
+                write_rollout(path, Rollout(iteration, kept))
+                note = [f" (the {len(kept)} groups sampled in this iteration are in {path})"]
+            except OSError as error:
+                note = [f" (the groups sampled in this iteration could not be written to {path}: {error})"]
+        # The others must not end before it is written: torchrun would end this rank too.
+        dist.broadcast_object_list(note, src=0)
+        return note[0]
 
     def score_rewards(self, groups: Sequence[Group]) -> None:
         """Sets the rewards of groups that every rank of a replica has; ValueError as in ``sample``."""
@@ -205,6 +231,7 @@ class _RewardThread:
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="reward")
         self._waiting: list[Group] = []
         self._running: list[Future] = []
+        self._failed = False
 
     def __enter__(self) -> _RewardThread:
         return self
@@ -225,5 +252,14 @@ class _RewardThread:
 
     def _submit(self) -> None:
         if self._reward is not None and self._waiting:
-            self._running.append(self._executor.submit(score_groups, self._reward, self._waiting))
+            self._running.append(self._executor.submit(self._score, self._waiting))
         self._waiting = []
+
+    def _score(self, groups: list[Group]) -> None:
+        if self._failed:
+            return  # the run is about to end: a server that is down must not be waited for again
+        try:
+            score_groups(self._reward, groups)
+        except ValueError:
+            self._failed = True
+            raise

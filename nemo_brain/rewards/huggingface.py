@@ -72,6 +72,7 @@ class HuggingFaceReward:
         self._device = _device(device)
         self._batch_tokens = batch_tokens
         self._truncate = too_long == "truncate"
+        self._config = _checked_config(self._path)
         self._tokenizer = load_tokenizer(model, key="reward.model", end_token=append_end_token)
         # Saved tokenizers may bring truncation and padding of their own, which post_process would apply.
         self._tokenizer.backend_tokenizer.no_truncation()
@@ -87,7 +88,6 @@ class HuggingFaceReward:
             )
         if self._template is None:
             self._format = FormatString(template, ("prompt", "output"), "reward.template", "chat, pair")
-        self._config = _checked_config(self._path)
         self._pad = self._config.pad_token_id
         self._types = template == "pair" and "token_type_ids" in self._tokenizer.model_input_names
         limits = (getattr(self._config, "max_position_embeddings", None), self._tokenizer.model_max_length)
@@ -225,10 +225,14 @@ def _device(name: str | None) -> torch.device:
 
 def _checked_config(path: Path):
     """The model's config.json; ValueError for what a reward cannot be."""
+    if not (path / "config.json").is_file():
+        raise ValueError(
+            f"reward.model: there is no {path / 'config.json'} (give a reward model's Hugging Face directory)"
+        )
     try:
         config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # transformers raises many types here
-        raise ValueError(f"reward.model: {path} has no config.json that can be read: {error}") from error
+    except Exception as error:  # transformers raises many types here, some with a list of all models that it knows
+        raise ValueError(f"reward.model: {path / 'config.json'} cannot be read: {str(error)[:300]}") from error
     if type(config) not in AutoModelForSequenceClassification._model_mapping:
         raise ValueError(
             f"reward.model: {path} is a {config.model_type}, of which transformers knows no sequence classification"

@@ -1,0 +1,207 @@
+"""Serves a reward over HTTP, for ``HTTPReward`` and any other client: docs/rewards.md has the requests and answers."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hmac
+import json
+import logging
+import signal
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from typing import Any
+
+import uvicorn
+from omegaconf import DictConfig
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from nemo_brain.config import typed
+from nemo_brain.http_client import environment_key
+from nemo_brain.rewards.batching import Items, RewardBatcher
+from nemo_brain.rewards.build import make_reward
+from nemo_brain.rewards.protocol import RewardError
+
+_FIELDS = {"prompt", "output", "reference", "metadata"}
+_LOG = logging.getLogger("uvicorn.error")  # which uvicorn shows
+
+
+@dataclass
+class ServeConfig:
+    """conf/serve_reward.yaml."""
+
+    host: str = "127.0.0.1"
+    port: int = 8100
+    api_key_env: str | None = None
+    max_request_bytes: int = 16777216
+    max_batch: int = 64
+    batch_wait_seconds: float = 0.005
+    reward: dict[str, Any] | None = None
+
+
+def check_serve(cfg: DictConfig) -> ServeConfig:
+    """Validates a configuration; ValueError names the key, what is wrong with it and the remedy."""
+    config = typed(ServeConfig, cfg, "conf/serve_reward.yaml")
+    for name in ("max_request_bytes", "max_batch"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name} must be at least 1, not {getattr(config, name)}")
+    if not 0 <= config.port < 65536:
+        raise ValueError(f"port must be between 0 (any free one) and 65535, not {config.port}")
+    if not 0 <= config.batch_wait_seconds < 60:
+        raise ValueError(f"batch_wait_seconds must be at least 0 and below 60, not {config.batch_wait_seconds}")
+    return config
+
+
+def serve(cfg: DictConfig) -> None:
+    """Serves until SIGTERM or SIGINT, and then finishes the requests that it has.
+
+    Raises:
+        ValueError: the configuration is wrong, the API key is not set, or the reward cannot be made or loaded.
+    """
+    config = check_serve(cfg)
+    key = None if config.api_key_env is None else environment_key("api_key_env", config.api_key_env)
+    batcher = RewardBatcher(make_reward(config.reward), config.max_batch, config.batch_wait_seconds)
+
+    def stop() -> None:
+        server.should_exit = True
+
+    app = make_app(batcher, config.max_request_bytes, key, stop)
+    options = {"http": "h11", "ws": "none", "log_level": "info", "access_log": False}
+    server = uvicorn.Server(uvicorn.Config(app, host=config.host, port=config.port, **options))
+    # uvicorn raises the signal again once it is done; an end that was asked for is a success.
+    for signal_ in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(signal_, lambda *_: None)
+    server.run()
+    if batcher.failure is not None:
+        raise ValueError(str(batcher.failure)) from batcher.failure
+
+
+def make_app(
+    batcher: RewardBatcher, max_request_bytes: int, key: str | None, on_failure: Callable[[], None]
+) -> Starlette:
+    """The ASGI application, which starts and ends the batcher.
+
+    Args:
+        max_request_bytes: larger requests are answered 413.
+        key: what ``/score`` wants as a bearer token; None: nothing.
+        on_failure: called on another thread if the reward cannot be loaded.
+    """
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        batcher.start(on_failure)
+        yield
+        # All requests have been answered by now; only an abandoned call, or loading, may still go on.
+        batcher.close(timeout=5)
+
+    async def health(request: Request) -> Response:
+        return JSONResponse({"status": "ok"})
+
+    async def ready(request: Request) -> Response:
+        if not batcher.ready:
+            return _error(503, "the reward is being loaded", headers={"Retry-After": "1"})
+        return JSONResponse({"status": "ready"})
+
+    async def score(request: Request) -> Response:
+        if key is not None and not _has_key(request, key):
+            return _error(401, "send the API key as Authorization: Bearer KEY", headers={"WWW-Authenticate": "Bearer"})
+        if not batcher.ready:
+            return await ready(request)
+        items = parse_items(await _body(request, max_request_bytes))
+        future = batcher.submit(items)
+        answer = asyncio.wrap_future(future)
+        # A client that has given up asks again: what it has left behind is not to hold that up.
+        gone = asyncio.ensure_future(request.receive())
+        try:
+            await asyncio.wait({answer, gone}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            gone.cancel()
+        if not answer.done():
+            answer.cancel()
+            return Response(status_code=499)  # nobody reads it
+        try:
+            return JSONResponse({"rewards": answer.result()})
+        except RewardError as error:
+            _LOG.warning("%s", error)
+            return _error(500, str(error), error.index)
+
+    async def failed(request: Request, error: Exception) -> Response:
+        if isinstance(error, _ItemError):
+            return _error(422, str(error), error.index)
+        assert isinstance(error, HTTPException)
+        return _error(error.status_code, error.detail, headers=error.headers)
+
+    return Starlette(
+        routes=[
+            Route("/health", health),
+            Route("/ready", ready),
+            Route("/score", score, methods=["POST"]),
+        ],
+        exception_handlers={HTTPException: failed, _ItemError: failed},
+        lifespan=lifespan,
+    )
+
+
+class _ItemError(Exception):
+    """What is wrong with the items of a request, and with which of them."""
+
+    def __init__(self, message: str, index: int | None = None):
+        super().__init__(message)
+        self.index = index
+
+
+def parse_items(body: bytes) -> Items:
+    """The items of a request; the error of what is no JSON (400) or not of the documented form (422)."""
+    try:
+        fields = json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise HTTPException(400, f"the request is no JSON: {error}") from None
+    if not isinstance(fields, dict) or fields.keys() != {"items"} or not isinstance(fields["items"], list):
+        raise _ItemError('send {"items": [{"prompt": ..., "output": ...}, ...]}')
+    items = Items()
+    for index, item in enumerate(fields["items"]):
+        if not isinstance(item, dict) or not {"prompt", "output"} <= item.keys() <= _FIELDS:
+            raise _ItemError(f"items[{index}] must have prompt and output, and may have reference and metadata", index)
+        reference, metadata = item.get("reference"), item.get("metadata")
+        for name in ("prompt", "output", *(["reference"] if reference is not None else [])):
+            if not isinstance(item[name], str):
+                raise _ItemError(f"items[{index}].{name} must be a string", index)
+            try:
+                item[name].encode()
+            except UnicodeEncodeError:
+                raise _ItemError(f"items[{index}].{name} has half of a surrogate pair", index) from None
+        if not isinstance(metadata, (dict, type(None))):
+            raise _ItemError(f"items[{index}].metadata must be an object", index)
+        items += Items([item["prompt"]], [item["output"]], [reference], [metadata or {}])
+    return items
+
+
+def _has_key(request: Request, key: str) -> bool:
+    scheme, _, token = request.headers.get("authorization", "").partition(" ")
+    return scheme.lower() == "bearer" and hmac.compare_digest(token.strip().encode(), key.encode())
+
+
+async def _body(request: Request, limit: int) -> bytes:
+    """The request's content, of which no more than the limit is read."""
+    too_large = HTTPException(
+        413, f"the request has more than max_request_bytes={limit}: send fewer items", {"Connection": "close"}
+    )
+    if int(request.headers.get("content-length", "0")) > limit:  # h11 has checked that it is a number
+        raise too_large
+    body = bytearray()
+    try:
+        async for part in request.stream():
+            body += part
+            if len(body) > limit:
+                raise too_large
+    except ClientDisconnect:
+        raise HTTPException(499) from None
+    return bytes(body)
+
+
+def _error(status: int, message: str, item: int | None = None, headers=None) -> JSONResponse:
+    return JSONResponse({"error": {"message": message, "item": item}}, status, headers)
