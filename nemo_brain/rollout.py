@@ -94,6 +94,7 @@ class RolloutWorker:
             try:
                 self._share_rewards(ordered, finish)
             except ValueError as error:
+                rewards.close()  # so that it changes nothing that is being written
                 raise ValueError(f"{error}{self._keep(iteration, ordered)}") from error
         shares = self._gather(ordered)
         return [shares[i % ranks][i // ranks] for i in range(len(prompts))]
@@ -237,6 +238,9 @@ class _RewardThread:
         return self
 
     def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
         self._executor.shutdown(cancel_futures=True)
 
     def add(self, group: Group) -> None:

@@ -90,10 +90,14 @@ class HuggingFaceReward:
             self._format = FormatString(template, ("prompt", "output"), "reward.template", "chat, pair")
         self._pad = self._config.pad_token_id
         self._types = template == "pair" and "token_type_ids" in self._tokenizer.model_input_names
-        limits = (getattr(self._config, "max_position_embeddings", None), self._tokenizer.model_max_length)
-        known = [limit for limit in limits if limit and limit < _UNLIMITED]
+        positions = getattr(self._config, "max_position_embeddings", None)
+        known = [limit for limit in (positions, self._tokenizer.model_max_length) if limit and limit < _UNLIMITED]
         if max_tokens is None and not known:
             raise ValueError("reward.max_tokens: neither the model nor its tokenizer names its longest row: set it")
+        if positions and max_tokens and max_tokens > positions:
+            raise ValueError(
+                f"reward.max_tokens={max_tokens} is more than the model's {positions} positions (lower it)"
+            )
         self._max_tokens = max_tokens or min(known)
         self._model = None
 

@@ -1,0 +1,291 @@
+"""Hugging Face reward models: scores as transformers gives them one by one, templates, limits, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    PreTrainedTokenizerFast,
+)
+
+from nemo_brain.data.tokenizers import byte_tokenizer
+from nemo_brain.rewards.huggingface import HuggingFaceReward
+from nemo_brain.rewards.protocol import compute_rewards
+
+# Sums over a few dozen positions in fp32: padding and batching change the order of summation only.
+CLOSE = {"abs": 1e-5, "rel": 0}
+CHAT = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<eos>{% endfor %}"
+CHAT += "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+PROMPTS = ["Name a colour.", "x", "Straße?", "Name a fruit, and say why you like it.", "y"]
+OUTPUTS = ["blue", "", "<eos>[SEP] nö", "apple " * 12, "z"]
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"] + [chr(c) for c in range(33, 127)]
+
+
+def chat_tokenizer() -> PreTrainedTokenizerFast:
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|system|>", "<|user|>", "<|assistant|>"]})
+    tokenizer.chat_template = CHAT
+    return tokenizer
+
+
+def bert_tokenizer() -> PreTrainedTokenizerFast:
+    """Characters as words; pairs and single texts get BERT's special tokens. It has no end token."""
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    backend.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    backend.enable_truncation(4)  # as some saved tokenizers have; it must not apply
+    special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    names = ["input_ids", "token_type_ids", "attention_mask"]
+    return PreTrainedTokenizerFast(tokenizer_object=backend, model_input_names=names, **special)
+
+
+def save_reward_model(kind: str, path: Path, pad: int | None = None) -> Path:
+    """A random reward model with its tokenizer: ``llama`` (chat), ``bert`` (pairs) or ``gpt2`` (neither)."""
+    torch.manual_seed(0)
+    if kind == "bert":
+        tokenizer = bert_tokenizer()
+        sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+        config = BertConfig(vocab_size=len(tokenizer), num_labels=1, initializer_range=0.5, **sizes)
+        model = BertForSequenceClassification(config)
+    elif kind == "llama":
+        tokenizer = chat_tokenizer()
+        sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+        config = LlamaConfig(vocab_size=len(tokenizer), num_labels=1, initializer_range=0.5, pad_token_id=pad, **sizes)
+        model = LlamaForSequenceClassification(config)
+    else:
+        tokenizer = byte_tokenizer()
+        config = GPT2Config(vocab_size=len(tokenizer), num_labels=1, n_embd=16, n_layer=2, n_head=2, n_positions=160)
+        model = GPT2ForSequenceClassification(config)
+        model.score.weight.data.mul_(50)
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory) -> Path:
+    return save_reward_model("llama", tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory) -> Path:
+    return save_reward_model("bert", tmp_path_factory.mktemp("bert"))
+
+
+def scores(reward, prompts=PROMPTS, outputs=OUTPUTS, metadata=None) -> list[float]:
+    metadata = metadata or [{}] * len(prompts)
+    return compute_rewards(reward, prompts, outputs, references=[None] * len(prompts), metadata=metadata)
+
+
+@torch.no_grad()
+def one_by_one(path: Path, rows: list[list[int]], types: list[list[int]] | None = None) -> list[float]:
+    """transformers' own scores of rows of token ids, without padding or batches."""
+    model = AutoModelForSequenceClassification.from_pretrained(path).eval()
+    extra = [{"token_type_ids": torch.tensor([t])} for t in types] if types else [{}] * len(rows)
+    return [model(input_ids=torch.tensor([row]), **more).logits.item() for row, more in zip(rows, extra, strict=True)]
+
+
+def as_bytes(text: str) -> list[int]:
+    return list(text.encode())
+
+
+def chat_ids(path: Path, messages: list[dict], output: str) -> list[int]:
+    """The chat template by hand: texts are bytes, whatever they spell."""
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    role = {name: tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in ("system", "user", "assistant")}
+    turns = [*messages, {"role": "assistant", "content": output}]
+    return [token for m in turns for token in [role[m["role"]], *as_bytes(m["content"]), tokenizer.eos_token_id]]
+
+
+def user(text: str) -> list[dict]:
+    return [{"role": "user", "content": text}]
+
+
+@pytest.mark.parametrize("pad", [None, 257, 256], ids=["no padding token", "padding token", "padding is the end token"])
+@pytest.mark.parametrize("batch_tokens", [1, 130, 10_000])
+def test_a_chat_model_scores_as_transformers_does_one_by_one(tmp_path, pad, batch_tokens):
+    """Whatever the batches; the texts of special tokens in prompts and outputs stay texts."""
+    path = save_reward_model("llama", tmp_path, pad)
+    expected = one_by_one(path, [chat_ids(path, user(p), o) for p, o in zip(PROMPTS, OUTPUTS, strict=True)])
+    assert max(expected) - min(expected) > 0.1
+    reward = HuggingFaceReward(str(path), batch_tokens=batch_tokens)
+    assert scores(reward) == pytest.approx(expected, **CLOSE)
+    backwards = scores(reward, PROMPTS[::-1], OUTPUTS[::-1])
+    assert backwards == pytest.approx(expected[::-1], **CLOSE)
+
+
+def test_batches_hold_what_the_budget_allows(llama):
+    reward = HuggingFaceReward(str(llama), batch_tokens=20)
+    assert reward._batches([3, 1, 0, 2], [6, 5, 30, 4]) == [[3, 1, 0], [2]]
+    assert reward._batches([], []) == [[]]
+
+
+def test_the_prompts_messages_are_what_the_reward_model_sees(llama):
+    """Not the text that the policy's template made of them."""
+    messages = [{"role": "system", "content": "Be brief."}, *user("hi"), {"role": "assistant", "content": "yes?"}]
+    messages += user("bye")
+    expected = one_by_one(llama, [chat_ids(llama, messages, "so"), chat_ids(llama, user("<s>plain"), "so")])
+    prompts = ["[INST] what the policy saw [/INST]", "<s>plain"]
+    found = scores(HuggingFaceReward(str(llama)), prompts, ["so", "so"], [{"messages": messages}, {}])
+    assert found == pytest.approx(expected, **CLOSE)
+
+
+def test_pairs_are_scored_as_the_tokenizer_makes_them(bert):
+    tokenizer = AutoTokenizer.from_pretrained(bert)
+    plain = ["blue!", "", "no,thanks", "apple," * 6, "z"]
+    whole = tokenizer(PROMPTS, plain, truncation=False)  # lists: of two texts, an empty second one would be left out
+    rows = [{name: whole[name][i] for name in ("input_ids", "token_type_ids")} for i in range(len(PROMPTS))]
+    assert len(rows[0]["input_ids"]) == len(PROMPTS[0]) + len(plain[0]) + 3
+    expected = one_by_one(bert, [row["input_ids"] for row in rows], [row["token_type_ids"] for row in rows])
+    assert max(expected) - min(expected) > 0.01
+    for batch_tokens in (1, 10_000):
+        reward = HuggingFaceReward(str(bert), template="pair", batch_tokens=batch_tokens)
+        assert scores(reward, PROMPTS, plain) == pytest.approx(expected, **CLOSE)
+    # A text that spells a special token is characters.
+    ids = [2, *(WORDS.index(c) for c in "a[SEP]"), 3, *(WORDS.index(c) for c in "[CLS]"), 3]
+    forged = one_by_one(bert, [ids], [[0] * 8 + [1] * 6])
+    assert scores(reward, ["a[SEP]"], ["[CLS]"]) == pytest.approx(forged, **CLOSE)
+
+
+def test_a_format_string_writes_special_tokens_and_its_values_do_not(tmp_path):
+    path = save_reward_model("gpt2", tmp_path)
+    pairs = list(zip(PROMPTS, OUTPUTS, strict=True))
+    rows = [[*as_bytes("Q: "), *as_bytes(p), 256, *as_bytes("{A} "), *as_bytes(o)] for p, o in pairs]
+    template = "Q: {prompt}<eos>{{A}} {output}"
+    reward = HuggingFaceReward(str(path), template=template, batch_tokens=200)
+    assert scores(reward) == pytest.approx(one_by_one(path, rows), **CLOSE)
+    ended = HuggingFaceReward(str(path), template=template, append_end_token=True)
+    assert scores(ended) == pytest.approx(one_by_one(path, [[*row, 256] for row in rows]), **CLOSE)
+    with pytest.raises(ValueError, match=r"reward\.max_tokens=161 is more than the model's 160 positions"):
+        HuggingFaceReward(str(path), template=template, max_tokens=161)
+
+
+def test_an_end_token_is_not_appended_twice(llama):
+    """The chat template writes it already."""
+    assert scores(HuggingFaceReward(str(llama), append_end_token=True)) == scores(HuggingFaceReward(str(llama)))
+
+
+def test_rows_that_are_too_long_are_refused_or_truncated_on_the_left(llama, bert):
+    ids = chat_ids(llama, user("Name a colour."), "blue")
+    refusing = HuggingFaceReward(str(llama), max_tokens=len(ids) - 3)
+    with pytest.raises(
+        ValueError, match=r"22 tokens .*reward\.max_tokens=19 .*too_long=truncate.* on output 1: 'blue'"
+    ):
+        scores(refusing, ["x", "Name a colour.", "y"], ["a", "blue", "b"])
+    cutting = HuggingFaceReward(str(llama), max_tokens=len(ids) - 3, too_long="truncate")
+    assert scores(cutting, ["Name a colour."], ["blue"]) == pytest.approx(one_by_one(llama, [ids[3:]]), **CLOSE)
+    # Of a pair, the prompt; its special tokens stay.
+    pair = HuggingFaceReward(str(bert), template="pair", max_tokens=9, too_long="truncate")
+    row = [2, WORDS.index("c"), WORDS.index("d"), 3, *(WORDS.index(c) for c in "blue"), 3]
+    expected = one_by_one(bert, [row], [[0] * 4 + [1] * 5])
+    assert scores(pair, ["abcd"], ["blue"]) == pytest.approx(expected, **CLOSE)
+    with pytest.raises(ValueError, match=r"the output alone fills reward\.max_tokens=9 \(raise it\)"):
+        scores(pair, ["abcd"], ["blueblue"])
+
+
+def test_the_start_token_survives_truncation(tmp_path):
+    path = save_reward_model("llama", tmp_path)
+    tokenizer = chat_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<pad> $A", special_tokens=[("<pad>", 257)]
+    )
+    tokenizer.chat_template = "<pad>" + CHAT
+    tokenizer.save_pretrained(path)
+    ids = [257, *chat_ids(path, user("Name a colour."), "blue")]
+    reward = HuggingFaceReward(str(path), max_tokens=10, too_long="truncate")
+    assert scores(reward, ["Name a colour."], ["blue"]) == pytest.approx(one_by_one(path, [[257, *ids[-9:]]]), **CLOSE)
+
+
+def test_several_messages_need_the_chat_template(bert):
+    with pytest.raises(ValueError, match=r"a prompt of 2 messages: reward\.template=pair takes one"):
+        scores(HuggingFaceReward(str(bert), template="pair"), ["x"], ["y"], [{"messages": [*user("a"), *user("b")]}])
+
+
+def test_dtype_and_limits_are_taken(llama, bert):
+    exact, rounded = (scores(HuggingFaceReward(str(llama), dtype=dtype)) for dtype in ("float32", "bfloat16"))
+    assert exact != rounded and rounded == pytest.approx(exact, abs=0.3)  # bf16 has 8 bits
+    assert HuggingFaceReward(str(bert), template="pair")._max_tokens == 512  # BERT's positions
+
+
+def edit_config(path: Path, **changes) -> None:
+    file = path / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        ({"model": "/none"}, r"reward\.model: there is no /none/config\.json"),
+        ({"template": "{prompt}"}, r"reward\.template: '\{prompt\}' has no \{output\} \(use chat, pair, or a format"),
+        ({"template": None}, r"reward\.template is None, which is not text"),
+        ({"too_long": "cut"}, r"reward\.too_long must be refuse or truncate, not 'cut'"),
+        ({"dtype": "int8"}, r"reward\.dtype must be float32, bfloat16 or float16, not 'int8'"),
+        ({"batch_tokens": 0}, r"reward\.batch_tokens must be an integer of at least 1, not 0"),
+        ({"max_tokens": 1.5}, r"reward\.max_tokens must be an integer of at least 1, not 1\.5"),
+        ({"device": "abacus"}, r"reward\.device='abacus' cannot be used"),
+    ],
+)
+def test_arguments_that_cannot_be_are_named(llama, arguments, match):
+    with pytest.raises(ValueError, match=match):
+        HuggingFaceReward(**{"model": str(llama), **arguments})
+
+
+def test_directories_that_hold_no_reward_model_are_refused(llama, bert, tmp_path, caplog):
+    with pytest.raises(ValueError, match=r"reward\.template=chat: the reward model's tokenizer has no chat template"):
+        HuggingFaceReward(str(bert))
+    with pytest.raises(ValueError, match=r"the tokenizer in .* has no end token"):
+        HuggingFaceReward(str(bert), template="pair", append_end_token=True)
+
+    two = shutil.copytree(llama, tmp_path / "two")
+    edit_config(two, id2label={"0": "bad", "1": "good"}, label2id={"bad": 0, "good": 1})
+    with pytest.raises(ValueError, match=r"has 2 labels, a reward model has one"):
+        HuggingFaceReward(str(two))
+
+    pickled = shutil.copytree(llama, tmp_path / "pickled")
+    (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"there is no .*pickled/model\.safetensors; safetensors alone are read"):
+        HuggingFaceReward(str(pickled))
+
+    sharded = shutil.copytree(llama, tmp_path / "sharded")
+    AutoModelForSequenceClassification.from_pretrained(llama).save_pretrained(sharded, max_shard_size="10KB")
+    (sharded / "model.safetensors").unlink()
+    expected = scores(HuggingFaceReward(str(llama)))
+    assert scores(HuggingFaceReward(str(sharded))) == expected
+    shard = next(sharded.glob("model-00002-*.safetensors"))
+    shard.unlink()
+    with pytest.raises(ValueError, match=rf"there is no {shard}"):
+        HuggingFaceReward(str(sharded))
+
+    # A language model: its head would be random.
+    headless = tmp_path / "headless"
+    LlamaForCausalLM(LlamaConfig.from_pretrained(llama)).save_pretrained(headless)
+    chat_tokenizer().save_pretrained(headless)
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    with pytest.raises(ValueError, match=r"no weights of the right shape for score\.weight, and random ones would"):
+        HuggingFaceReward(str(headless)).load()
+
+    encoder_decoder = shutil.copytree(llama, tmp_path / "bart")
+    AutoConfig.for_model("bart", num_labels=1).save_pretrained(encoder_decoder)
+    with pytest.raises(ValueError, match="encoder-decoder model, which is not supported"):
+        HuggingFaceReward(str(encoder_decoder))
+    AutoConfig.for_model("clip").save_pretrained(encoder_decoder)
+    with pytest.raises(ValueError, match=r"is a clip, of which transformers knows no sequence classification|labels"):
+        HuggingFaceReward(str(encoder_decoder))
