@@ -7,14 +7,16 @@ import math
 
 import pytest
 from omegaconf import OmegaConf
-from toy_runs import ROOT, toy_config
+from toy_runs import ROOT, composed, toy_config
 
 from nemo_brain.config import Config, check
 from nemo_brain.gpt import HAVE_TRANSFORMER_ENGINE
 from nemo_brain.groups import LAYOUTS
+from nemo_brain.rewards.server import ServeConfig, check_serve
 from nemo_brain.run import _data, _ddp, _gpt_config, _objective, _optimizer, _weights, _world_size
 
-CONFIGS = sorted(path.stem for path in (ROOT / "conf").glob("*.yaml"))
+SERVER = "serve_reward"  # the reward server's configuration, which is of another kind: ServeConfig
+CONFIGS = sorted({path.stem for path in (ROOT / "conf").glob("*.yaml")} - {SERVER})
 
 
 @pytest.fixture(autouse=True)
@@ -73,6 +75,13 @@ def test_brain_yaml_states_every_key_of_the_schema_and_no_other():
     schema = schema_keys()
     given = OmegaConf.to_container(OmegaConf.load(ROOT / "conf" / "brain.yaml"))
     assert file_keys(given, schema) == schema
+
+
+def test_serve_reward_yaml_is_valid_and_states_every_key_of_its_schema_with_its_default():
+    given = composed(SERVER, "reward.model=/model")
+    assert given.keys() == schema_keys(ServeConfig)
+    defaults = {**vars(ServeConfig()), "reward": dict(given.reward)}
+    assert vars(check_serve(given)) == defaults
 
 
 @pytest.mark.parametrize("name", sorted(set(CONFIGS) - {"brain"}))

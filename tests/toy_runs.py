@@ -24,9 +24,14 @@ QUIET = ("logger.tensorboard=false",)
 
 
 def toy_config(*overrides: str, name: str = "toy") -> DictConfig:
+    return composed(name, f"data.train={ROOT}/examples/data/prompts.jsonl", *QUIET, *overrides)
+
+
+def composed(name: str, *overrides: str) -> DictConfig:
+    """A file of conf/ with overrides."""
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(ROOT / "conf"), version_base=None):
-        return compose(name, overrides=[f"data.train={ROOT}/examples/data/prompts.jsonl", *QUIET, *overrides])
+        return compose(name, overrides=list(overrides))
 
 
 class GradientRecorder(pl.Callback):
