@@ -45,9 +45,11 @@ setup(
         "matplotlib>=3.8",
         "safetensors>=0.5",
         "scipy>=1.11",
+        "starlette>=0.40,<1",
         "tensorboard>=2.16",
         "tokenizers>=0.21",
         "tqdm",
+        "uvicorn>=0.30,<1",
     ],
     extras_require={
         "test": ["hypothesis", "pytest", "pytest-timeout", "ruff"],

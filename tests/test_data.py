@@ -323,6 +323,10 @@ def test_load_prompts_keeps_the_messages_for_the_reward():
     messages = [{"role": "user", "content": "hello"}]
     one, two = load([{"messages": messages, "tag": 1}, {"prompt": "hello"}], tokenizer, "chat", key="k").prompts
     assert (one.metadata, two.metadata) == ({"tag": 1, "messages": messages}, {"messages": messages})
+    (three,) = load([{"prompt": "hello"}], tokenizer, "Q: {prompt}\nA:", key="k").prompts
+    assert (three.text, three.metadata) == ("Q: hello\nA:", {"messages": messages})
+    (four,) = load([{"prompt": "hello"}], tokenizer, None, key="k").prompts
+    assert (four.text, four.metadata) == ("hello", {})  # nothing was applied to it
     assert one.token_ids == two.token_ids == tokenizer.apply_chat_template(messages, add_generation_prompt=True)
     assert one.text == two.text == "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n"
     assert (one.id, two.id) == ("k:0", "k:1")

@@ -13,6 +13,8 @@ import torch.distributed as dist
 from ranks import free_port, run_ranks
 from toy_runs import QUIET, ROOT, toy_config
 
+from nemo_brain.data.rollouts import read_rollouts
+from nemo_brain.data.tokenizers import byte_tokenizer
 from nemo_brain.run import run
 
 PROGRAM = [str(ROOT / "examples" / "megatron_brain.py"), "--config-name", "toy"]
@@ -49,6 +51,12 @@ def nan(prompts, outputs, *, references, metadata):
 
 def short(prompts, outputs, *, references, metadata):
     return [1.0] * (len(outputs) - 1)
+
+class Unloadable:
+    def load(self):
+        raise FileNotFoundError(f"no weights for rank {os.environ['RANK']}")
+
+    __call__ = staticmethod(short)
 """
 
 
@@ -154,12 +162,29 @@ def test_a_reward_fails_on_every_data_parallel_rank(name, rewards, tmp_path):
     assert f"my_rewards.py:{name}" in message
     for part in REFUSED_BY_REWARD[name]:
         assert part in message
+    # What was sampled is not lost, nor are the rewards that were computed; offline training takes it.
+    path = tmp_path / "run" / "failed_rollout.jsonl"
+    assert message.endswith(f"(the 4 groups sampled in this iteration are in {path})")
+    groups = read_rollouts(path, tokenizer=byte_tokenizer(), template=None, max_prompt_tokens=32, max_new_tokens=8)
+    assert len({group.prompt.id for group in groups}) == 4
+    rewarded = [all(output.reward is not None for output in group.outputs) for group in groups]
+    assert rewarded == ([True, True, False, False] if name == "raises_on_rank_1" else [False] * 4)
 
 
 def test_a_reward_fails_on_every_model_parallel_rank(rewards, tmp_path):
     """There one rank calls the reward for all."""
     message = refused(2, f"run_dir={tmp_path}/run", rewards("short"), "model.tensor_model_parallel_size=2")
     assert "returned 7 rewards for 8 outputs" in message
+
+
+def test_a_reward_that_cannot_be_loaded_is_named_before_anything_is_sampled(rewards, tmp_path, monkeypatch):
+    """Only the rank that calls it loads it, and all of them end."""
+    rewards("short")
+    monkeypatch.syspath_prepend(tmp_path)
+    target = ["reward._target_=my_rewards.Unloadable", "reward.function=null", "model.tensor_model_parallel_size=2"]
+    message = refused(2, f"run_dir={tmp_path}/run", *target)
+    assert message == "the reward Unloadable cannot be loaded: FileNotFoundError: no weights for rank 0"
+    assert not (tmp_path / "run" / "failed_rollout.jsonl").exists()
 
 
 EARLY = {

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from ranks import run_ranks
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from toy_runs import recorded_run
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
@@ -289,3 +291,16 @@ def test_directories_that_hold_no_reward_model_are_refused(llama, bert, tmp_path
     AutoConfig.for_model("clip").save_pretrained(encoder_decoder)
     with pytest.raises(ValueError, match=r"is a clip, of which transformers knows no sequence classification|labels"):
         HuggingFaceReward(str(encoder_decoder))
+
+
+def test_a_run_takes_it_on_every_layout(llama):
+    """With the policy's template around the prompt, which the reward model does not see."""
+    overrides = ["trainer.max_iterations=1", "rollout.prompts_per_iteration=8", "data.holdout=0"]
+    overrides += ["data.template='Q: {prompt} A:'", "model.tensor_model_parallel_size=2"]
+    overrides += ["reward._target_=nemo_brain.rewards.huggingface.HuggingFaceReward", "reward.function=null"]
+    result, _ = run_ranks(recorded_run, 2, *overrides, f"+reward.model={llama}")
+    groups = [json.loads(line) for line in result["samples"].splitlines()]
+    pairs = [(group["prompt"], output) for group in groups for output in group["outputs"]]
+    assert len(pairs) == 8 * 8 and all(prompt.startswith("Q: ") and prompt.endswith(" A:") for prompt, _ in pairs)
+    rows = [chat_ids(llama, user(prompt[3:-3]), output["text"]) for prompt, output in pairs]
+    assert [output["reward"] for _, output in pairs] == pytest.approx(one_by_one(llama, rows), **CLOSE)

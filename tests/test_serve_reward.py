@@ -21,7 +21,7 @@ from toy_runs import ROOT, composed
 
 from nemo_brain.rewards.build import make_reward
 from nemo_brain.rewards.http import HTTPReward
-from nemo_brain.rewards.server import check_serve, parse_items
+from nemo_brain.rewards.server import ItemError, check_serve, parse_items
 
 SECONDS = 60  # for a start or an end on a busy machine
 
@@ -89,7 +89,7 @@ class Server:
 
     def post(self, *outputs: str, **options) -> httpx.Response:
         items = {"items": [{"prompt": "p", "output": output} for output in outputs]}
-        return httpx.post(f"{self.url}/score", timeout=SECONDS, **{"json": items, **options})
+        return httpx.post(f"{self.url}/score", **{"json": items, "timeout": SECONDS, **options})
 
     def called_with(self) -> list[int]:
         return [int(line) for line in self.calls.read_text().split()] if self.calls.exists() else []
@@ -228,7 +228,7 @@ ITEM = {"prompt": "a", "output": "b"}
     ],
 )
 def test_bad_items_are_named(body, item, message):
-    with pytest.raises(Exception) as caught:  # noqa: PT011 - its type is the module's own
+    with pytest.raises(ItemError) as caught:
         parse_items(json.dumps(body).encode())
     assert message in str(caught.value) and caught.value.index == item
 

@@ -130,7 +130,7 @@ def make_app(
             return _error(500, str(error), error.index)
 
     async def failed(request: Request, error: Exception) -> Response:
-        if isinstance(error, _ItemError):
+        if isinstance(error, ItemError):
             return _error(422, str(error), error.index)
         assert isinstance(error, HTTPException)
         return _error(error.status_code, error.detail, headers=error.headers)
@@ -141,12 +141,12 @@ def make_app(
             Route("/ready", ready),
             Route("/score", score, methods=["POST"]),
         ],
-        exception_handlers={HTTPException: failed, _ItemError: failed},
+        exception_handlers={HTTPException: failed, ItemError: failed},
         lifespan=lifespan,
     )
 
 
-class _ItemError(Exception):
+class ItemError(Exception):
     """What is wrong with the items of a request, and with which of them."""
 
     def __init__(self, message: str, index: int | None = None):
@@ -161,21 +161,21 @@ def parse_items(body: bytes) -> Items:
     except (ValueError, RecursionError) as error:
         raise HTTPException(400, f"the request is no JSON: {error}") from None
     if not isinstance(fields, dict) or fields.keys() != {"items"} or not isinstance(fields["items"], list):
-        raise _ItemError('send {"items": [{"prompt": ..., "output": ...}, ...]}')
+        raise ItemError('send {"items": [{"prompt": ..., "output": ...}, ...]}')
     items = Items()
     for index, item in enumerate(fields["items"]):
         if not isinstance(item, dict) or not {"prompt", "output"} <= item.keys() <= _FIELDS:
-            raise _ItemError(f"items[{index}] must have prompt and output, and may have reference and metadata", index)
+            raise ItemError(f"items[{index}] must have prompt and output, and may have reference and metadata", index)
         reference, metadata = item.get("reference"), item.get("metadata")
         for name in ("prompt", "output", *(["reference"] if reference is not None else [])):
             if not isinstance(item[name], str):
-                raise _ItemError(f"items[{index}].{name} must be a string", index)
+                raise ItemError(f"items[{index}].{name} must be a string", index)
             try:
                 item[name].encode()
             except UnicodeEncodeError:
-                raise _ItemError(f"items[{index}].{name} has half of a surrogate pair", index) from None
+                raise ItemError(f"items[{index}].{name} has half of a surrogate pair", index) from None
         if not isinstance(metadata, (dict, type(None))):
-            raise _ItemError(f"items[{index}].metadata must be an object", index)
+            raise ItemError(f"items[{index}].metadata must be an object", index)
         items += Items([item["prompt"]], [item["output"]], [reference], [metadata or {}])
     return items
 
