@@ -43,6 +43,7 @@ setup(
         "httpx>=0.27,<1",
         "jinja2>=3.1",
         "matplotlib>=3.8",
+        "packaging",
         "safetensors>=0.5",
         "scipy>=1.11",
         "starlette>=0.40,<1",

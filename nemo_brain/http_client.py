@@ -67,11 +67,13 @@ class HTTPClient:
         self._section = key
         self._concurrency = concurrency
         self._request_timeout_seconds = request_timeout_seconds
+        self._tls = httpx.create_ssl_context()  # once: reading the certificates takes longer than a request
         self._key = "" if api_key_env is None else environment_key(f"{key}.api_key_env", api_key_env)
 
     def client(self) -> httpx.AsyncClient:
         """A pool of connections, for use within one event loop."""
         return httpx.AsyncClient(
+            verify=self._tls,
             timeout=httpx.Timeout(None, connect=_CONNECT_SECONDS),
             limits=httpx.Limits(max_connections=self._concurrency),
         )

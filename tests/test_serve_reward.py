@@ -180,6 +180,8 @@ def test_a_key_is_asked_for_where_there_is_one(tmp_path):
             answer = server.post("a", headers={name: value.encode() for name, value in headers.items()})
             assert (answer.status_code, answer.headers["www-authenticate"]) == (401, "Bearer")
             assert "error" in answer.json()
+        with pytest.raises(ValueError, match=r"HTTP 401: .*environment variable that reward\.api_key_env names"):
+            scores(HTTPReward(server.url), ["p"], ["x" * 20_000_000])
         assert not server.called_with()
         assert server.post("a", headers={"Authorization": "Bearer s3cret-key"}).json() == {"rewards": [1.0]}
         assert "s3cret" not in server.output()
@@ -187,21 +189,23 @@ def test_a_key_is_asked_for_where_there_is_one(tmp_path):
 
 def chunks(size: int) -> Iterator[bytes]:
     """A body whose length no header tells."""
-    for _ in range(size // 100):
-        yield b" " * 100
+    for _ in range(size // 100_000):
+        yield b" " * 100_000
 
 
 def test_requests_are_checked(tmp_path):
     with served(tmp_path, *LENGTH, "max_request_bytes=1000") as server:
         server.wait_for("/ready")
         assert server.post("a" * 900).status_code == 200
-        for large in ({"json": {"items": ["a" * 1000]}}, {"json": None, "content": chunks(100_000)}):
+        for large in ({"json": {"items": ["a" * 1000]}}, {"json": None, "content": chunks(20_000_000)}):
             answer = server.post(**large)
             assert answer.status_code == 413
             assert (
                 answer.json()["error"]["message"]
                 == "the request has more than max_request_bytes=1000: send fewer items"
             )
+        with pytest.raises(ValueError, match=r"HTTP 413: .*more than max_request_bytes=1000"):
+            scores(HTTPReward(server.url), ["p"], ["x" * 20_000_000])
         answer = server.post(json=None, content=b'{"items": [')
         assert answer.status_code == 400 and "the request is no JSON" in answer.json()["error"]["message"]
         answer = server.post(json={"items": [{"prompt": "a", "output": "b"}, {"prompt": "a"}]})

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+import transformers
+from packaging.version import Version
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from nemo_brain.data.templates import FormatString, render_chat
@@ -19,6 +21,8 @@ from nemo_brain.data.tokenizers import load_tokenizer, protect, start_tokens
 from nemo_brain.rewards.protocol import messages_of
 
 _UNLIMITED = 10**9  # tokenizers without a limit name a far larger one
+# The argument's name; later versions warn about the earlier one.
+_DTYPE = "dtype" if Version(transformers.__version__) >= Version("4.56") else "torch_dtype"
 _SAVE = "AutoModelForSequenceClassification.from_pretrained(OLD, num_labels=1).save_pretrained(NEW)"
 
 
@@ -111,7 +115,7 @@ class HuggingFaceReward:
             model, info = AutoModelForSequenceClassification.from_pretrained(
                 self._path,
                 config=self._config,
-                torch_dtype=self._dtype,
+                **{_DTYPE: self._dtype},
                 use_safetensors=True,
                 local_files_only=True,
                 trust_remote_code=False,

@@ -27,6 +27,8 @@ from nemo_brain.rewards.build import make_reward
 from nemo_brain.rewards.protocol import RewardError
 
 _FIELDS = {"prompt", "output", "reference", "metadata"}
+# A request that is refused is read all the same, up to this: a client that is still sending does not see the answer.
+_DISCARDED = 2**30
 _LOG = logging.getLogger("uvicorn.error")  # which uvicorn shows
 
 
@@ -107,11 +109,15 @@ def make_app(
         return JSONResponse({"status": "ready"})
 
     async def score(request: Request) -> Response:
-        if key is not None and not _has_key(request, key):
+        allowed = key is None or _has_key(request, key)
+        body = await _body(request, max_request_bytes if allowed else 0)
+        if not allowed:
             return _error(401, "send the API key as Authorization: Bearer KEY", headers={"WWW-Authenticate": "Bearer"})
         if not batcher.ready:
             return await ready(request)
-        items = parse_items(await _body(request, max_request_bytes))
+        if body is None:
+            return _error(413, f"the request has more than max_request_bytes={max_request_bytes}: send fewer items")
+        items = parse_items(body)
         future = batcher.submit(items)
         answer = asyncio.wrap_future(future)
         # A client that has given up asks again: what it has left behind is not to hold that up.
@@ -185,22 +191,19 @@ def _has_key(request: Request, key: str) -> bool:
     return scheme.lower() == "bearer" and hmac.compare_digest(token.strip().encode(), key.encode())
 
 
-async def _body(request: Request, limit: int) -> bytes:
-    """The request's content, of which no more than the limit is read."""
-    too_large = HTTPException(
-        413, f"the request has more than max_request_bytes={limit}: send fewer items", {"Connection": "close"}
-    )
-    if int(request.headers.get("content-length", "0")) > limit:  # h11 has checked that it is a number
-        raise too_large
-    body = bytearray()
+async def _body(request: Request, limit: int) -> bytes | None:
+    """The request's content; None, and no more than the limit is kept, where it is larger."""
+    body, size = bytearray(), 0
     try:
         async for part in request.stream():
-            body += part
-            if len(body) > limit:
-                raise too_large
+            size += len(part)
+            if size <= limit:
+                body += part
+            elif size > limit + _DISCARDED:
+                break
     except ClientDisconnect:
         raise HTTPException(499) from None
-    return bytes(body)
+    return bytes(body) if size <= limit else None
 
 
 def _error(status: int, message: str, item: int | None = None, headers=None) -> JSONResponse:
