@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import http.client
 import json
 import os
 import signal
@@ -137,25 +138,29 @@ def test_every_way_to_the_same_model_gives_the_same_scores(tmp_path):
 
 
 def test_requests_at_the_same_time_share_a_call(tmp_path):
-    with served(tmp_path, *LENGTH, "max_batch=8", "batch_wait_seconds=0.5", PAUSE="0.3") as server:
+    # A call waits for so long that it comes when it is full, however slow the machine.
+    with served(tmp_path, *LENGTH, "max_batch=8", "batch_wait_seconds=50") as server:
         server.wait_for("/ready")
-        with concurrent.futures.ThreadPoolExecutor(16) as pool:
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
             answers = list(pool.map(lambda i: server.post("x" * i, "y").json(), range(8)))
             assert answers == [{"rewards": [float(i), 1.0]} for i in range(8)]
-            assert sorted(server.called_with()) == [8, 8], "as many as fit, and no more"
+            assert server.called_with() == [8, 8], "as many as fit, and no more"
             assert server.post(*["x"] * 20).json() == {"rewards": [1.0] * 20}
             assert server.called_with()[-1] == 20, "a larger request is a call of its own"
             # One request's failure is not the others'.
-            answers = list(pool.map(lambda texts: server.post(*texts), [["a", "bb"], ["ccc", "bad"], ["dddd"]]))
+            answers = list(pool.map(lambda texts: server.post(*texts), [["a", "bb"], ["ccc", "bad"], ["dddd"] * 4]))
         assert [answer.status_code for answer in answers] == [200, 500, 200]
-        assert (answers[0].json(), answers[2].json()) == ({"rewards": [1.0, 2.0]}, {"rewards": [4.0]})
+        assert (answers[0].json(), answers[2].json()) == ({"rewards": [1.0, 2.0]}, {"rewards": [4.0] * 4})
         error = answers[1].json()["error"]
         assert error["item"] == 1
         assert error["message"] == (
             "the reward served_rewards.length failed with KeyError: 'bad output', on output 1: 'bad' to the prompt 'p'"
         )
-        with pytest.raises(ValueError, match=rf"{server.url}: .*HTTP 500: .*'bad output'.*, on output 2: 'bad' to the"):
-            scores(HTTPReward(server.url, batch_size=1), ["p"] * 3, ["a", "b", "bad"])
+        reward = HTTPReward(server.url, batch_size=8, concurrency=1)
+        with pytest.raises(
+            ValueError, match=rf"{server.url}: .*HTTP 500: .*'bad output'.*, on output 10: 'bad' to the"
+        ):
+            scores(reward, ["p"] * 16, [*["a"] * 10, "bad", *["a"] * 5])
 
 
 def test_health_and_readiness(tmp_path):
@@ -240,12 +245,16 @@ def test_bad_items_are_named(body, item, message):
 def test_sigterm_ends_it_after_the_requests_that_it_has(tmp_path):
     with served(tmp_path, *LENGTH, "max_batch=1", PAUSE="0.2") as server:
         server.wait_for("/ready")
-        with concurrent.futures.ThreadPoolExecutor(8) as pool:
-            answers = [pool.submit(server.post, "x" * i) for i in range(8)]
-            while len(server.called_with()) < 2:
-                time.sleep(0.01)
-            server.process.send_signal(signal.SIGTERM)
-            assert [answer.result().json() for answer in answers] == [{"rewards": [float(i)]} for i in range(8)]
+        connections = []
+        for i in range(8):
+            connections.append(http.client.HTTPConnection(server.url.removeprefix("http://"), timeout=SECONDS))
+            body = json.dumps({"items": [{"prompt": "p", "output": "x" * i}]})
+            connections[-1].request("POST", "/score", body)
+        server.wait_for("/health")  # so the server has read the earlier ones
+        assert len(server.called_with()) < 8
+        server.process.send_signal(signal.SIGTERM)
+        answers = [json.loads(connection.getresponse().read()) for connection in connections]
+        assert answers == [{"rewards": [float(i)]} for i in range(8)]
         assert server.process.wait(SECONDS) == 0, server.output()
         assert server.called_with() == [1] * 8
         with pytest.raises(httpx.ConnectError):
@@ -254,15 +263,16 @@ def test_sigterm_ends_it_after_the_requests_that_it_has(tmp_path):
 
 def test_what_a_client_has_given_up_is_not_scored(tmp_path):
     """So that clients that ask again do not wait behind their own past."""
-    with served(tmp_path, *LENGTH, "max_batch=1", PAUSE="1.0") as server:
+    with served(tmp_path, *LENGTH, "max_batch=1", PAUSE="3") as server:
         server.wait_for("/ready")
-        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        with concurrent.futures.ThreadPoolExecutor(8) as pool, httpx.Client() as client:
             first = pool.submit(server.post, "x")
             while not server.called_with():
                 time.sleep(0.01)
             for _ in range(5):
                 with pytest.raises(httpx.ReadTimeout):
-                    server.post("late", timeout=0.05)
+                    client.post(server.url + "/score", json={"items": [{"prompt": "p", "output": "y"}]}, timeout=0.1)
+            assert not first.done()
             assert first.result().json() == {"rewards": [1.0]}
         assert server.post("xx").json() == {"rewards": [2.0]}
         assert server.called_with() == [1, 1]
