@@ -18,10 +18,12 @@ from megatron.core.models.gpt.gpt_model import GPTModel as MCoreGPTModel
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from nemo.collections.llm.gpt.model.base import GPTConfig
+from nemo.collections.llm.gpt.model.llama import apply_rope_scaling
 from nemo.lightning.base import get_vocab_size
 
 from nemo_brain.attention import GroupAttention
 from nemo_brain.output_layer import linear_logprobs
+from nemo_brain.parallel_residual import ParallelResidualLayer
 
 try:
     import transformer_engine  # noqa: F401
@@ -120,24 +122,40 @@ class Norm(torch.nn.Module):
         return torch.nn.functional.layer_norm(hidden, (self.hidden_size,), self.weight, self.bias, self.eps)
 
 
-def layer_spec(config: GPTConfig, vp_stage: int | None = None):
+def layer_spec(config: PackedGPTConfig, vp_stage: int | None = None):
     """Transformer Engine's layers where it is installed, Megatron-core's own otherwise; with our core attention."""
     if HAVE_TRANSFORMER_ENGINE:
         spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
-        spec.submodules.self_attention.submodules.core_attention = GroupAttention
+    else:
+        spec = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization=config.normalization)
+    attention = spec.submodules.self_attention.submodules
+    attention.core_attention = GroupAttention
+    if config.parallel_residual:
+        spec.module = ParallelResidualLayer
+    if HAVE_TRANSFORMER_ENGINE:
         return spec
-    spec = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization=config.normalization)
-    spec.submodules.self_attention.submodules.core_attention = GroupAttention
     spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = Norm
+    if config.qk_layernorm:
+        attention.q_layernorm = attention.k_layernorm = Norm
     layers = get_num_layers_to_build(config, vp_stage=vp_stage)
     return TransformerBlockSubmodules(layer_specs=[spec] * layers, layer_norm=Norm)
 
 
 @dataclass
 class PackedGPTConfig(GPTConfig):
-    """A NeMo GPTConfig that builds a ``PackedGPTModel``. ``vocab_size`` is the real, unpadded one."""
+    """A NeMo GPTConfig that builds a ``PackedGPTModel``. ``vocab_size`` is the real, unpadded one.
+
+    parallel_residual: attention and MLP of a layer both read its input, as in GPT-NeoX.
+    scale_factor: rotary frequencies are scaled as in Llama 3.1, by this factor; the next three fields are read with it
+        only. Their names and defaults are those of NeMo's Llama31Config.
+    """
 
     transformer_layer_spec: object = layer_spec
+    parallel_residual: bool = False
+    scale_factor: float | None = None
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    old_context_len: int = 8192
 
     @property
     def row_multiple(self) -> int:
@@ -148,7 +166,7 @@ class PackedGPTConfig(GPTConfig):
     def configure_model(self, tokenizer=None, pre_process=None, post_process=None, vp_stage=None) -> PackedGPTModel:
         """Builds this rank's (virtual) pipeline chunk; arguments as in NeMo's GPTConfig."""
         stage = dict(ignore_virtual=False, vp_stage=vp_stage or 0)
-        return PackedGPTModel(
+        model = PackedGPTModel(
             config=self,
             transformer_layer_spec=self.transformer_layer_spec(self, vp_stage=vp_stage or 0),
             vocab_size=get_vocab_size(self, self.vocab_size, self.make_vocab_size_divisible_by),
@@ -165,3 +183,8 @@ class PackedGPTConfig(GPTConfig):
             scatter_embedding_sequence_parallel=self.scatter_embedding_sequence_parallel,
             vp_stage=vp_stage or 0,
         )
+        if self.position_embedding_type == "rope" and self.scale_factor is not None:
+            rotary = model.rotary_pos_emb
+            scaling = (self.scale_factor, self.low_freq_factor, self.high_freq_factor, self.old_context_len)
+            rotary.inv_freq = apply_rope_scaling(rotary.inv_freq, *scaling)
+        return model

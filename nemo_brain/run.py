@@ -21,7 +21,6 @@ from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig
 from nemo import lightning as nl
-from nemo.collections.llm.gpt.model.base import GPTConfig
 from nemo.lightning.pytorch import optim as nemo_optim
 from nemo.lightning.pytorch.optim import MegatronOptimizerModule
 from nemo.utils import logging as nemo_logging
@@ -192,12 +191,12 @@ def _tokenizer(config: Config):
 def _gpt_config(config: Config, weights: Weights) -> PackedGPTConfig:
     model = config.model
     given = dict(weights.gpt_config)
-    _known(given, GPTConfig, "model.gpt")
+    _known(given, PackedGPTConfig, "model.gpt")
     for item in dataclasses.fields(ModelConfig):
         for section in ("gpt", "options"):
             if item.name in (getattr(model, section) or {}):
                 raise ValueError(f"model.{section}.{item.name} has a key of its own: set model.{item.name}")
-    _known(model.options, GPTConfig, "model.options")
+    _known(model.options, PackedGPTConfig, "model.options")
     for name, value in model.options.items():
         if given.setdefault(name, value) != value:
             raise ValueError(

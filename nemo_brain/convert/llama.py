@@ -1,228 +1,183 @@
-"""Llama (and what shares its architecture, such as SmolLM2): from Hugging Face's names to Megatron's, and back.
-
-Shapes: G query groups, R query heads per group, D channels per head, H hidden.
-"""
+"""Llama and its siblings Mistral, Qwen2 and Qwen3, and what shares their architecture, such as SmolLM2: both ways."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-import torch
-import torch.nn.functional as F
-from transformers import LlamaConfig, PreTrainedTokenizerFast
+from transformers import LlamaConfig, MistralConfig, PretrainedConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen3Config
+
+from nemo_brain.convert.fields import PLAIN, activation_fields, activation_name, refuse, require
+from nemo_brain.convert.mapping import Heads, MappedExport, MappedWeights, Mapping, Module
+from nemo_brain.convert.rope import rope_fields, rope_scaling
 
 if TYPE_CHECKING:
-    from nemo.collections.llm.gpt.model.base import GPTConfig
-
     from nemo_brain.convert.weights import Source
+    from nemo_brain.gpt import PackedGPTConfig
 
-_TOP = {
-    "embedding.word_embeddings.weight": "model.embed_tokens.weight",
-    "decoder.final_layernorm.weight": "model.norm.weight",
-    "output_layer.weight": "lm_head.weight",
+_CONFIGS: dict[str, type[PretrainedConfig]] = {
+    "llama": LlamaConfig,
+    "mistral": MistralConfig,
+    "qwen2": Qwen2Config,
+    "qwen3": Qwen3Config,
 }
-# The parts that Megatron keeps in one tensor, in its order.
-_LAYER = {
-    "input_layernorm.weight": ("input_layernorm.weight",),
-    "self_attention.linear_qkv.weight": (
-        "self_attn.q_proj.weight",
-        "self_attn.k_proj.weight",
-        "self_attn.v_proj.weight",
-    ),
-    "self_attention.linear_proj.weight": ("self_attn.o_proj.weight",),
-    "pre_mlp_layernorm.weight": ("post_attention_layernorm.weight",),
-    "mlp.linear_fc1.weight": ("mlp.gate_proj.weight", "mlp.up_proj.weight"),
-    "mlp.linear_fc2.weight": ("mlp.down_proj.weight",),
+_CLASSES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+# Which of them has which biases and norms, as Megatron knows them: (add_bias_linear, add_qkv_bias, qk_layernorm).
+_KINDS = {
+    (False, False, False): "llama",
+    (True, False, False): "llama",
+    (False, True, False): "qwen2",
+    (False, False, True): "qwen3",
 }
-_LAYER_NAME = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
-_ACTIVATIONS: dict[str, Callable] = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu}
-# What Megatron's GPT, as NeMo configures it, would compute differently: the only value that is accepted.
-_REQUIRED = {
-    "attention_bias": False,
-    "mlp_bias": False,
-    "partial_rotary_factor": 1.0,
-    "rope_interleaved": False,
-}
-
-# The way back: fields of GPTConfig for which a Llama knows one value only.
-_EXPRESSIBLE = {
+# Keys of config.json for which Megatron's GPT computes what the model computes with one value only.
+_REQUIRED = {"partial_rotary_factor": 1.0, "rope_interleaved": False}
+_FIXED = {
+    **PLAIN,
     "normalization": "RMSNorm",
-    "layernorm_zero_centered_gamma": False,
     "gated_linear_unit": True,
-    "glu_linear_offset": 0.0,
-    "activation_func_clamp_value": None,
-    "add_bias_linear": False,
-    "add_qkv_bias": False,
-    "qk_layernorm": False,
     "position_embedding_type": "rope",
     "rotary_percent": 1.0,
-    "rotary_interleaved": False,
-    "seq_len_interpolation_factor": None,
-    "no_rope_freq": None,
-    "softmax_scale": None,
-    "softmax_type": "vanilla",
-    "window_size": None,
-    "multi_latent_attention": False,
-    "apply_residual_connection_post_layernorm": False,
-    "num_moe_experts": None,
-    "mtp_num_layers": None,
-    "heterogeneous_block_specs": False,
+    "parallel_residual": False,
 }
 
 
-class LlamaWeights:
-    """``Weights`` of a Llama checkpoint.
+class LlamaWeights(MappedWeights):
+    """``Weights`` of a checkpoint of a model_type in ``_CONFIGS``.
 
-    Raises ValueError where the checkpoint uses what Megatron would not compute alike (scaled rotary embeddings, biases,
-    other activations), or holds other tensors than its configuration says.
+    Raises ValueError where the checkpoint uses what Megatron would not compute alike (rotary scalings and activations
+    that it lacks, biases in attention or MLP alone, attention windows), or holds other tensors than its configuration
+    says.
     """
 
     def __init__(self, source: Source):
-        self.source = source
-        rotary_base = _rotary_base(source.config)
-        config = LlamaConfig.from_dict(source.config)  # fills in what config.json leaves to its defaults
-        for key, value in _REQUIRED.items():
-            if getattr(config, key, value) != value:
-                raise ValueError(f"llama: {key}={getattr(config, key)!r} is not supported, only {value!r}")
-        if config.hidden_act not in _ACTIVATIONS:
-            raise ValueError(
-                f"llama: hidden_act={config.hidden_act!r} is not supported, only {', '.join(_ACTIVATIONS)}"
-            )
-        self.vocab_size = config.vocab_size
-        self.gpt_config = {
+        kind = source.config["model_type"]
+        rope = rope_fields(kind, source.config, default_base=10000.0)
+        config = _CONFIGS[kind].from_dict(source.config)  # fills in what config.json leaves to its defaults
+        refuse(kind, config, _REQUIRED)
+        _refuse_windows(kind, config)
+        bias = _has_biases(kind, config)
+        groups = config.num_key_value_heads
+        channels = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        gpt_config = {
+            **_FIXED,
+            **rope,
+            **activation_fields(kind, "hidden_act", config.hidden_act),
             "num_layers": config.num_hidden_layers,
             "hidden_size": config.hidden_size,
             "ffn_hidden_size": config.intermediate_size,
             "num_attention_heads": config.num_attention_heads,
-            "num_query_groups": config.num_key_value_heads,
-            "kv_channels": config.head_dim,
+            "num_query_groups": groups,
+            "kv_channels": channels,
             "seq_length": config.max_position_embeddings,
-            "normalization": "RMSNorm",
             "layernorm_epsilon": config.rms_norm_eps,
-            "gated_linear_unit": True,
-            "activation_func": _ACTIVATIONS[config.hidden_act],
-            "add_bias_linear": False,
-            "add_qkv_bias": False,
-            "position_embedding_type": "rope",
-            "rotary_base": rotary_base,
-            "rotary_percent": 1.0,
+            "add_bias_linear": bias,
+            "add_qkv_bias": kind == "qwen2",
+            "qk_layernorm": kind == "qwen3",
             "share_embeddings_and_output_weights": config.tie_word_embeddings,
             "init_method_std": config.initializer_range,
-            "attention_dropout": config.attention_dropout,
-            "hidden_dropout": 0.0,
         }
-        self._check_names()
-
-    @property
-    def tokenizer(self) -> PreTrainedTokenizerFast:
-        return self.source.tokenizer
-
-    def tensor(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
-        """The full tensor of a canonical Megatron name in the checkpoint's dtype; ValueError for other names."""
-        if name in _TOP:
-            return self.source.tensor(_TOP[name])
-        match = _LAYER_NAME.fullmatch(name)
-        if match is None or match[2] not in _LAYER or int(match[1]) >= self.gpt_config["num_layers"]:
-            raise ValueError(f"{name}: a Llama checkpoint of {self.gpt_config['num_layers']} layers has no such tensor")
-        parts = [self.source.tensor(f"model.layers.{match[1]}.{part}") for part in _LAYER[match[2]]]
-        if len(parts) == 3:
-            return self._interleave(name, *parts)
-        return torch.cat(parts) if len(parts) > 1 else parts[0]
-
-    def _interleave(self, name: str, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        """Megatron's order, group by group: [G*R*D, H], [G*D, H], [G*D, H] -> [G*(R+2)*D, H]."""
-        groups, channels = self.gpt_config["num_query_groups"], self.gpt_config["kv_channels"]
-        rows = [self.gpt_config["num_attention_heads"] * channels, groups * channels, groups * channels]
-        found = [len(part) for part in (query, key, value)]
-        if found != rows:
-            raise ValueError(f"{name}: queries, keys and values have {found} rows, config.json implies {rows}")
-        split = [part.view(groups, -1, channels, part.shape[-1]) for part in (query, key, value)]
-        return torch.cat(split, dim=1).flatten(0, 2)
-
-    def _check_names(self) -> None:
-        layers = range(self.gpt_config["num_layers"])
-        expected = {f"model.layers.{layer}.{part}" for layer in layers for parts in _LAYER.values() for part in parts}
-        expected |= set(_TOP.values())
-        if self.gpt_config["share_embeddings_and_output_weights"]:
-            expected.remove("lm_head.weight")
-        names = set(self.source.names)
-        if missing := sorted(expected - names):
-            raise ValueError(f"llama: the checkpoint lacks {len(missing)} tensors, the first {missing[0]}")
+        heads = Heads(groups, config.num_attention_heads // groups, channels)
+        mapping = _mapping(
+            heads, bias, kind == "qwen2", kind == "qwen3", config.tie_word_embeddings, config.num_hidden_layers
+        )
         # Frequencies are computed from the configuration; a tied output layer is the embedding.
-        unused = {name for name in names - expected if not name.endswith((".inv_freq", "lm_head.weight"))}
-        if unused:
-            raise ValueError(f"llama: {len(unused)} tensors have no place in the model, the first {min(unused)}")
+        unused = (".inv_freq", "lm_head.weight")
+        super().__init__(kind, source, mapping, gpt_config, config.vocab_size, unused)
 
 
-class LlamaExport:
-    """``Export`` of a Megatron GPT that computes what a Llama computes.
+class LlamaExport(MappedExport):
+    """``Export`` of a Megatron GPT that computes what a Llama, a Qwen2 or a Qwen3 computes.
 
-    Raises ValueError for a model that it cannot express; names the field of GPTConfig.
+    Raises ValueError for a model that none of them can express; names the field of GPTConfig.
     """
 
-    def __init__(self, gpt: GPTConfig, vocab_size: int, tokenizer: PreTrainedTokenizerFast):
-        for key, value in _EXPRESSIBLE.items():
-            if getattr(gpt, key, value) != value:
-                raise ValueError(f"llama cannot express {key}={getattr(gpt, key)!r}, only {value!r}")
-        self.vocab_size = vocab_size
-        self.tokenizer = tokenizer
-        self._groups = gpt.num_query_groups or gpt.num_attention_heads
-        self._channels = gpt.kv_channels or gpt.hidden_size // gpt.num_attention_heads
-        self.config = LlamaConfig(
-            architectures=["LlamaForCausalLM"],
+    def __init__(self, gpt: PackedGPTConfig, vocab_size: int, tokenizer: PreTrainedTokenizerFast):
+        require("llama", gpt, _FIXED)
+        # Biases everywhere include those of queries, keys and values.
+        extras = (gpt.add_bias_linear, gpt.add_qkv_bias and not gpt.add_bias_linear, gpt.qk_layernorm)
+        if extras not in _KINDS:
+            raise ValueError(
+                f"llama cannot express qk_layernorm={gpt.qk_layernorm!r} with add_bias_linear={gpt.add_bias_linear!r} "
+                f"and add_qkv_bias={gpt.add_qkv_bias!r}, only without biases"
+            )
+        kind = _KINDS[extras]
+        groups = gpt.num_query_groups or gpt.num_attention_heads
+        channels = gpt.kv_channels or gpt.hidden_size // gpt.num_attention_heads
+        heads = Heads(groups, gpt.num_attention_heads // groups, channels)
+        own = {}
+        if kind == "llama":
+            own = {"attention_bias": gpt.add_bias_linear, "mlp_bias": gpt.add_bias_linear}
+        if kind != "qwen2" or channels * gpt.num_attention_heads != gpt.hidden_size:
+            own["head_dim"] = channels
+        config = _CONFIGS[kind](
+            architectures=[_CLASSES[kind]],
             vocab_size=vocab_size,
             hidden_size=gpt.hidden_size,
             intermediate_size=gpt.ffn_hidden_size,
             num_hidden_layers=gpt.num_layers,
             num_attention_heads=gpt.num_attention_heads,
-            num_key_value_heads=self._groups,
-            head_dim=self._channels,
-            hidden_act=_hidden_act(gpt),
+            num_key_value_heads=groups,
+            hidden_act=activation_name(kind, gpt),
             max_position_embeddings=gpt.seq_length,
             rms_norm_eps=gpt.layernorm_epsilon,
             rope_theta=float(gpt.rotary_base),
+            rope_scaling=rope_scaling(kind, gpt),
             tie_word_embeddings=gpt.share_embeddings_and_output_weights,
             initializer_range=gpt.init_method_std,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
+            **own,
         )
-
-    def tensors(self, name: str, full: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
-        """Hugging Face's names and tensors of one canonical Megatron tensor, without rows that pad the vocabulary."""
-        if name in _TOP:
-            yield _TOP[name], full
-            return
-        layer, rest = _LAYER_NAME.fullmatch(name).groups()
-        parts = [full]
-        if len(_LAYER[rest]) == 3:
-            split = full.view(self._groups, -1, self._channels, full.shape[-1])
-            parts = [part.flatten(0, 2) for part in split.split([split.shape[1] - 2, 1, 1], dim=1)]
-        elif len(_LAYER[rest]) == 2:
-            parts = full.chunk(2)
-        for part, tensor in zip(_LAYER[rest], parts, strict=True):
-            yield f"model.layers.{layer}.{part}", tensor
+        mapping = _mapping(heads, *extras, gpt.share_embeddings_and_output_weights, gpt.num_layers)
+        super().__init__(config, mapping, vocab_size, tokenizer)
 
 
-def _hidden_act(gpt: GPTConfig) -> str:
-    name = next((name for name, function in _ACTIVATIONS.items() if function is gpt.activation_func), None)
-    if name is None:
-        described = getattr(gpt.activation_func, "__name__", gpt.activation_func)
-        raise ValueError(f"llama cannot express activation_func={described}, only {', '.join(_ACTIVATIONS)}")
-    # Megatron's fused kernels approximate gelu by tanh.
-    return "gelu_pytorch_tanh" if name == "gelu" and gpt.bias_activation_fusion else name
+def _mapping(heads: Heads, bias: bool, qkv_bias: bool, qk_norm: bool, tied: bool, layers: int) -> Mapping:
+    outside = {
+        "embedding.word_embeddings": Module(("model.embed_tokens",)),
+        "decoder.final_layernorm": Module(("model.norm",)),
+    }
+    if not tied:
+        outside["output_layer"] = Module(("lm_head",))
+    qkv = tuple(f"self_attn.{part}_proj" for part in "qkv")
+    inside = {
+        "input_layernorm": Module(("input_layernorm",)),
+        "self_attention.linear_qkv": Module(qkv, bias or qkv_bias, heads=heads),
+        "self_attention.linear_proj": Module(("self_attn.o_proj",), bias),
+        "pre_mlp_layernorm": Module(("post_attention_layernorm",)),
+        "mlp.linear_fc1": Module(("mlp.gate_proj", "mlp.up_proj"), bias),
+        "mlp.linear_fc2": Module(("mlp.down_proj",), bias),
+    }
+    if qk_norm:
+        inside["self_attention.q_layernorm"] = Module(("self_attn.q_norm",))
+        inside["self_attention.k_layernorm"] = Module(("self_attn.k_norm",))
+    return Mapping(outside, inside, "model.layers.", layers)
 
 
-def _rotary_base(config: dict) -> float:
-    # Transformers 5 writes rope_parameters where transformers 4 wrote rope_theta and rope_scaling.
-    parameters = config.get("rope_parameters") or {}
-    for rope in (parameters, config.get("rope_scaling") or {}):
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        if kind != "default":
+def _has_biases(kind: str, config: PretrainedConfig) -> bool:
+    """Megatron has biases in all linear layers, or in queries, keys and values alone."""
+    attention, mlp = getattr(config, "attention_bias", False), getattr(config, "mlp_bias", False)
+    if kind == "llama" and attention == mlp:
+        return attention
+    for key, value in (("attention_bias", attention), ("mlp_bias", mlp)):
+        # transformers' Mistral and Qwen2 do not look at these keys.
+        if value and kind in ("llama", "qwen3"):
+            others = " without the other of attention_bias and mlp_bias" if kind == "llama" else ""
             raise ValueError(
-                f"llama: rope_scaling of type {kind!r} is not supported: NeMo's GPTConfig cannot express it"
+                f"{kind}: {key}=True is not supported{others}: Megatron has biases in all linear layers, or in queries, "
+                "keys and values alone"
             )
-    base = parameters.get("rope_theta", config.get("rope_theta", LlamaConfig().rope_theta))
-    return int(base) if float(base).is_integer() else base
+    return False
+
+
+def _refuse_windows(kind: str, config: PretrainedConfig) -> None:
+    window = getattr(config, "sliding_window", None) if kind != "llama" else None
+    layers = getattr(config, "layer_types", None)
+    if window is None or (layers is not None and "sliding_attention" not in layers):
+        return
+    if window < config.max_position_embeddings:
+        raise ValueError(
+            f"{kind}: sliding_window={window} is less than max_position_embeddings={config.max_position_embeddings}: "
+            f"attention windows are not supported. To use the model within one window set max_position_embeddings to "
+            f"{window} in its config.json"
+        )

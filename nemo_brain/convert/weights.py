@@ -18,6 +18,8 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from transformers import PreTrainedTokenizerFast
 
 from nemo_brain.convert.gguf import GGUFFile
+from nemo_brain.convert.gpt2 import GPT2Weights
+from nemo_brain.convert.gpt_neox import GPTNeoXWeights
 from nemo_brain.convert.huggingface import HuggingFaceDirectory
 from nemo_brain.convert.llama import LlamaWeights
 from nemo_brain.convert.sharding import VOCABULARY_TENSORS, global_parameters
@@ -36,7 +38,7 @@ class Source(Protocol):
 class Weights(Protocol):
     """All that is needed to build a Megatron GPT and fill it.
 
-    gpt_config: values for fields of NeMo's ``GPTConfig``; vocab_size: rows of the embedding, without padding.
+    gpt_config: values for fields of ``PackedGPTConfig``; vocab_size: rows of the embedding, without padding.
     """
 
     gpt_config: dict
@@ -53,7 +55,11 @@ class Weights(Protocol):
 
 
 # By Hugging Face's model_type.
-ARCHITECTURES = {"llama": LlamaWeights}
+ARCHITECTURES = {
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), LlamaWeights),
+    "gpt_neox": GPTNeoXWeights,
+    "gpt2": GPT2Weights,
+}
 
 
 def open_weights(path: str | Path) -> Weights:

@@ -1,0 +1,32 @@
+"""The transformer layer of GPT-NeoX: attention and MLP both read the layer's input, and their outputs are added to it."""
+
+from __future__ import annotations
+
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from megatron.core.utils import make_viewless_tensor
+
+
+class ParallelResidualLayer(TransformerLayer):
+    """x + attention(norm(x)) + mlp(norm'(x)), in the modules and under the names of Megatron's own layer.
+
+    Raises:
+        ValueError: for the recomputation of single modules other than attention.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        if self.recompute_input_layernorm or self.recompute_pre_mlp_layernorm or self.recompute_mlp:
+            raise ValueError(
+                "model.options.recompute_modules: a model with parallel_residual recomputes core_attn, or whole layers: "
+                "set model.recompute=full instead of layernorm or mlp"
+            )
+
+    def forward(self, hidden_states, *args, **kwargs):
+        """As TransformerLayer's: (hidden states, context)."""
+        attended, context = self._forward_attention(hidden_states, *args, **kwargs)
+        out_and_bias = self.mlp(self.pre_mlp_layernorm(hidden_states))
+        with self.bias_dropout_add_exec_handler():
+            add = self.mlp_bda(self.training, self.config.bias_dropout_fusion)
+            out = add(out_and_bias, attended, self.hidden_dropout)
+        # The checkpoint of recomputed layers refuses views.
+        return make_viewless_tensor(inp=out, requires_grad=out.requires_grad, keep_graph=True), context
