@@ -1,4 +1,4 @@
-"""The transformer layer of GPT-NeoX: attention and MLP both read the layer's input, and their outputs are added to it."""
+"""The transformer layer of GPT-NeoX: attention and MLP both read the layer's input; their outputs are added to it."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class ParallelResidualLayer(TransformerLayer):
         super().__init__(*args, **kwargs)
         if self.recompute_input_layernorm or self.recompute_pre_mlp_layernorm or self.recompute_mlp:
             raise ValueError(
-                "model.options.recompute_modules: a model with parallel_residual recomputes core_attn, or whole layers: "
-                "set model.recompute=full instead of layernorm or mlp"
+                "model.options.recompute_modules: a model with parallel_residual recomputes core_attn, or whole "
+                "layers: set model.recompute=full instead of layernorm or mlp"
             )
 
     def forward(self, hidden_states, *args, **kwargs):

@@ -96,7 +96,7 @@ def export_model(
         OSError: on every rank, when rank 0 could not write; an earlier export is unharmed.
         ValueError: on every rank, when ``directory`` exists and is not an earlier export.
     """
-    writer = _Writer(export, Path(directory), max_shard_bytes) if dist.get_rank() == 0 else None
+    writer = Writer(export, Path(directory), max_shard_bytes) if dist.get_rank() == 0 else None
     if parallel_state.get_data_parallel_rank() == 0:
         for name, full in _full_tensors([unwrap(chunk) for chunk in chunks]):
             writer.attempt(writer.add, name, full)
@@ -138,18 +138,20 @@ def _full_tensors(chunks: Sequence[GPTModel]) -> Iterator[tuple[str, torch.Tenso
                 yield name, full
 
 
-class _Writer:
+class Writer:
     """What rank 0 does. An error is kept in ``error`` (its type and message) and ends the writing, not the gathering:
-    the other ranks would wait for ever."""
+    the other ranks would wait for ever. ``replaceable``: a later export may take the directory's place."""
 
-    def __init__(self, export: Export, directory: Path, max_shard_bytes: int):
+    def __init__(self, export: Export, directory: Path, max_shard_bytes: int, replaceable: bool = True):
         self.error: tuple[type[Exception], str] | None = None
+        self.tensors = self.total_bytes = 0  # written so far
+        self._replaceable = replaceable
         self._export = export
         self._directory = directory.resolve()
         self._max_shard_bytes = max_shard_bytes
         self._incomplete = self._beside("incomplete")
         self._shard: dict[str, torch.Tensor] = {}
-        self._shard_bytes = self._total_bytes = 0
+        self._shard_bytes = 0
         self._files: list[list[str]] = []  # the names in each file
         self.attempt(self._start)
 
@@ -184,14 +186,18 @@ class _Writer:
         self._flush()
         self._name_files()
         self._export.config.save_pretrained(self._incomplete)
+        for file in self._incomplete.glob("*.safetensors"):
+            # They are written for their owner alone, but an inference server may be another user.
+            shutil.copymode(self._incomplete / "config.json", file)
         ends = {
             name: getattr(self._export.tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")
         }
         GenerationConfig(**ends).save_pretrained(self._incomplete)
         self._export.tokenizer.save_pretrained(self._incomplete)
-        (self._incomplete / _MARK).write_text(
-            "Written by nemo_brain, which replaces this directory at its next export.\n"
-        )
+        if self._replaceable:
+            (self._incomplete / _MARK).write_text(
+                "Written by nemo_brain, which replaces this directory at its next export.\n"
+            )
         if self._directory.exists():
             previous = self._beside("previous")
             shutil.rmtree(previous, ignore_errors=True)
@@ -213,7 +219,8 @@ class _Writer:
         file = self._incomplete / f"{len(self._files)}.safetensors"
         save_file(self._shard, file, metadata={"format": "pt"})
         self._files.append(list(self._shard))
-        self._total_bytes += self._shard_bytes
+        self.tensors += len(self._shard)
+        self.total_bytes += self._shard_bytes
         self._shard, self._shard_bytes = {}, 0
 
     def _name_files(self) -> None:
@@ -226,5 +233,5 @@ class _Writer:
             file = f"model-{number + 1:05d}-of-{len(self._files):05d}.safetensors"
             (self._incomplete / f"{number}.safetensors").rename(self._incomplete / file)
             weight_map |= dict.fromkeys(names, file)
-        index = {"metadata": {"total_size": self._total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
+        index = {"metadata": {"total_size": self.total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
         (self._incomplete / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")

@@ -68,7 +68,7 @@ def activation_name(kind: str, gpt: Any) -> str:
 
 
 def require(kind: str, model: Any, values: Mapping[str, Any]) -> None:
-    """Raises ValueError for the first field of a model that has another value. Dropout is no part of what is computed."""
+    """Raises ValueError for the first field of a model with another value; dropout is no part of what is computed."""
     for key, value in values.items():
         if getattr(model, key, value) != value and not key.endswith("_dropout"):
             raise ValueError(f"{kind} cannot express {key}={getattr(model, key)!r}, only {value!r}")

@@ -164,8 +164,8 @@ def _has_biases(kind: str, config: PretrainedConfig) -> bool:
         if value and kind in ("llama", "qwen3"):
             others = " without the other of attention_bias and mlp_bias" if kind == "llama" else ""
             raise ValueError(
-                f"{kind}: {key}=True is not supported{others}: Megatron has biases in all linear layers, or in queries, "
-                "keys and values alone"
+                f"{kind}: {key}=True is not supported{others}: Megatron has biases in all linear layers, or in "
+                "queries, keys and values alone"
             )
     return False
 

