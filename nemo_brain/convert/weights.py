@@ -1,9 +1,9 @@
 """Where a model's weights come from, and how they get into its shards.
 
 NeMo's importers (``llm.import_ckpt``) hold a whole Hugging Face model and a whole Megatron model in one process, write
-a checkpoint that is loaded again, and name Transformer Engine's parameters as their targets. This package reads one
-tensor at a time into the shards of a model that exists already, in any layout, with or without Transformer Engine and
-CUDA.
+a checkpoint that is loaded again, and name Transformer Engine's parameters as their targets; there are none for GPT-2
+and GPT-NeoX. This package reads one tensor at a time into the shards of a model that exists already, in any layout,
+with or without Transformer Engine and CUDA.
 """
 
 from __future__ import annotations
