@@ -6,9 +6,11 @@ Errors name the configuration section, the server and what was asked of it; the 
 from __future__ import annotations
 
 import asyncio
+import functools
 import itertools
 import os
 import random
+import ssl
 import time
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -67,13 +69,12 @@ class HTTPClient:
         self._section = key
         self._concurrency = concurrency
         self._request_timeout_seconds = request_timeout_seconds
-        self._tls = httpx.create_ssl_context()  # once: reading the certificates takes longer than a request
         self._key = "" if api_key_env is None else environment_key(f"{key}.api_key_env", api_key_env)
 
     def client(self) -> httpx.AsyncClient:
         """A pool of connections, for use within one event loop."""
         return httpx.AsyncClient(
-            verify=self._tls,
+            verify=_certificates(),
             timeout=httpx.Timeout(None, connect=_CONNECT_SECONDS),
             limits=httpx.Limits(max_connections=self._concurrency),
         )
@@ -163,6 +164,12 @@ def environment_key(key: str, name: str) -> str:
             "ASCII)"
         )
     return value
+
+
+@functools.cache
+def _certificates() -> ssl.SSLContext:
+    """Made once, for reading them takes longer than a request; not kept in a client, which NeMo's trainer copies."""
+    return httpx.create_ssl_context()
 
 
 def excerpt(response: httpx.Response) -> str:
