@@ -185,7 +185,7 @@ def check(cfg: DictConfig) -> Config:
 
 
 def typed(kind: type, cfg: DictConfig, file: str) -> Any:
-    """``cfg`` as an instance of the structured configuration ``kind``, which has a ``reward`` section.
+    """``cfg`` as an instance of the structured configuration ``kind``.
 
     Args:
         file: the configuration file that states every key, for errors.
@@ -208,7 +208,7 @@ def typed(kind: type, cfg: DictConfig, file: str) -> Any:
         ) from None
     except OmegaConfBaseException as error:
         raise ValueError(f"configuration key {error.full_key}: {str(error).splitlines()[0]}") from None
-    if config.reward is not None:
+    if getattr(config, "reward", None) is not None:
         # A config that names another reward than the one it inherits from sets the other's arguments to null.
         config.reward = {name: value for name, value in config.reward.items() if value is not None}
     return config
@@ -226,33 +226,20 @@ def _keys(kind: type, prefix: str = "") -> list[str]:
 
 
 def _check_values(config: Config) -> None:
-    model, rollout, train, trainer = config.model, config.rollout, config.train, config.trainer
-    _among("trainer.precision", trainer.precision, ("32", "bf16-mixed"))
-    _among("trainer.fp8", trainer.fp8, (None, "hybrid", "e4m3"))
-    _among("trainer.fp8_recipe", trainer.fp8_recipe, ("delayed", "tensorwise", "blockwise", "mxfp8"))
-    _among("trainer.accelerator", trainer.accelerator, ("auto", "cpu", "gpu"))
-    _among("model.recompute", model.recompute, ("none", "selective", "full"))
+    rollout, train, trainer = config.rollout, config.train, config.trainer
+    check_common(config)
     _among("prior.placement", config.prior.placement, ("resident", "offload"))
     _among("rollout.truncated", rollout.truncated, ("keep", "mask"))
     _among("train.on_nonfinite", train.on_nonfinite, ("stop", "skip"))
-    _among("train.layout", train.layout, ("auto", *LAYOUTS))
     _at_least(
         1,
         {
-            "trainer.devices": trainer.devices,
-            "trainer.num_nodes": trainer.num_nodes,
             "trainer.max_iterations": trainer.max_iterations,
             "trainer.val_every_iterations": trainer.val_every_iterations,
-            "trainer.log_every_steps": trainer.log_every_steps,
-            "model.tensor_model_parallel_size": model.tensor_model_parallel_size,
-            "model.pipeline_model_parallel_size": model.pipeline_model_parallel_size,
             "rollout.prompts_per_iteration": rollout.prompts_per_iteration,
             "rollout.max_new_tokens": rollout.max_new_tokens,
             "rollout.rows_in_flight": rollout.rows_in_flight,
             "train.epochs_per_iteration": train.epochs_per_iteration,
-            "train.global_batch_size": train.global_batch_size,
-            "train.micro_batch_tokens": train.micro_batch_tokens,
-            "data.max_prompt_tokens": config.data.max_prompt_tokens,
             "validation.outputs_per_prompt": config.validation.outputs_per_prompt,
             "validation.max_prompts": config.validation.max_prompts,
             "checkpoint.every_steps": config.checkpoint.every_steps,
@@ -267,21 +254,6 @@ def _check_values(config: Config) -> None:
     }.items():
         if minutes is not None and not minutes > 0:
             raise ValueError(f"{key} must be above 0 or null, not {minutes}")
-    if trainer.fp8 is not None and not config.bf16:
-        raise ValueError("trainer.fp8 needs trainer.precision=bf16-mixed: what is not FP8 is bf16")
-    if model.context_parallel_size != 1:
-        raise ValueError(
-            "model.context_parallel_size must be 1: groups are packed rows, which context parallelism does not split; "
-            "use tensor and sequence parallelism for long rows"
-        )
-    if model.sequence_parallel and model.tensor_model_parallel_size == 1:
-        raise ValueError("model.sequence_parallel needs model.tensor_model_parallel_size above 1")
-    if model.virtual_pipeline_model_parallel_size is not None:
-        _at_least(2, {"model.virtual_pipeline_model_parallel_size": model.virtual_pipeline_model_parallel_size})
-        if model.pipeline_model_parallel_size == 1:
-            raise ValueError(
-                "model.virtual_pipeline_model_parallel_size needs model.pipeline_model_parallel_size above 1"
-            )
     if not rollout.temperature > 0:
         raise ValueError(f"rollout.temperature must be above 0, not {rollout.temperature}")
     if rollout.top_k < 0 or not 0 < rollout.top_p <= 1:
@@ -305,6 +277,45 @@ def _check_values(config: Config) -> None:
         )
     if (config.data.train is None) == (config.data.rollouts is None):
         raise ValueError("set either data.train (prompts to sample for) or data.rollouts (groups sampled elsewhere)")
+
+
+def check_common(config: Any) -> None:
+    """Checks what the configurations of a BRAIn run and of a reward model have in common."""
+    model, train, trainer = config.model, config.train, config.trainer
+    _among("trainer.precision", trainer.precision, ("32", "bf16-mixed"))
+    _among("trainer.fp8", trainer.fp8, (None, "hybrid", "e4m3"))
+    _among("trainer.fp8_recipe", trainer.fp8_recipe, ("delayed", "tensorwise", "blockwise", "mxfp8"))
+    _among("trainer.accelerator", trainer.accelerator, ("auto", "cpu", "gpu"))
+    _among("model.recompute", model.recompute, ("none", "selective", "full"))
+    _among("train.layout", train.layout, ("auto", *LAYOUTS))
+    _at_least(
+        1,
+        {
+            "trainer.devices": trainer.devices,
+            "trainer.num_nodes": trainer.num_nodes,
+            "trainer.log_every_steps": trainer.log_every_steps,
+            "model.tensor_model_parallel_size": model.tensor_model_parallel_size,
+            "model.pipeline_model_parallel_size": model.pipeline_model_parallel_size,
+            "train.global_batch_size": train.global_batch_size,
+            "train.micro_batch_tokens": train.micro_batch_tokens,
+            "data.max_prompt_tokens": config.data.max_prompt_tokens,
+        },
+    )
+    if trainer.fp8 is not None and not config.bf16:
+        raise ValueError("trainer.fp8 needs trainer.precision=bf16-mixed: what is not FP8 is bf16")
+    if model.context_parallel_size != 1:
+        raise ValueError(
+            "model.context_parallel_size must be 1: groups are packed rows, which context parallelism does not split; "
+            "use tensor and sequence parallelism for long rows"
+        )
+    if model.sequence_parallel and model.tensor_model_parallel_size == 1:
+        raise ValueError("model.sequence_parallel needs model.tensor_model_parallel_size above 1")
+    if model.virtual_pipeline_model_parallel_size is not None:
+        _at_least(2, {"model.virtual_pipeline_model_parallel_size": model.virtual_pipeline_model_parallel_size})
+        if model.pipeline_model_parallel_size == 1:
+            raise ValueError(
+                "model.virtual_pipeline_model_parallel_size needs model.pipeline_model_parallel_size above 1"
+            )
     holdout = config.data.holdout
     if not holdout >= 0 or (holdout > 1 and holdout % 1 != 0):
         raise ValueError(f"data.holdout must be a fraction below 1 or a number of prompts, not {holdout}")

@@ -6,6 +6,7 @@ Shapes: S positions of a row, T positions with a target, E temperatures, V vocab
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from megatron.core import parallel_state
@@ -73,17 +74,22 @@ class PackedGPTModel(MCoreGPTModel):
             On the last stage log-probs [E, T] (fp32) of the targets, or logits [T, V] without targets; elsewhere the
             hidden states for the next stage.
         """
+        hidden = self.trunk(tokens_1S, positions_1S, attention)
+        if not self.post_process:
+            return hidden
+        return self.output_layer(hidden[:, 0].index_select(0, select_T), targets_T, temperatures)
+
+    def trunk(self, tokens_1S: torch.Tensor, positions_1S: torch.Tensor, attention) -> torch.Tensor:
+        """The row's hidden states [S, 1, H]; on the last stage normalised and, under sequence parallelism, gathered."""
         hidden = self.embedding(input_ids=tokens_1S, position_ids=positions_1S) if self.pre_process else None
         rotary = None
         if self.position_embedding_type == "rope":
             rotary = self.rotary_pos_emb(self.max_sequence_length)[positions_1S[0]]
         hidden = self.decoder(hidden_states=hidden, attention_mask=attention, rotary_pos_emb=rotary)
-        if not self.post_process:
-            return hidden
-        if self.config.sequence_parallel:
+        if self.post_process and self.config.sequence_parallel:
             # The selection needs the whole row; from here on the output layer is plainly tensor-parallel.
             hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
-        return self.output_layer(hidden[:, 0].index_select(0, select_T), targets_T, temperatures)
+        return hidden
 
     def _output(self, hidden_TH, targets_T, temperatures) -> torch.Tensor:
         """What ``output_layer`` computes: log-probs [E, T] of the targets, or logits [T, V] without targets."""
@@ -150,6 +156,7 @@ class PackedGPTConfig(GPTConfig):
         only. Their names and defaults are those of NeMo's Llama31Config.
     """
 
+    model_class: ClassVar[type[PackedGPTModel]] = PackedGPTModel
     transformer_layer_spec: object = layer_spec
     parallel_residual: bool = False
     scale_factor: float | None = None
@@ -166,7 +173,7 @@ class PackedGPTConfig(GPTConfig):
     def configure_model(self, tokenizer=None, pre_process=None, post_process=None, vp_stage=None) -> PackedGPTModel:
         """Builds this rank's (virtual) pipeline chunk; arguments as in NeMo's GPTConfig."""
         stage = dict(ignore_virtual=False, vp_stage=vp_stage or 0)
-        model = PackedGPTModel(
+        model = self.model_class(
             config=self,
             transformer_layer_spec=self.transformer_layer_spec(self, vp_stage=vp_stage or 0),
             vocab_size=get_vocab_size(self, self.vocab_size, self.make_vocab_size_divisible_by),

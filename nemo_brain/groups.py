@@ -199,7 +199,9 @@ class Plan:
     whole: bool
 
 
-def plan(groups: Sequence[Group], budget: int, layout: str, ranks: int = 1, multiple: int = 1) -> Plan:
+def plan(
+    groups: Sequence[Group], budget: int, layout: str, ranks: int = 1, multiple: int = 1, split: bool = True
+) -> Plan:
     """Distributes groups over data-parallel ranks and micro-batches of at most ``budget`` tokens.
 
     A group stays whole where it fits the budget and there are at least as many groups as ranks; otherwise it is split
@@ -212,11 +214,13 @@ def plan(groups: Sequence[Group], budget: int, layout: str, ranks: int = 1, mult
         layout: one of ``LAYOUTS``.
         ranks: the data-parallel size.
         multiple: the number of micro-batches is made a multiple of this (interleaved pipeline schedules need it).
+        split: without it every group stays whole; one that exceeds the budget has a micro-batch to itself.
     """
     pieces = -(-ranks // max(1, len(groups)))
     chunks: list[tuple[int, Chunk]] = []
     for index, group in enumerate(groups):
-        for outputs in _split(group, pieces, budget, layout):
+        parts = _split(group, pieces, budget, layout) if split else [tuple(range(len(group.outputs)))]
+        for outputs in parts:
             chunks.append((chunk_tokens(group, outputs, layout), Chunk(index, outputs)))
     # Longest first onto the least loaded rank; ties by index keep the plan deterministic.
     chunks.sort(key=lambda item: (-item[0], item[1].group, item[1].outputs))

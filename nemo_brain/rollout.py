@@ -3,7 +3,8 @@
 Shapes: G groups, N outputs per group, E temperatures.
 
 Each data-parallel replica samples for its share of the prompts. Groups are rewarded as they are finished, on a thread
-of the replica's first rank, while the others are still being sampled.
+of the replica's first rank, while the others are still being sampled; by a ``CollectiveReward`` afterwards, on all of
+the replica's ranks.
 """
 
 from __future__ import annotations
@@ -18,11 +19,19 @@ from megatron.core import parallel_state
 
 from nemo_brain.config import Config
 from nemo_brain.data.rollouts import write_rollout
-from nemo_brain.groups import Group, Prompt, Rollout, chunk_tokens
+from nemo_brain.data.tokenizers import encode
+from nemo_brain.groups import Group, Output, Prompt, Rollout, chunk_tokens
 from nemo_brain.interruption import Interrupted, Interruption
 from nemo_brain.progress import progress
 from nemo_brain.remote_rollout import RemoteRollout
-from nemo_brain.rewards.protocol import Reward, compute_rewards, load_reward, score_groups
+from nemo_brain.rewards.protocol import (
+    CollectiveReward,
+    Reward,
+    compute_rewards,
+    load_reward,
+    score_groups,
+    score_groups_in_step,
+)
 from nemo_brain.sampling import SamplingOptions
 from nemo_brain.strategy import BRAInStrategy
 
@@ -41,7 +50,7 @@ class RolloutWorker:
         self,
         config: Config,
         strategy: BRAInStrategy,
-        reward: Reward,
+        reward: Reward | CollectiveReward,
         remote: RemoteRollout | None,
         interruption: Interruption,
     ):
@@ -54,6 +63,9 @@ class RolloutWorker:
         self._replicas = parallel_state.get_data_parallel_group()
         self._first = self._members.rank() == 0
         self._once_per_replica(lambda: load_reward(reward))
+        self._collective = getattr(reward, "collective", False)
+        if self._collective:
+            reward.setup(strategy)
 
     def sample(
         self, prompts: Sequence[Prompt], options: SamplingOptions, iteration: int, step: int, description: str
@@ -73,7 +85,7 @@ class RolloutWorker:
         failure: ValueError | None = None
         with (
             progress(len(share) * options.outputs, description, "outputs") as bar,
-            _RewardThread(self.reward if self._first else None) as rewards,
+            _RewardThread(self.reward if self._first and not self._collective else None) as rewards,
         ):
             try:
                 for index, group in self._sampled(share, options, iteration, bar.update):
@@ -91,6 +103,11 @@ class RolloutWorker:
                 rewards.wait()
 
             ordered = [groups[index] for index in sorted(groups)]
+            if self._collective and failure is None:
+                try:
+                    score_groups_in_step(self.reward, ordered, alone=True)
+                except ValueError as error:
+                    failure = error
             try:
                 self._share_rewards(ordered, finish)
             except ValueError as error:
@@ -128,14 +145,27 @@ class RolloutWorker:
         return note[0]
 
     def score_rewards(self, groups: Sequence[Group]) -> None:
-        """Sets the rewards of groups that every rank of a replica has; ValueError as in ``sample``."""
+        """Sets the rewards of groups that every rank has; ValueError as in ``sample``."""
+        if self._collective:
+            score_groups_in_step(self.reward, groups, alone=False)
+            return
         self._share_rewards(groups, lambda: score_groups(self.reward, groups))
 
     def reference_rewards(self, prompts: Sequence[Prompt]) -> list[float | None]:
         """The rewards of the prompts' own reference answers: what a human's answers would earn."""
+        known = [prompt for prompt in prompts if prompt.reference is not None]
+        if self._collective:
+            tokenizer = self.strategy.lightning_module.tokenizer
+            answers = [[*encode(tokenizer, prompt.reference), tokenizer.eos_token_id] for prompt in known]
+            groups = [
+                Group(prompt, [Output(ids, prompt.reference, ended=True)])
+                for prompt, ids in zip(known, answers, strict=True)
+            ]
+            self.score_rewards(groups)
+            found = {group.prompt.id: group.outputs[0].reward for group in groups}
+            return [found.get(prompt.id) for prompt in prompts]
 
         def work() -> list[float | None]:
-            known = [prompt for prompt in prompts if prompt.reference is not None]
             values = compute_rewards(
                 self.reward,
                 [prompt.text for prompt in known],

@@ -7,6 +7,7 @@ import dataclasses
 import difflib
 import inspect
 import logging
+import operator
 import os
 from collections.abc import Mapping
 from datetime import timedelta
@@ -44,9 +45,11 @@ from nemo_brain.progress import summary_lines
 from nemo_brain.remote_rollout import RemoteRollout
 from nemo_brain.report import write_report
 from nemo_brain.resume import candidates, check_configuration, write_status
+from nemo_brain.reward_model import RewardGPTConfig
 from nemo_brain.rewards.build import make_reward
+from nemo_brain.rewards.megatron import MegatronReward
 from nemo_brain.saving import Checkpointer
-from nemo_brain.strategy import BRAInStrategy
+from nemo_brain.strategy import BRAInStrategy, PackedStrategy
 
 
 def run(cfg: DictConfig, callbacks: list[pl.Callback] | None = None) -> BRAInGPTModel:
@@ -67,6 +70,8 @@ def run(cfg: DictConfig, callbacks: list[pl.Callback] | None = None) -> BRAInGPT
     reward = make_reward(config.reward)
     weights = _weights(config)
     gpt = _gpt_config(config, weights)
+    if isinstance(reward, MegatronReward):
+        reward.configure(_gpt_config(config, reward.weights, RewardGPTConfig), weights.tokenizer, config.data.template)
     remote = RemoteRollout(config, gpt, weights) if config.rollout.remote is not None else None
     callbacks = list(callbacks or [])
     if config.model.export_to is not None:
@@ -87,8 +92,10 @@ def run(cfg: DictConfig, callbacks: list[pl.Callback] | None = None) -> BRAInGPT
         checkpointer = Checkpointer(config.checkpoint, run_dir / "checkpoints", configuration)
         loop = BRAInLoop(config, prompts, offline, held_out, reward, remote, run_dir, checkpointer)
         model = BRAInGPTModel(gpt, weights, objective, optim=optim, tokenizer=weights.tokenizer)
-        trainer = _trainer(config, [loop, *callbacks])
-        trainer.strategy.resume_candidates = earlier
+        strategy = _strategy(config, BRAInStrategy, prior_placement=config.prior.placement)
+        strategy.resume_candidates = earlier
+        max_steps = config.trainer.max_iterations * config.steps_per_iteration
+        trainer = _trainer(config, strategy, max_steps, [loop, *callbacks])
         _fit(trainer, model, loop, rank_zero)
     return model
 
@@ -188,7 +195,13 @@ def _tokenizer(config: Config):
     return load_tokenizer(config.model.tokenizer, key="model.tokenizer")
 
 
-def _gpt_config(config: Config, weights: Weights) -> PackedGPTConfig:
+def _gpt_config(
+    config: Config,
+    weights: Weights,
+    kind: type[PackedGPTConfig] = PackedGPTConfig,
+    output_key: str = "rollout.max_new_tokens",
+) -> PackedGPTConfig:
+    """The configuration of a model of ``weights`` for the longest prompts and outputs (``output_key``)."""
     model = config.model
     given = dict(weights.gpt_config)
     _known(given, PackedGPTConfig, "model.gpt")
@@ -255,11 +268,11 @@ def _gpt_config(config: Config, weights: Weights) -> PackedGPTConfig:
             "masked_softmax_fusion": False,
             "gradient_accumulation_fusion": False,
         }
-    gpt = PackedGPTConfig(**{**options, **given})
-    longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
+    gpt = kind(**{**options, **given})
+    longest = config.data.max_prompt_tokens + operator.attrgetter(output_key)(config)
     if longest > gpt.seq_length:
         raise ValueError(
-            f"data.max_prompt_tokens + rollout.max_new_tokens is {longest}, more than the model's {gpt.seq_length} "
+            f"data.max_prompt_tokens + {output_key} is {longest}, more than the model's {gpt.seq_length} "
             "positions (model.gpt.seq_length): lower them"
         )
     return gpt
@@ -356,12 +369,12 @@ def _data(config: Config, tokenizer):
     return train, offline, held_out[: config.validation.max_prompts]
 
 
-def _trainer(config: Config, callbacks: list[pl.Callback]) -> nl.Trainer:
-    model, trainer = config.model, config.trainer
-    strategy = BRAInStrategy(
+def _strategy(config: Config, kind: type[PackedStrategy], **own) -> PackedStrategy:
+    """The strategy of one kind; ``own``: that kind's arguments."""
+    model = config.model
+    return kind(
         layout=config.layout,
         micro_batch_tokens=config.train.micro_batch_tokens,
-        prior_placement=config.prior.placement,
         seed=config.seed,
         tensor_model_parallel_size=model.tensor_model_parallel_size,
         pipeline_model_parallel_size=model.pipeline_model_parallel_size,
@@ -374,7 +387,12 @@ def _trainer(config: Config, callbacks: list[pl.Callback]) -> nl.Trainer:
         # NeMo's progress bar gathers on rank 0 alone, which the other ranks' collectives do not survive on gloo.
         replace_progress_bar=False,
         timeout=timedelta(minutes=30),
+        **own,
     )
+
+
+def _trainer(config: Config, strategy: PackedStrategy, max_steps: int, callbacks: list[pl.Callback]) -> nl.Trainer:
+    trainer = config.trainer
     plugins = []
     if config.bf16:
         plugins.append(
@@ -403,7 +421,7 @@ def _trainer(config: Config, callbacks: list[pl.Callback]) -> nl.Trainer:
         num_nodes=trainer.num_nodes,
         strategy=strategy,
         plugins=plugins,
-        max_steps=trainer.max_iterations * config.steps_per_iteration,
+        max_steps=max_steps,
         callbacks=callbacks,
         logger=loggers,
         limit_val_batches=0,

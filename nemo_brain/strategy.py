@@ -7,15 +7,19 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing.strategies.base import SaveShardedStrategy
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 from nemo.lightning import MegatronStrategy
+from nemo.lightning._strategy_lib import set_model_parallel_attributes
+from nemo.lightning.pytorch.plugins.mixed_precision import update_config_with_dtype_overrides
 
 from nemo_brain.checkpoint import read_json
-from nemo_brain.convert.weights import load_weights
+from nemo_brain.convert.weights import Weights, load_weights
+from nemo_brain.gpt import PackedGPTConfig
 from nemo_brain.groups import Group, Prompt
 from nemo_brain.guards import OptimizerGuard
 from nemo_brain.passes import GroupPasses, Scores, StepResult
@@ -37,24 +41,20 @@ class TrainStep:
     result: StepResult | None = None
 
 
-class BRAInStrategy(MegatronStrategy):
-    """MegatronStrategy whose batches are ``TrainStep``s.
+class PackedStrategy(MegatronStrategy):
+    """MegatronStrategy for chunks that take packed rows.
 
     Args:
         layout, micro_batch_tokens: how groups are packed, see ``passes.GroupPasses``.
-        prior_placement: ``resident`` or ``offload``, see ``prior``.
         seed: of Megatron's random-number tracker.
         **options: MegatronStrategy's own.
     """
 
-    def __init__(self, *, layout: str, micro_batch_tokens: int, prior_placement: str, seed: int, **options):
+    def __init__(self, *, layout: str, micro_batch_tokens: int, seed: int, **options):
         super().__init__(**options)
-        self._layout = layout
-        self._micro_batch_tokens = micro_batch_tokens
-        self._prior_placement = prior_placement
+        self.layout = layout
+        self.micro_batch_tokens = micro_batch_tokens
         self._seed = seed
-        self.resume_candidates: Sequence[Path] = ()
-        self.resumed_from: Path | None = None
 
     def setup_distributed(self) -> None:
         """NeMo's, and Megatron's random-number tracker where NeMo leaves it unseeded: on a machine without a GPU."""
@@ -65,15 +65,84 @@ class BRAInStrategy(MegatronStrategy):
             )
 
     def setup(self, trainer) -> None:
+        """NeMo's; ``chunks`` are this rank's part of the model from then on."""
+        super().setup(trainer)
+        self.chunks = [module.module for module in self.megatron_parallel]
+
+    def settle(self) -> None:
+        """Ends an overlapped gather of the weights: forward passes wait for it themselves, other readers do not."""
+        if self.ddp_config.overlap_param_gather:
+            self.megatron_parallel.force_param_sync()
+
+    def connected(self, config: PackedGPTConfig) -> PackedGPTConfig:
+        """The configuration with the parallel layout and the precision of the model in training."""
+        holder = SimpleNamespace(config=config, configure_model=config.configure_model)
+        config = set_model_parallel_attributes(holder, self.parallelism)
+        dtypes = getattr(self.precision_plugin, "dtype_config", None)
+        return update_config_with_dtype_overrides(dtypes, config) if dtypes else config
+
+    def more_chunks(self, config: PackedGPTConfig, weights: Weights) -> list[torch.nn.Module]:
+        """This rank's chunks of one more model, which is not trained.
+
+        Args:
+            config: has the parallel layout and the precision of the model in training: ``connected`` gives them.
+        """
+        config = copy.copy(config)
+        # Synchronisation of gradients and parameters is none of its business.
+        config.no_sync_func = config.grad_sync_func = config.param_sync_func = None
+        config.finalize_model_grads_func = config.grad_scale_func = None
+        chunks = []
+        for stage in range(len(self.chunks)):
+            chunk = config.configure_model(weights.tokenizer, vp_stage=stage)
+            load_weights([chunk], weights)
+            if torch.cuda.is_available():
+                chunk.cuda(torch.cuda.current_device())
+            if hasattr(self.precision_plugin, "convert_module"):
+                # NeMo's precision plugin converts the module inside a Lightning module.
+                holder = torch.nn.Module()
+                holder.module, holder.config = chunk, config
+                chunk = self.precision_plugin.convert_module(holder).module
+            chunks.append(chunk.eval().requires_grad_(False))
+        return chunks
+
+    def training_step(self, dataloader_iter, *args, **kwargs) -> dict[str, torch.Tensor]:
+        """The forward and backward passes of one optimizer step, which is what the data loader gives."""
+        step, *_ = next(dataloader_iter)
+        with self.precision_plugin.train_step_context():
+            for chunk in self.chunks:
+                chunk.zero_grad_buffer()
+            for optimizer in self.optimizers:
+                optimizer.zero_grad()
+            return {"loss": self.run_step(step)}
+
+    def run_step(self, step) -> torch.Tensor:
+        """Accumulates the step's gradient, sets its ``result`` and returns the loss."""
+        raise NotImplementedError
+
+
+class BRAInStrategy(PackedStrategy):
+    """PackedStrategy whose batches are ``TrainStep``s.
+
+    Args:
+        prior_placement: ``resident`` or ``offload``, see ``prior``.
+        **options: PackedStrategy's own.
+    """
+
+    def __init__(self, *, prior_placement: str, **options):
+        super().__init__(**options)
+        self._prior_placement = prior_placement
+        self.resume_candidates: Sequence[Path] = ()
+        self.resumed_from: Path | None = None
+
+    def setup(self, trainer) -> None:
         """NeMo's, then the passes and the prior, which is the model as it stands before any checkpoint is restored."""
         super().setup(trainer)
         model = self.lightning_module
-        self.chunks = [module.module for module in self.megatron_parallel]
-        self.passes = GroupPasses(model.config, self._layout, self._micro_batch_tokens)
+        self.passes = GroupPasses(model.config, self.layout, self.micro_batch_tokens)
         if self._prior_placement == "offload":
             self._prior = OffloadedPrior(self.chunks)
         else:
-            self._prior = ResidentPrior(self._prior_chunks(model))
+            self._prior = ResidentPrior(self.more_chunks(model.config, model.weights))
         self.guards = [OptimizerGuard(optimizer.mcore_optimizer) for optimizer in self.optimizers]
         self.prior_fingerprint = fingerprint(self.chunks, model.config.vocab_size)
         save: SaveShardedStrategy = InProcessSave()
@@ -102,42 +171,11 @@ class BRAInStrategy(MegatronStrategy):
         with loading_optimizers(self.optimizers):
             super().load_optimizer_state_dict(checkpoint, selective_restore)
 
-    def _prior_chunks(self, model) -> list[torch.nn.Module]:
-        config = copy.copy(model.config)
-        # The policy's gradient and parameter synchronisation is none of the prior's business.
-        config.no_sync_func = config.grad_sync_func = config.param_sync_func = None
-        config.finalize_model_grads_func = config.grad_scale_func = None
-        chunks = []
-        for stage in range(len(self.chunks)):
-            chunk = config.configure_model(model.tokenizer, vp_stage=stage)
-            load_weights([chunk], model.weights)
-            if torch.cuda.is_available():
-                chunk.cuda(torch.cuda.current_device())
-            if hasattr(self.precision_plugin, "convert_module"):
-                # NeMo's precision plugin converts the module inside a Lightning module.
-                holder = torch.nn.Module()
-                holder.module, holder.config = chunk, config
-                chunk = self.precision_plugin.convert_module(holder).module
-            chunks.append(chunk)
-        return chunks
-
-    def training_step(self, dataloader_iter, *args, **kwargs) -> dict[str, torch.Tensor]:
-        """The forward and backward passes of one optimizer step."""
-        step, *_ = next(dataloader_iter)
-        with self.precision_plugin.train_step_context():
-            for chunk in self.chunks:
-                chunk.zero_grad_buffer()
-            for optimizer in self.optimizers:
-                optimizer.zero_grad()
-            step.result = self.passes.train(
-                self.chunks, step.groups, step.scores, self.lightning_module.objective, step.policy_logprobs_GN
-            )
-        return {"loss": step.result.objective.loss_G.mean()}
-
-    def settle(self) -> None:
-        """Ends an overlapped gather of the weights: forward passes wait for it themselves, other readers do not."""
-        if self.ddp_config.overlap_param_gather:
-            self.megatron_parallel.force_param_sync()
+    def run_step(self, step: TrainStep) -> torch.Tensor:
+        step.result = self.passes.train(
+            self.chunks, step.groups, step.scores, self.lightning_module.objective, step.policy_logprobs_GN
+        )
+        return step.result.objective.loss_G.mean()
 
     def policy_logprobs(
         self, groups: Sequence[Group], temperatures: tuple[float, ...], on_tokens: Callable[[int], None]

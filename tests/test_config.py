@@ -15,8 +15,9 @@ from nemo_brain.groups import LAYOUTS
 from nemo_brain.rewards.server import ServeConfig, check_serve
 from nemo_brain.run import _data, _ddp, _gpt_config, _objective, _optimizer, _weights, _world_size
 
-SERVER = "serve_reward"  # the reward server's configuration, which is of another kind: ServeConfig
-CONFIGS = sorted({path.stem for path in (ROOT / "conf").glob("*.yaml")} - {SERVER})
+# Configurations of another kind: ServeConfig, and that of test_reward_model.py.
+OTHERS = {"serve_reward", "reward_model"}
+CONFIGS = sorted({path.stem for path in (ROOT / "conf").glob("*.yaml")} - OTHERS)
 
 
 @pytest.fixture(autouse=True)
@@ -78,7 +79,7 @@ def test_brain_yaml_states_every_key_of_the_schema_and_no_other():
 
 
 def test_serve_reward_yaml_is_valid_and_states_every_key_of_its_schema_with_its_default():
-    given = composed(SERVER, "reward.model=/model")
+    given = composed("serve_reward", "reward.model=/model")
     assert given.keys() == schema_keys(ServeConfig)
     defaults = {**vars(ServeConfig()), "reward": dict(given.reward)}
     assert vars(check_serve(given)) == defaults

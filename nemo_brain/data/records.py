@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 Source = str | os.PathLike | Iterable
 
@@ -79,12 +82,12 @@ def read_records(source: Source, key: str) -> Iterator[Record]:
 
 def _read_file(path: Path, key: str) -> Iterator[Record]:
     try:
-        file = path.open("rb")
+        file = gzip.open(path) if path.suffix == ".gz" else path.open("rb")  # noqa: SIM115 (closed below)
     except OSError as error:
         raise ValueError(f"{key}: cannot read {path}: {error.strerror} (give the path of a JSONL file)") from error
     with file:
         empty = True
-        for number, line in enumerate(file, start=1):
+        for number, line in enumerate(_lines(file, path, key), start=1):
             if line.strip():
                 empty = False
                 record = Record(f"{path}:{number}", str(path), f"{path.stem}:{number}", {})
@@ -92,6 +95,13 @@ def _read_file(path: Path, key: str) -> Iterator[Record]:
                 yield _checked(record)
     if empty:
         raise ValueError(f"{key}: {path} is empty (write one JSON object per line)")
+
+
+def _lines(file: IO[bytes], path: Path, key: str) -> Iterator[bytes]:
+    try:
+        yield from file
+    except (EOFError, OSError, zlib.error) as error:  # gzip's
+        raise ValueError(f"{key}: cannot read {path}: {error} (compress it again, or name it without .gz)") from error
 
 
 def _parse(record: Record, line: bytes) -> dict:

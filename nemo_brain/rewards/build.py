@@ -7,10 +7,10 @@ from collections.abc import Mapping
 
 from hydra.utils import get_object, instantiate
 
-from nemo_brain.rewards.protocol import Reward
+from nemo_brain.rewards.protocol import CollectiveReward, Reward
 
 
-def make_reward(cfg: Mapping | None) -> Reward:
+def make_reward(cfg: Mapping | None) -> Reward | CollectiveReward:
     """Instantiates the ``reward`` section: ``_target_`` and its arguments.
 
     Raises:
@@ -28,6 +28,6 @@ def make_reward(cfg: Mapping | None) -> Reward:
     except Exception as error:  # Hydra wraps what the target raises
         cause = " ".join(str(error.__cause__ or error).split())
         raise ValueError(f"reward._target_={target} cannot be made: {cause} ({remedy})") from error
-    if not callable(reward):
+    if not callable(reward) and not getattr(reward, "collective", False):
         raise ValueError(f"reward._target_={target} makes a {type(reward).__name__}, which is not callable ({remedy})")
     return reward

@@ -62,6 +62,40 @@ def messages_of(prompt: str, metadata: dict) -> list[dict[str, str]]:
     return metadata.get("messages") or [{"role": "user", "content": prompt}]
 
 
+class CollectiveReward(Protocol):
+    """A reward that the policy's ranks compute together: it is a model split over them.
+
+    All ranks of a model replica call it in step after sampling, where a ``Reward`` is called on one rank's thread while
+    sampling goes on. It is told apart by the attribute ``collective = True``.
+    """
+
+    collective: bool
+
+    def setup(self, strategy) -> None:
+        """Called once on every rank, when the policy's ``PackedStrategy`` has been set up."""
+
+    def score(self, groups: Sequence[Group], alone: bool) -> list[list[float]]:
+        """The rewards of every output, on each of the ranks that call it.
+
+        Args:
+            alone: the ranks of this model replica call it, with groups of their own; otherwise all ranks do, with the
+                same groups.
+        """
+
+
+def score_groups_in_step(reward: CollectiveReward, groups: Sequence[Group], alone: bool) -> None:
+    """Sets ``reward`` on every output of the groups, with all ranks that call it; ``alone`` as in ``CollectiveReward``.
+
+    Raises:
+        ValueError: a reward is not a finite number; on each of the ranks.
+    """
+    outputs = [output for group in groups for output in group.outputs]
+    shown = ([group.prompt.text for group in groups for _ in group.outputs], [output.text for output in outputs])
+    values = [value for row in reward.score(groups, alone) for value in row]
+    for index, (output, value) in enumerate(zip(outputs, values, strict=True)):
+        output.reward = _number(value, _name(reward), shown, index)
+
+
 def score_groups(reward: Reward, groups: Sequence[Group]) -> None:
     """Sets ``reward`` on every output of the groups, in one call of the reward.
 

@@ -1,0 +1,98 @@
+"""The configuration of reward-model training: what ``conf/reward_model.yaml`` explains, with types and checks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import MISSING, DictConfig
+
+from nemo_brain.config import LoggerConfig, ModelConfig, check_common, typed
+
+
+@dataclass
+class RewardTrainerConfig:
+    devices: int | None = None
+    num_nodes: int = 1
+    accelerator: str = "auto"
+    precision: str = "32"
+    fp8: str | None = None
+    fp8_recipe: str = "delayed"
+    epochs: int = MISSING
+    log_every_steps: int = 1
+
+
+@dataclass
+class RewardModelConfig(ModelConfig):
+    frozen_layers: int = 0
+    head_std: float = 0.0
+
+
+@dataclass
+class RewardTrainConfig:
+    global_batch_size: int = MISSING
+    micro_batch_tokens: int = 4096
+    layout: str = "auto"
+    centering: float = 0.0
+    subtract_mean: bool = True
+
+
+@dataclass
+class RewardDataConfig:
+    train: Any = MISSING
+    validation: Any = None
+    holdout: float = 0.1
+    max_prompt_tokens: int = MISSING
+    max_output_tokens: int = MISSING
+    template: str | None = None
+
+
+@dataclass
+class RewardConfig:
+    run_dir: str = MISSING
+    seed: int = 0
+    trainer: RewardTrainerConfig = field(default_factory=RewardTrainerConfig)
+    model: RewardModelConfig = field(default_factory=RewardModelConfig)
+    train: RewardTrainConfig = field(default_factory=RewardTrainConfig)
+    optim: dict[str, Any] = field(default_factory=dict)
+    ddp: dict[str, Any] = field(default_factory=dict)
+    data: RewardDataConfig = field(default_factory=RewardDataConfig)
+    logger: LoggerConfig = field(default_factory=LoggerConfig)
+
+    @property
+    def bf16(self) -> bool:
+        return self.trainer.precision == "bf16-mixed"
+
+    @property
+    def layout(self) -> str:
+        """``train.layout`` with ``auto`` resolved."""
+        return "shared_prefix" if self.train.layout == "auto" else self.train.layout
+
+
+def check_reward_config(cfg: DictConfig) -> RewardConfig:
+    """Validates a configuration.
+
+    Raises:
+        ValueError: names the key, what is wrong with it, and the remedy.
+    """
+    config: RewardConfig = typed(RewardConfig, cfg, "conf/reward_model.yaml")
+    check_common(config)
+    model, train, data = config.model, config.train, config.data
+    for key, value, least in (
+        ("trainer.epochs", config.trainer.epochs, 1),
+        ("data.max_output_tokens", data.max_output_tokens, 2),
+        ("model.frozen_layers", model.frozen_layers, 0),
+        ("model.head_std", model.head_std, 0),
+        ("train.centering", train.centering, 0),
+    ):
+        if not value >= least:
+            raise ValueError(f"{key} must be at least {least}, not {value}")
+    if model.frozen_layers and model.recompute == "full":
+        # Megatron recomputes a layer in the backward pass of its input, and that of a frozen layer has none.
+        raise ValueError("model.frozen_layers needs model.recompute=none or selective: full recompute would not train")
+    if train.subtract_mean and data.validation is None and not data.holdout:
+        raise ValueError(
+            "train.subtract_mean subtracts the mean reward of held-out outputs, and there are none: set "
+            "data.validation or data.holdout, or train.subtract_mean=false"
+        )
+    return config

@@ -1,0 +1,146 @@
+"""The Megatron reward model as a run's reward: split over the policy's ranks, which score in step after sampling.
+
+Shapes: G groups, N outputs per group.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from nemo_brain.convert.reward import open_reward_model
+from nemo_brain.data.templates import Template
+from nemo_brain.data.tokenizers import encode
+from nemo_brain.groups import Group, Output
+from nemo_brain.reward_model import RewardGPTConfig, RewardPasses
+
+if TYPE_CHECKING:
+    from nemo_brain.strategy import PackedStrategy
+
+
+class MegatronReward:
+    """A ``CollectiveReward``: a reward model with the policy's parallel layout, in host memory while it is idle.
+
+    The policy's token ids are scored as they are where its tokenizer and template are the reward model's own. Otherwise
+    messages (``data.template=chat`` on both sides) or plain prompts (``data.template=null``) are rendered and tokenised
+    anew, outputs from their text. An output that did not end has no end token then either.
+
+    Args:
+        restore_from: the directory of a reward model, see ``convert.reward.open_reward_model``.
+        template: how the reward model's prompts are rendered, as ``data.template``; None: as its directory says.
+
+    Raises:
+        ValueError: there is no reward model, or its template is none.
+    """
+
+    collective = True
+
+    def __init__(self, restore_from: str, template: str | None = None):
+        self.name = f"MegatronReward of {restore_from}"
+        self.weights = open_reward_model(restore_from, "reward.restore_from")
+        self._template = self.weights.template if template is None else template
+        self._rendering = Template(self.weights.tokenizer, self._template)
+
+    def configure(self, gpt: RewardGPTConfig, tokenizer: PreTrainedTokenizerFast, template: str | None) -> None:
+        """Takes the reward model's configuration, and the policy's tokenizer and template.
+
+        Raises:
+            ValueError: neither can the policy's token ids be scored, nor its prompts be rendered anew.
+        """
+        self._gpt = gpt
+        self._rendered = template == "chat"  # the text of prompts is that of the policy's template
+        own = self.weights.tokenizer
+        self._same_tokens = template == self._template and same_tokenizer(tokenizer, own)
+        if template == "chat" and tokenizer.chat_template != own.chat_template:
+            self._same_tokens = False
+        if not self._same_tokens and template is not None and not template == self._template == "chat":
+            raise ValueError(
+                f"data.template={template!r} renders prompts for another tokenizer or template than {self.name} has "
+                f"(template={self._template!r}), and only messages and plain prompts can be rendered anew: use chat "
+                "with both, or data.template=null"
+            )
+
+    def setup(self, strategy: PackedStrategy) -> None:
+        """Builds this rank's chunks."""
+        self._chunks = strategy.more_chunks(strategy.connected(self._gpt), self.weights)
+        self._passes = RewardPasses(self._gpt, strategy.layout, strategy.micro_batch_tokens)
+        self._parameters = [parameter for chunk in self._chunks for parameter in chunk.parameters()]
+        self._device = self._parameters[0].device
+        self._host = [_to_host(parameter.data) for parameter in self._parameters]
+        self._leave()
+
+    def score(self, groups: Sequence[Group], alone: bool) -> list[list[float]]:
+        """The rewards of every output; see ``CollectiveReward``."""
+        if not groups:
+            return []
+        with self._resident():
+            rewards_GN = self._passes.rewards(self._chunks, [self._own(group) for group in groups], alone=alone)
+        return [
+            [reward - self.weights.mean for reward in rewards[: len(group.outputs)]]
+            for group, rewards in zip(groups, rewards_GN.tolist(), strict=True)
+        ]
+
+    def _own(self, group: Group) -> Group:
+        """The group in the reward model's tokens, prompts cut on the left and outputs on the right to its positions."""
+        prompt_ids, outputs = group.prompt.token_ids, [output.token_ids for output in group.outputs]
+        start: list[int] = []
+        if not self._same_tokens:
+            if self._rendered:
+                if "messages" not in group.prompt.metadata:
+                    raise ValueError(
+                        f"the prompt {group.prompt.id!r} came as token ids, without messages for {self.name} "
+                        "to render anew: give messages, or use the policy's tokenizer and template for both"
+                    )
+                _, start, prompt_ids = self._rendering.render_messages(group.prompt.metadata["messages"])
+            else:
+                _, start, prompt_ids = self._rendering.render_prompt(group.prompt.text)
+            outputs = [self._tokens(output) for output in group.outputs]
+        most = self._gpt.seq_length
+        outputs = [ids[: most - len(start) - 1] for ids in outputs]
+        room = most - len(start) - max(map(len, outputs))
+        return Group(
+            dataclasses.replace(group.prompt, token_ids=start + prompt_ids[-room:]),
+            [dataclasses.replace(output, token_ids=ids) for output, ids in zip(group.outputs, outputs, strict=True)],
+        )
+
+    def _tokens(self, output: Output) -> list[int]:
+        end = [self.weights.tokenizer.eos_token_id]
+        ids = encode(self.weights.tokenizer, output.text)
+        # An output has at least one token to read the reward at.
+        return ids + end if output.ended or not ids else ids
+
+    @contextlib.contextmanager
+    def _resident(self) -> Iterator[None]:
+        for parameter, host in zip(self._parameters, self._host, strict=True):
+            parameter.data = host.to(self._device, non_blocking=True)
+        try:
+            yield
+        finally:
+            self._leave()
+
+    def _leave(self) -> None:
+        # The weights do not change: nothing is copied back.
+        for parameter, host in zip(self._parameters, self._host, strict=True):
+            parameter.data = host
+
+
+def same_tokenizer(one: PreTrainedTokenizerFast, other: PreTrainedTokenizerFast) -> bool:
+    """Whether every text has the same ids, and the same id ends an output."""
+    return _law(one) == _law(other)
+
+
+def _law(tokenizer: PreTrainedTokenizerFast) -> tuple:
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    added = sorted((token["id"], token["content"], token["special"]) for token in state["added_tokens"])
+    parts = [state[name] for name in ("normalizer", "pre_tokenizer", "model")]
+    return tokenizer.eos_token_id, added, parts
+
+
+def _to_host(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.cpu().pin_memory() if tensor.is_cuda else tensor
