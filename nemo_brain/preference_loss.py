@@ -51,13 +51,11 @@ class PreferencePasses(RewardPasses):
         return PreferenceResult(rewards_P2, preference_losses(rewards_P2, margins_P, centering), tokens)
 
     def _plan_whole(self, pairs: Sequence[Group]) -> Plan:
-        virtual = self.config.virtual_pipeline_model_parallel_size is not None
         return plan(
             pairs,
             self.budget,
             self.layout,
             ranks=parallel_state.get_data_parallel_world_size(),
-            multiple=self.config.pipeline_model_parallel_size if virtual else 1,
             split=False,
         )
 

@@ -87,6 +87,11 @@ def check_reward_config(cfg: DictConfig) -> RewardConfig:
     ):
         if not value >= least:
             raise ValueError(f"{key} must be at least {least}, not {value}")
+    if model.virtual_pipeline_model_parallel_size is not None:
+        # Seen once in many runs of the tests: rows of two micro-batches exchanged between the stages. Not understood.
+        raise ValueError(
+            "model.virtual_pipeline_model_parallel_size must be null: reward models are not trained on them yet"
+        )
     if model.frozen_layers and model.recompute == "full":
         # Megatron recomputes a layer in the backward pass of its input, and that of a frozen layer has none.
         raise ValueError("model.frozen_layers needs model.recompute=none or selective: full recompute would not train")

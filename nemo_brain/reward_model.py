@@ -17,9 +17,7 @@ from nemo_brain.gpt import PackedGPTConfig, PackedGPTModel
 from nemo_brain.groups import Group, MicroBatch
 from nemo_brain.passes import GroupPasses
 
-HEAD = (
-    "reward_head.weight"  # the canonical name of the head, of shape [1, H]; every tensor-parallel rank has it in full
-)
+HEAD = "reward_head.weight"  # the head's canonical name; its shape is [1, H], and every tensor-parallel rank has it whole
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
 
 

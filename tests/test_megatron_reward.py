@@ -15,7 +15,7 @@ from ranks import run_ranks
 from reward_runs import recorded_training, write_pairs
 from safetensors.torch import load_file, save_file
 from test_parity import RUN, compare
-from test_reward_model import PP2, SP, TP2, VIRTUAL, loaded
+from test_reward_model import PP2, SP, TP2, loaded
 from toy_runs import recorded_run, toy_config
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, LlamaConfig
 
@@ -46,7 +46,7 @@ LAYOUTS = {
     "TP2": (2, [TP2]),
     "TP2, sequence parallel": (2, [TP2, SP]),
     "PP2": (2, [PP2]),
-    "PP2, 2 virtual stages": (2, [PP2, VIRTUAL]),
+    "PP2, 2 virtual stages": (2, [PP2, "model.virtual_pipeline_model_parallel_size=2"]),
     "DP2, distributed optimizer": (2, ["optim.use_distributed_optimizer=true"]),
     "one row per micro-batch": (1, ["train.micro_batch_tokens=1"]),
     "prior offloaded": (1, ["prior.placement=offload"]),
