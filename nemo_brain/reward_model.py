@@ -17,7 +17,7 @@ from nemo_brain.gpt import PackedGPTConfig, PackedGPTModel
 from nemo_brain.groups import Group, MicroBatch
 from nemo_brain.passes import GroupPasses
 
-HEAD = "reward_head.weight"  # the head's canonical name; its shape is [1, H], and every tensor-parallel rank has it whole
+HEAD = "reward_head.weight"  # the head's canonical name: [1, H], whole on every tensor-parallel rank
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
 
 
