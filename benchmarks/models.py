@@ -6,6 +6,7 @@ Megatron's schedules and optimizer, so that a comparison sees nothing but the tw
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -121,9 +122,11 @@ def build(size: str, kind: type[GPTConfig] = PackedGPTConfig, **options) -> Trai
 def bare(size: str, kind: type[GPTConfig] = PackedGPTConfig, **options) -> tuple[torch.nn.Module, GPTConfig, Weights]:
     """This rank's chunk alone, as ``build`` wraps it, with its config and where its weights come from."""
     weights = weights_of(size)
+    # NeMo's own config has no place for our additional fields, which are at their defaults here.
+    fields = {field.name for field in dataclasses.fields(kind)}
     config = kind(
         **{
-            **weights.gpt_config,
+            **{name: value for name, value in weights.gpt_config.items() if name in fields},
             "vocab_size": weights.vocab_size,
             "tensor_model_parallel_size": parallel_state.get_tensor_model_parallel_world_size(),
             "pipeline_model_parallel_size": parallel_state.get_pipeline_model_parallel_world_size(),
