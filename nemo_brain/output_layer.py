@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 from nemo_brain.logprobs import locate, vocabulary_shard
 
 # The logits of this many bytes exist at a time. Large enough that the matrix products run at full speed.
-CHUNK_BYTES = 2**26
+CHUNK_BYTES = 2**25
 
 
 def linear_logprobs(
@@ -75,9 +75,9 @@ class _LinearLogProbs(torch.autograd.Function):
         target_T = torch.zeros_like(max_T)  # the target's logit ...
         mine_T = torch.zeros_like(max_T)  # ... on the rank that has it
         scale_E1 = max_T.new_tensor(scales)[:, None]
-        exps_TC = None
+        logits_TC = exps_TC = None
         for part in chunks:
-            exps_TC = None  # one chunk's at a time
+            logits_TC = exps_TC = None  # one chunk's at a time
             logits_TC = _product(hidden_TH, weight_VH[part].T)
             column_T1, here_T = locate(targets_T - part.start, part.stop - part.start)
             mine_T += here_T
@@ -116,6 +116,7 @@ class _LinearLogProbs(torch.autograd.Function):
                 torch.mm(grad_TC.T, hidden_TH, out=grad_weight_VH[part])
             if needs_hidden:
                 _add_product(grad_hidden_TH, grad_TC, weight_VH[part])
+            del grad_TC  # one chunk's at a time
         if needs_hidden:
             if ctx.group is not None:
                 dist.all_reduce(grad_hidden_TH, group=ctx.group)
