@@ -100,7 +100,11 @@ class _Optimizer(pl.Callback):
 def _run(overrides: list[str]) -> tuple[dict[str, float], int]:
     with tempfile.TemporaryDirectory() as scratch, common.Stopwatch() as watch:
         with initialize_config_dir(str(common.ROOT / "conf"), version_base=None):
-            data = [f"data.train={common.ROOT}/examples/data/prompts.jsonl", "data.holdout=0", "checkpoint.at_end=false"]
+            data = [
+                f"data.train={common.ROOT}/examples/data/prompts.jsonl",
+                "data.holdout=0",
+                "checkpoint.at_end=false",
+            ]
             config = compose("toy", overrides=[*data, f"run_dir={Path(scratch) / 'run'}", *overrides])
         watch.watch(_ParamAndGradBucketGroup, "check_grads", _GUARDS[0])
         watch.watch(BRAInLoop, "on_train_batch_end", _GUARDS[1])
