@@ -22,7 +22,6 @@ _FREE = (
     "trainer.val_every_iterations",
     "trainer.log_every_steps",
     "trainer.stop_after_minutes",
-    "trainer.hang_timeout_minutes",
     "model.export_to",
     "model.tensor_model_parallel_size",
     "model.pipeline_model_parallel_size",

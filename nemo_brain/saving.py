@@ -102,8 +102,8 @@ def first_intact(candidates: Sequence[Path]) -> Path:
     """
     problems = []
     for path in candidates:
-        found = [problem for problem in gathered(checkpoint.damage(path, dist.get_rank(), dist.get_world_size()))]
-        found = [problem for problem in found if problem is not None]
+        shares = gathered(checkpoint.damage(path, dist.get_rank(), dist.get_world_size()))
+        found = [problem for problem in shares if problem is not None]
         if not found:
             return path
         problems.append(found[0])
