@@ -178,7 +178,7 @@ def until(condition) -> bool:
 def test_groups_come_as_they_are_finished_and_closing_ends_the_requests(directory):
     def late(body) -> None:
         if body["prompt"] == PROMPTS[0].token_ids:
-            until(lambda: server.answered == 12)
+            until(lambda: server.answered >= 12)  # the first one of these to go on adds to it
 
     with CompletionServer(directory) as server:
         server.before = late
