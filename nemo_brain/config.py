@@ -136,8 +136,21 @@ class LoggerConfig:
     wandb: dict[str, Any] | None = None
 
 
+class TrainingConfig:
+    """What the configurations of all kinds of training derive from their keys."""
+
+    @property
+    def bf16(self) -> bool:
+        return self.trainer.precision == "bf16-mixed"
+
+    @property
+    def layout(self) -> str:
+        """``train.layout`` with ``auto`` resolved: the prompt of a group is computed once wherever that is exact."""
+        return "shared_prefix" if self.train.layout == "auto" else self.train.layout
+
+
 @dataclass
-class Config:
+class Config(TrainingConfig):
     run_dir: str = MISSING
     seed: int = 0
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
@@ -162,15 +175,6 @@ class Config:
     def objective_options(self) -> dict[str, Any]:
         """The options that were given for the objective, without its name."""
         return {key: value for key, value in vars(self.objective).items() if key != "name" and value is not None}
-
-    @property
-    def bf16(self) -> bool:
-        return self.trainer.precision == "bf16-mixed"
-
-    @property
-    def layout(self) -> str:
-        """``train.layout`` with ``auto`` resolved: the prompt of a group is computed once wherever that is exact."""
-        return "shared_prefix" if self.train.layout == "auto" else self.train.layout
 
 
 def check(cfg: DictConfig) -> Config:

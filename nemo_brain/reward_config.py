@@ -7,7 +7,7 @@ from typing import Any
 
 from omegaconf import MISSING, DictConfig
 
-from nemo_brain.config import LoggerConfig, ModelConfig, check_common, typed
+from nemo_brain.config import LoggerConfig, ModelConfig, TrainingConfig, check_common, typed
 
 
 @dataclass
@@ -48,7 +48,7 @@ class RewardDataConfig:
 
 
 @dataclass
-class RewardConfig:
+class RewardConfig(TrainingConfig):
     run_dir: str = MISSING
     seed: int = 0
     trainer: RewardTrainerConfig = field(default_factory=RewardTrainerConfig)
@@ -58,15 +58,6 @@ class RewardConfig:
     ddp: dict[str, Any] = field(default_factory=dict)
     data: RewardDataConfig = field(default_factory=RewardDataConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
-
-    @property
-    def bf16(self) -> bool:
-        return self.trainer.precision == "bf16-mixed"
-
-    @property
-    def layout(self) -> str:
-        """``train.layout`` with ``auto`` resolved."""
-        return "shared_prefix" if self.train.layout == "auto" else self.train.layout
 
 
 def check_reward_config(cfg: DictConfig) -> RewardConfig:

@@ -9,6 +9,15 @@ from pathlib import Path
 import lightning.pytorch as pl
 from omegaconf import DictConfig, OmegaConf
 
+from nemo_brain.build import (
+    make_gpt_config,
+    make_optimizer,
+    make_strategy,
+    make_trainer,
+    make_weights,
+    quiet,
+    world_size,
+)
 from nemo_brain.convert.export import check_target, make_export
 from nemo_brain.convert.reward import RewardWeights, is_reward_model, new_head, open_reward_model
 from nemo_brain.data.preferences import Preference, load_preferences, split_preferences
@@ -16,7 +25,6 @@ from nemo_brain.metrics import prepare_run_dir
 from nemo_brain.reward_config import RewardConfig, check_reward_config
 from nemo_brain.reward_model import RewardGPTConfig, RewardModel
 from nemo_brain.reward_training import PreferenceLoop, PreferenceStrategy
-from nemo_brain.run import _gpt_config, _optimizer, _quiet, _strategy, _trainer, _weights, _world_size
 
 
 def train_reward_model(cfg: DictConfig, callbacks: Sequence[pl.Callback] = ()) -> RewardModel:
@@ -29,17 +37,17 @@ def train_reward_model(cfg: DictConfig, callbacks: Sequence[pl.Callback] = ()) -
     Raises:
         ValueError: on every rank, for what is wrong with the configuration, the data or the weights.
     """
-    _quiet()
+    quiet()
     config = check_reward_config(cfg)
-    _world_size(config)
+    world_size(config)
     weights = _reward_weights(config)
-    gpt = _gpt_config(config, weights, RewardGPTConfig, "data.max_output_tokens")
+    gpt = make_gpt_config(config, weights, RewardGPTConfig, "data.max_output_tokens")
     if config.model.frozen_layers > gpt.num_layers:
         raise ValueError(f"model.frozen_layers is {config.model.frozen_layers}, the model has {gpt.num_layers} layers")
     if config.model.export_to is not None:
         make_export(gpt, weights.vocab_size, weights.tokenizer, "model.export_to")
         check_target(config.model.export_to, "model.export_to")
-    optim = _optimizer(config)
+    optim = make_optimizer(config)
     pairs, held_out = _pairs(config, weights)
     rank_zero = int(os.environ.get("RANK", 0)) == 0
     run_dir = Path(config.run_dir)
@@ -48,8 +56,8 @@ def train_reward_model(cfg: DictConfig, callbacks: Sequence[pl.Callback] = ()) -
         (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True), encoding="utf-8")
     loop = PreferenceLoop(config, pairs, held_out, run_dir)
     model = RewardModel(gpt, weights, config.model.frozen_layers, optim)
-    strategy = _strategy(config, PreferenceStrategy, centering=config.train.centering)
-    trainer = _trainer(config, strategy, config.trainer.epochs * loop.steps_per_epoch, [loop, *callbacks])
+    strategy = make_strategy(config, PreferenceStrategy, centering=config.train.centering)
+    trainer = make_trainer(config, strategy, config.trainer.epochs * loop.steps_per_epoch, [loop, *callbacks])
     trainer.fit(model, train_dataloaders=loop)
     if rank_zero:
         print("\n".join(loop.summary))
@@ -61,7 +69,7 @@ def _reward_weights(config: RewardConfig) -> RewardWeights:
     model = config.model
     if model.restore_from is not None and not model.gpt and is_reward_model(model.restore_from):
         return open_reward_model(model.restore_from, "model.restore_from")
-    return new_head(_weights(config), model.head_std, config.seed)
+    return new_head(make_weights(config), model.head_std, config.seed)
 
 
 def _pairs(config: RewardConfig, weights: RewardWeights) -> tuple[list[Preference], list[Preference]]:

@@ -9,11 +9,12 @@ import pytest
 from omegaconf import OmegaConf
 from toy_runs import ROOT, composed, toy_config
 
+from nemo_brain.build import make_ddp, make_gpt_config, make_optimizer, make_weights, world_size
 from nemo_brain.config import Config, check
 from nemo_brain.gpt import HAVE_TRANSFORMER_ENGINE
 from nemo_brain.groups import LAYOUTS
 from nemo_brain.rewards.server import ServeConfig, check_serve
-from nemo_brain.run import _data, _ddp, _gpt_config, _objective, _optimizer, _weights, _world_size
+from nemo_brain.run import _data, _objective
 
 # Configurations of another kind: ServeConfig, and that of test_reward_model.py.
 OTHERS = {"serve_reward", "reward_model"}
@@ -53,12 +54,12 @@ def message(*overrides: str, then=None) -> str:
 
 
 def describe(config):
-    return _gpt_config(config, _weights(config))
+    return make_gpt_config(config, make_weights(config))
 
 
 def read(config):
-    weights = _weights(config)
-    _gpt_config(config, weights)
+    weights = make_weights(config)
+    make_gpt_config(config, weights)
     return _data(config, weights.tokenizer)
 
 
@@ -67,9 +68,9 @@ def test_shipped_config_composes_and_is_valid(name):
     config = check(toy_config(name=name))
     assert config.steps_per_iteration >= 1
     assert config.layout in LAYOUTS
-    assert _world_size(config) == 1
+    assert world_size(config) == 1
     _objective(config)
-    _optimizer(config)
+    make_optimizer(config)
 
 
 def test_brain_yaml_states_every_key_of_the_schema_and_no_other():
@@ -162,10 +163,10 @@ TP, PP = "model.tensor_model_parallel_size", "model.pipeline_model_parallel_size
 VIRTUAL = "model.virtual_pipeline_model_parallel_size"
 
 LATER = {
-    "devices without torchrun": (_world_size, ["trainer.devices=2"], "trainer.devices (2)", "torchrun"),
-    "nodes without torchrun": (_world_size, ["trainer.num_nodes=2"], "trainer.num_nodes (2)", "torchrun"),
-    "more shards than processes": (_world_size, [f"{TP}=2"], TP, "torchrun --nproc-per-node"),
-    "more stages than processes": (_world_size, [f"{PP}=2"], PP, "torchrun --nproc-per-node"),
+    "devices without torchrun": (world_size, ["trainer.devices=2"], "trainer.devices (2)", "torchrun"),
+    "nodes without torchrun": (world_size, ["trainer.num_nodes=2"], "trainer.num_nodes (2)", "torchrun"),
+    "more shards than processes": (world_size, [f"{TP}=2"], TP, "torchrun --nproc-per-node"),
+    "more stages than processes": (world_size, [f"{PP}=2"], PP, "torchrun --nproc-per-node"),
     "unknown objective": (_objective, ["objective.name=ppo"], "objective.name 'ppo'", "known: brain, dpo_sft"),
     "objective's missing option": (_objective, ["objective.name=dpo_sft"], "objective.beta", "options of objective"),
     "brain without gamma": (_objective, ["objective.gamma=null"], "objective.gamma", "required"),
@@ -189,31 +190,41 @@ LATER = {
     "unknown model option": (describe, ["+model.options.num_layer=4"], "model.options.num_layer", "num_layers"),
     "another model": (describe, ["+model.options.num_layers=5"], "model.options.num_layers=5", "num_layers=4"),
     "key of its own as an option": (describe, ["+model.options.recompute=full"], "set model.recompute", "has a key"),
-    "unknown reduction": (_ddp, ["+ddp.overlap_grad_reduction=true"], "ddp.overlap_grad_reduction", "overlap_grad_red"),
+    "unknown reduction": (
+        make_ddp,
+        ["+ddp.overlap_grad_reduction=true"],
+        "ddp.overlap_grad_reduction",
+        "overlap_grad_red",
+    ),
     "distributed optimizer as reduction": (
-        _ddp,
+        make_ddp,
         ["+ddp.use_distributed_optimizer=true"],
         "ddp.use_distributed_optimizer",
         "set optim.use_distributed_optimizer",
     ),
     "gather without shards": (
-        _ddp,
+        make_ddp,
         ["ddp.overlap_param_gather=true"],
         "ddp.overlap_param_gather",
         "optim.use_distributed_optimizer=true",
     ),
     "gather without overlapped reduction": (
-        _ddp,
+        make_ddp,
         ["ddp.overlap_param_gather=true", "optim.use_distributed_optimizer=true", "ddp.overlap_grad_reduce=false"],
         "ddp.overlap_param_gather",
         "ddp.overlap_grad_reduce=true",
     ),
-    "unknown optimizer field": (_optimizer, ["+optim.learning_rate=1"], "optim.learning_rate", "no such field"),
-    "like an optimizer field": (_optimizer, ["+optim.weight_decy=1"], "optim.weight_decy", "did you mean weight_decay"),
-    "optimizer": (_optimizer, ["optim.name=lion"], "optim.name", "adam or sgd"),
-    "no learning rate": (_optimizer, ["optim.lr=0"], "optim.lr", "above 0"),
-    "scheduler": (_optimizer, ["optim.sched={name: Cosine}"], "optim.sched.name", "CosineAnnealing"),
-    "scheduler's arguments": (_optimizer, ["optim.sched={name: CosineAnnealing, x: 1}"], "optim.sched", "'x'"),
+    "unknown optimizer field": (make_optimizer, ["+optim.learning_rate=1"], "optim.learning_rate", "no such field"),
+    "like an optimizer field": (
+        make_optimizer,
+        ["+optim.weight_decy=1"],
+        "optim.weight_decy",
+        "did you mean weight_decay",
+    ),
+    "optimizer": (make_optimizer, ["optim.name=lion"], "optim.name", "adam or sgd"),
+    "no learning rate": (make_optimizer, ["optim.lr=0"], "optim.lr", "above 0"),
+    "scheduler": (make_optimizer, ["optim.sched={name: Cosine}"], "optim.sched.name", "CosineAnnealing"),
+    "scheduler's arguments": (make_optimizer, ["optim.sched={name: CosineAnnealing, x: 1}"], "optim.sched", "'x'"),
     "missing file": (read, ["data.train=/none.jsonl"], "data.train", "/none.jsonl"),
     "missing validation file": (read, ["data.validation=/none.jsonl"], "data.validation", "/none.jsonl"),
     "missing rollouts": (read, ["data.train=null", "data.rollouts=/none.jsonl"], "data.rollouts", "/none.jsonl"),
@@ -233,15 +244,15 @@ def test_what_is_checked_next_names_the_key_and_the_remedy(case):
 def test_world_size_must_be_what_torchrun_started(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    assert _world_size(check(toy_config("trainer.num_nodes=2", f"{TP}=2"))) == 4
-    assert "--nnodes" in message(then=_world_size)
-    assert "trainer.devices (4)" in message("trainer.devices=4", "trainer.num_nodes=2", then=_world_size)
-    assert "(4)" in message("trainer.num_nodes=2", f"{TP}=3", then=_world_size)
+    assert world_size(check(toy_config("trainer.num_nodes=2", f"{TP}=2"))) == 4
+    assert "--nnodes" in message(then=world_size)
+    assert "trainer.devices (4)" in message("trainer.devices=4", "trainer.num_nodes=2", then=world_size)
+    assert "(4)" in message("trainer.num_nodes=2", f"{TP}=3", then=world_size)
 
 
 def test_a_scheduler_and_optimizer_fields_arrive():
     sched = "optim.sched={name: CosineAnnealing, warmup_steps: 7, constant_steps: 0, min_lr: 1.0e-6}"
-    made = _optimizer(check(toy_config("optim.weight_decay=0.25", "trainer.precision=bf16-mixed", sched)))
+    made = make_optimizer(check(toy_config("optim.weight_decay=0.25", "trainer.precision=bf16-mixed", sched)))
     assert (made.config.weight_decay, made.config.lr, made.config.bf16) == (0.25, 3e-3, True)
     assert made.lr_scheduler.warmup_steps == 7 and math.isclose(made.lr_scheduler.min_lr, 1e-6)
 
@@ -251,7 +262,7 @@ def test_model_options_and_reduction_fields_arrive():
     config = check(toy_config(*options))
     gpt = describe(config)
     assert (gpt.recompute_granularity, gpt.recompute_num_layers) == ("full", 2)
-    assert (_ddp(config).bucket_size, _ddp(config).overlap_grad_reduce) == (7, True)
+    assert (make_ddp(config).bucket_size, make_ddp(config).overlap_grad_reduce) == (7, True)
 
 
 def test_rows_are_padded_for_sequence_parallelism_and_for_fp8():
