@@ -8,8 +8,6 @@
 
 from __future__ import annotations
 
-import sys
-import traceback
 from pathlib import Path
 
 
@@ -19,25 +17,10 @@ def main() -> None:
 
     cpu.enable()
 
-    from nemo.core.config import hydra_runner
-
-    from nemo_brain.interruption import EXIT_CODE, Interrupted
+    from nemo_brain.entry import launch
     from nemo_brain.run import run
 
-    def train(cfg) -> None:
-        try:
-            run(cfg)
-        except Interrupted as reason:
-            print(f"stopped: {reason}; saved. The same command goes on from there.", file=sys.stderr)
-            sys.exit(EXIT_CODE)
-        except ValueError as error:
-            # Ours name the key or the line and the remedy, and need no traceback. Those of libraries keep theirs.
-            *_, last = traceback.walk_tb(error.__traceback__)
-            if not last[0].f_globals["__name__"].startswith("nemo_brain."):
-                raise
-            sys.exit(f"error: {error}")
-
-    hydra_runner(config_path=str(Path(__file__).resolve().parent.parent / "conf"), config_name="brain")(train)()
+    launch(Path(__file__).resolve().parent.parent / "conf", "brain", run)
 
 
 if __name__ == "__main__":

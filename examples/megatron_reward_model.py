@@ -7,8 +7,6 @@
 
 from __future__ import annotations
 
-import sys
-import traceback
 from pathlib import Path
 
 
@@ -18,21 +16,10 @@ def main() -> None:
 
     cpu.enable()
 
-    from nemo.core.config import hydra_runner
-
+    from nemo_brain.entry import launch
     from nemo_brain.reward_run import train_reward_model
 
-    def train(cfg) -> None:
-        try:
-            train_reward_model(cfg)
-        except ValueError as error:
-            # Ours name the key or the line and the remedy, and need no traceback. Those of libraries keep theirs.
-            *_, last = traceback.walk_tb(error.__traceback__)
-            if not last[0].f_globals["__name__"].startswith("nemo_brain."):
-                raise
-            sys.exit(f"error: {error}")
-
-    hydra_runner(config_path=str(Path(__file__).resolve().parent.parent / "conf"), config_name="reward_model")(train)()
+    launch(Path(__file__).resolve().parent.parent / "conf", "reward_model", train_reward_model)
 
 
 if __name__ == "__main__":

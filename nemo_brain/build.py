@@ -12,6 +12,7 @@ import operator
 import os
 from collections.abc import Mapping
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -31,6 +32,7 @@ from nemo_brain.convert.weights import Weights, open_weights
 from nemo_brain.data.tokenizers import byte_tokenizer, load_tokenizer
 from nemo_brain.gpt import HAVE_TRANSFORMER_ENGINE, PackedGPTConfig
 from nemo_brain.strategy import PackedStrategy
+from nemo_brain.supervision import Supervisor
 
 
 def quiet() -> None:
@@ -245,7 +247,8 @@ def make_strategy(config: TrainingConfig, kind: type[PackedStrategy], **own) -> 
         ckpt_optim_fully_reshardable=True,
         # NeMo's progress bar gathers on rank 0 alone, which the other ranks' collectives do not survive on gloo.
         replace_progress_bar=False,
-        timeout=timedelta(minutes=30),
+        # Longer than the supervisor waits, which has more to say.
+        timeout=timedelta(minutes=config.trainer.hang_timeout_minutes + 2),
         **own,
     )
 
@@ -283,7 +286,7 @@ def make_trainer(
         strategy=strategy,
         plugins=plugins,
         max_steps=max_steps,
-        callbacks=callbacks,
+        callbacks=[Supervisor(trainer.hang_timeout_minutes, Path(config.run_dir)), *callbacks],
         logger=loggers,
         limit_val_batches=0,
         num_sanity_val_steps=0,

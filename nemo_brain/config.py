@@ -18,17 +18,24 @@ from nemo_brain.groups import LAYOUTS
 
 
 @dataclass
-class TrainerConfig:
+class CommonTrainerConfig:
+    """The keys of ``trainer`` in every kind of training."""
+
     devices: int | None = None  # processes per node; null: what torchrun started, else 1
     num_nodes: int = 1
     accelerator: str = "auto"
     precision: str = "32"
     fp8: str | None = None
     fp8_recipe: str = "delayed"
+    hang_timeout_minutes: float = 30.0
+    log_every_steps: int = 1
+
+
+@dataclass
+class TrainerConfig(CommonTrainerConfig):
     max_iterations: int = MISSING
     stop_after_minutes: float | None = None
     val_every_iterations: int = 1
-    log_every_steps: int = 1
 
 
 @dataclass
@@ -71,7 +78,7 @@ class RemoteConfig:
     api_key_env: str | None = None
     concurrency: int = 64
     request_timeout_seconds: float = 600.0
-    timeout_seconds: float = 1800.0
+    timeout_seconds: float = 1200.0
     export_to: str | None = None
     reload: list[dict[str, Any]] | None = None
 
@@ -274,6 +281,7 @@ def _check_values(config: Config) -> None:
         )
     if rollout.remote is not None:
         _check_remote(rollout.remote, config)
+    _check_patience_of_rewards("reward", config.reward, config)
     if rollout.prompts_per_iteration % train.global_batch_size:
         raise ValueError(
             f"rollout.prompts_per_iteration ({rollout.prompts_per_iteration}) must be a multiple of "
@@ -305,6 +313,8 @@ def check_common(config: Any) -> None:
             "data.max_prompt_tokens": config.data.max_prompt_tokens,
         },
     )
+    if not trainer.hang_timeout_minutes > 0:
+        raise ValueError(f"trainer.hang_timeout_minutes must be above 0, not {trainer.hang_timeout_minutes}")
     if trainer.fp8 is not None and not config.bf16:
         raise ValueError("trainer.fp8 needs trainer.precision=bf16-mixed: what is not FP8 is bf16")
     if model.context_parallel_size != 1:
@@ -333,6 +343,7 @@ def _check_remote(remote: RemoteConfig, config: Config) -> None:
     for name in ("request_timeout_seconds", "timeout_seconds"):
         if not getattr(remote, name) > 0:
             raise ValueError(f"{key}.{name} must be above 0, not {getattr(remote, name)}")
+    check_patience(f"{key}.timeout_seconds", remote.timeout_seconds, config)
     if not re.fullmatch(r"https?://[^/\s?#]+[^\s?#]*", remote.url):
         raise ValueError(f"{key}.url must be an address like http://HOST:PORT, not {remote.url!r}")
     truncated = rollout.top_k > 0 or rollout.top_p < 1
@@ -358,6 +369,25 @@ def _check_remote(remote: RemoteConfig, config: Config) -> None:
         )
     for number, step in enumerate(remote.reload or ()):
         _check_reload_step(f"{key}.reload[{number}]", step)
+
+
+def check_patience(key: str, seconds: float, config: TrainingConfig) -> None:
+    """Raises ValueError where one rank may wait for a server longer than the others wait for that rank."""
+    if seconds >= 60 * config.trainer.hang_timeout_minutes:
+        raise ValueError(
+            f"{key} ({seconds:g}) must be less than trainer.hang_timeout_minutes "
+            f"({config.trainer.hang_timeout_minutes:g}), after which the other ranks take the run for one that hangs: "
+            "lower it, or raise the minutes"
+        )
+
+
+def _check_patience_of_rewards(key: str, section: Any, config: TrainingConfig) -> None:
+    """Of a reward's ``timeout_seconds``, and of those of its parts."""
+    items = section.items() if isinstance(section, dict) else enumerate(section) if isinstance(section, list) else ()
+    for name, value in items:
+        if name == "timeout_seconds" and isinstance(value, (int, float)):
+            check_patience(f"{key}.{name}", value, config)
+        _check_patience_of_rewards(f"{key}.{name}", value, config)
 
 
 def _check_reload_step(key: str, step: dict[str, Any]) -> None:

@@ -17,6 +17,8 @@ from typing import Any, TypeVar
 
 import httpx
 
+from nemo_brain.pulse import beat
+
 _CONNECT_SECONDS = 10
 _FIRST_DELAY, _LONGEST_DELAY = 0.25, 15.0  # seconds between attempts, doubled from one to the other
 _BAD_ANSWERS = 4  # so many times in a row a wrong answer is not a hiccup: the request would be answered so for ever
@@ -104,6 +106,7 @@ class HTTPClient:
         started = time.monotonic()
         bad = 0
         for attempt in itertools.count(1):
+            beat()
             pause = min(_LONGEST_DELAY, _FIRST_DELAY * 2 ** min(attempt - 1, 16)) * random.uniform(0.5, 1.0)
             left = self.timeout_seconds - (time.monotonic() - started)
             limit = min(self._request_timeout_seconds, max(left, 0.01))

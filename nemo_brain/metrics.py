@@ -32,6 +32,7 @@ RUN_FILES = (
     "report.html",
     "checkpoints",
     "status.json",
+    "stacks",
     "tensorboard",
     "wandb",
 )

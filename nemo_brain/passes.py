@@ -19,6 +19,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from nemo_brain.groups import Group, MicroBatch, Plan, chunk_tokens, output_matrix, pack, plan
 from nemo_brain.objectives import Objective, ObjectiveOutput, coefficients
+from nemo_brain.pulse import beat
 
 
 @dataclass
@@ -142,6 +143,7 @@ class GroupPasses:
 
         def step(iterator, chunk):
             batch = next(iterator)
+            beat()
             out = chunk(
                 batch.tokens_1S,
                 batch.positions_1S,

@@ -20,6 +20,7 @@ _FREE = (
     "trainer.accelerator",
     "trainer.max_iterations",
     "trainer.val_every_iterations",
+    "trainer.hang_timeout_minutes",
     "trainer.log_every_steps",
     "trainer.stop_after_minutes",
     "model.export_to",

@@ -7,19 +7,12 @@ from typing import Any
 
 from omegaconf import MISSING, DictConfig
 
-from nemo_brain.config import LoggerConfig, ModelConfig, TrainingConfig, check_common, typed
+from nemo_brain.config import CommonTrainerConfig, LoggerConfig, ModelConfig, TrainingConfig, check_common, typed
 
 
 @dataclass
-class RewardTrainerConfig:
-    devices: int | None = None
-    num_nodes: int = 1
-    accelerator: str = "auto"
-    precision: str = "32"
-    fp8: str | None = None
-    fp8_recipe: str = "delayed"
+class RewardTrainerConfig(CommonTrainerConfig):
     epochs: int = MISSING
-    log_every_steps: int = 1
 
 
 @dataclass

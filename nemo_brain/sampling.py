@@ -26,6 +26,7 @@ from nemo_brain.draws import draw_tokens, gather, truncate, uniforms
 from nemo_brain.groups import Group, Output, Prompt
 from nemo_brain.kv_cache import KVCache, vacate
 from nemo_brain.logprobs import vocab_parallel_logprobs
+from nemo_brain.pulse import beat
 
 _STOP_TICKS = 16  # between two questions whether to stop
 
@@ -169,6 +170,7 @@ class Sampler:
         try:
             waiting = deque(_Group(index, prompt) for index, prompt in enumerate(prompts))
             for tick, ended in enumerate(self._ticks(waiting, seed, iteration)):
+                beat()
                 on_outputs(len(ended))
                 if tick % _STOP_TICKS == 0 and stop():
                     return

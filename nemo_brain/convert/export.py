@@ -20,6 +20,7 @@ from nemo_brain.convert.gpt_neox import GPTNeoXExport
 from nemo_brain.convert.llama import LlamaExport
 from nemo_brain.convert.sharding import VOCABULARY_TENSORS, global_parameters, unwrap
 from nemo_brain.gpt import PackedGPTConfig
+from nemo_brain.pulse import beat
 
 MAX_SHARD_BYTES = 5 * 10**9  # what one safetensors file holds, and what rank 0 holds in host memory
 _MARK = ".nemo_brain_export"  # only a directory with this file is ever replaced
@@ -123,6 +124,7 @@ def _full_tensors(chunks: Sequence[GPTModel]) -> Iterator[tuple[str, torch.Tenso
     seen = set()
     for owner, parameters in enumerate(stages):
         for index, (name, shape, dtype) in enumerate(parameters):
+            beat()
             if name in seen:  # the last stage's copy of a tied embedding
                 continue
             seen.add(name)

@@ -23,6 +23,7 @@ from nemo_brain.convert.gpt_neox import GPTNeoXWeights
 from nemo_brain.convert.huggingface import HuggingFaceDirectory
 from nemo_brain.convert.llama import LlamaWeights
 from nemo_brain.convert.sharding import VOCABULARY_TENSORS, global_parameters
+from nemo_brain.pulse import beat
 
 
 class Source(Protocol):
@@ -117,6 +118,7 @@ def load_weights(chunks: Sequence[GPTModel], weights: Weights) -> None:
     """
     for chunk in chunks:
         for parameter in global_parameters(chunk):
+            beat()
             shape = parameter.global_shape
             padding = 0
             if parameter.name in VOCABULARY_TENSORS:

@@ -26,7 +26,7 @@ class HTTPReward:
         api_key_env: the environment variable with the API key, which is sent as a bearer token; None: no key.
         request_timeout_seconds: for one attempt at a request.
         timeout_seconds: for all attempts at it; then the reward fails. While it waits, the other ranks of the replica
-            wait in a collective: keep it well below the half hour after which that gives up.
+            wait in a collective: keep it below ``trainer.hang_timeout_minutes``.
 
     Raises:
         ValueError: naming the argument, what is wrong with it and the remedy.

@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from nemo_brain.data.templates import FormatString, render_chat
 from nemo_brain.data.tokenizers import load_tokenizer, protect, start_tokens
+from nemo_brain.pulse import beat
 from nemo_brain.rewards.protocol import messages_of
 
 _UNLIMITED = 10**9  # tokenizers without a limit name a far larger one
@@ -142,6 +143,7 @@ class HuggingFaceReward:
         order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]))
         rewards = [0.0] * len(rows)
         for members in self._batches(order, [len(ids) for ids, _ in rows]):
+            beat()
             for index, value in zip(members, self._scores([rows[i] for i in members]), strict=True):
                 rewards[index] = value
         return rewards

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from nemo_brain.groups import Group
+from nemo_brain.pulse import beat
 
 SHOWN = 200  # characters of a prompt or an output in an error
 
@@ -150,7 +151,9 @@ def compute_rewards(
 
 def _call(reward: Reward, batch: tuple, start: int, end: int) -> Sequence[float]:
     prompts, outputs, references, metadata = (part[start:end] for part in batch)
-    return reward(prompts, outputs, references=references, metadata=metadata)
+    values = reward(prompts, outputs, references=references, metadata=metadata)
+    beat()
+    return values
 
 
 def _first_failure(reward: Reward, batch: tuple, error: Exception) -> int | None:
