@@ -30,7 +30,7 @@ callbacks; sampling and scoring are outside. What NeMo and Lightning do around a
 TARGET = 0.01
 _OUTSIDE = "sampling and scoring"  # the next step's groups are made when the trainer asks for them
 _GUARDS = ("check of the gradients", "step metrics", "metrics files and TensorBoard")
-_RUNS = {
+RUNS = {
     "toy": ["trainer.max_iterations=4"],
     "20M": [
         "trainer.max_iterations=2",
@@ -48,7 +48,7 @@ _RUNS = {
 
 def measure(smoke: bool) -> dict:
     rows, targets = [], []
-    for name, overrides in _RUNS.items():
+    for name, overrides in RUNS.items():
         if smoke and name != "toy":
             continue
         parts, steps = common.fresh(_run, [*overrides, "trainer.max_iterations=1"] if smoke else overrides)

@@ -67,7 +67,7 @@ def begin(directory: Path, step: int) -> Path:
 
 def publish(path: Path, checksums: dict[str, list[int]]) -> Path:
     """Makes what lies in ``path`` (see ``begin``) a checkpoint. For rank 0, when every rank has written its files."""
-    write_json(path / _MANIFEST, {"format": FORMAT, "files": checksums})
+    write_text(path / _MANIFEST, json.dumps({"format": FORMAT, "files": checksums}))
     for folder in {path, *(file.parent for file in files_of(path))}:
         _sync(folder)
     final = path.with_name(path.name.removeprefix(".").removesuffix(".incomplete"))
@@ -126,10 +126,10 @@ def prune(directory: Path, keep_last: int, keep_best: int) -> None:
             shutil.rmtree(hidden, ignore_errors=True)
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Writes and syncs a file. Floats are read back as they were."""
+def write_text(path: Path, content: str) -> None:
+    """Writes and syncs a file."""
     with path.open("w", encoding="utf-8") as file:
-        json.dump(content, file, ensure_ascii=True)
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
 

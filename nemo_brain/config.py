@@ -11,6 +11,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
@@ -132,9 +133,15 @@ class CheckpointConfig:
     every_steps: int | None = None
     every_minutes: float | None = 30.0
     at_end: bool = True
+    async_save: bool | None = None
     keep_last: int = 2
     keep_best: int = 0
     allow_changes: list[str] = field(default_factory=list)
+
+    @property
+    def in_background(self) -> bool:
+        """``async_save`` with null resolved."""
+        return torch.cuda.is_available() if self.async_save is None else self.async_save
 
 
 @dataclass

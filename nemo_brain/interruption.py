@@ -46,20 +46,19 @@ class Interruption:
     def _received(self, number: int, frame) -> None:
         self._reason = f"signal {signal.Signals(number).name}"
 
-    def agreed(self, group: dist.ProcessGroup | None = None, also: bool = False) -> tuple[bool, bool]:
-        """Whether any rank of the group (None: of the run) was asked to end, and whether ``also`` is true on any.
+    def agreed(self, *also: bool, group: dist.ProcessGroup | None = None) -> list[bool]:
+        """Whether any rank was asked to end, and whether each of ``also`` is true on any.
 
-        A collective of the group.
+        A collective of the group; None: of all ranks.
         """
-        wanted = self._wanted()
+        flags = [self._wanted(), *also]
         group = dist.group.WORLD if group is None else group
         if group.size() == 1:
-            return wanted, also
+            return flags
         device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else "cpu"
-        flags = torch.tensor([wanted, also], dtype=torch.int32, device=device)
-        dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=group)
-        wanted, also = flags.tolist()
-        return bool(wanted), bool(also)
+        counts = torch.tensor(flags, dtype=torch.int32, device=device)
+        dist.all_reduce(counts, op=dist.ReduceOp.MAX, group=group)
+        return [bool(flag) for flag in counts.tolist()]
 
     @property
     def reason(self) -> str:

@@ -162,10 +162,13 @@ class BRAInLoop(pl.Callback):
                 self.interruption.ignore()
             if self._validation_due():
                 self._or_save(self._validate, step.iteration + 1, done)
-        interrupted, due = self.interruption.agreed(also=self.checkpointer.due(self.step))
+        saving = self.checkpointer
+        interrupted, due, failed = self.interruption.agreed(saving.due(self.step), saving.failed)
         drifted = self._drifted()
         if interrupted or drifted or (self.config.checkpoint.at_end if done else due):
             self._save()
+        if interrupted or drifted or done or failed:
+            saving.finish()
         if drifted:
             trainer.should_stop = True
         if interrupted:
@@ -333,6 +336,7 @@ class BRAInLoop(pl.Callback):
             return work(*args)
         except Interrupted:
             self._save()
+            self.checkpointer.finish()
             raise
 
     # Helpers.

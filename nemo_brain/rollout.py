@@ -123,7 +123,7 @@ class RolloutWorker:
         return self.remote.sample(self.strategy, *arguments)
 
     def _stop(self) -> bool:
-        return self.interruption.agreed(self._members)[0]
+        return self.interruption.agreed(group=self._members)[0]
 
     def _keep(self, iteration: int, groups: list[Group]) -> str:
         """Writes what all ranks have sampled before the run ends, each its ``groups``; says where, to add to the error.

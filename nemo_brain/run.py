@@ -88,7 +88,9 @@ def run(cfg: DictConfig, callbacks: list[pl.Callback] | None = None) -> BRAInGPT
         checkpointer = Checkpointer(config.checkpoint, run_dir / "checkpoints", configuration)
         loop = BRAInLoop(config, prompts, offline, held_out, reward, remote, run_dir, checkpointer)
         model = BRAInGPTModel(gpt, weights, objective, optim=optim, tokenizer=weights.tokenizer)
-        strategy = make_strategy(config, BRAInStrategy, prior_placement=config.prior.placement)
+        strategy = make_strategy(
+            config, BRAInStrategy, prior_placement=config.prior.placement, async_save=config.checkpoint.in_background
+        )
         strategy.resume_candidates = earlier
         max_steps = config.trainer.max_iterations * config.steps_per_iteration
         trainer = make_trainer(config, strategy, max_steps, [loop, *callbacks])

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.metadata
+import json
 import random
+import threading
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +26,8 @@ from nemo_brain import checkpoint
 from nemo_brain.config import CheckpointConfig
 from nemo_brain.convert.sharding import VOCABULARY_TENSORS, global_parameters, unwrap
 from nemo_brain.groups import Group
+from nemo_brain.pulse import beat
+from nemo_brain.torch_dist import InProcessSave
 
 _PACKAGES = ("nemo_brain", "nemo_toolkit", "megatron-core", "torch", "transformers")
 
@@ -29,8 +35,11 @@ _PACKAGES = ("nemo_brain", "nemo_toolkit", "megatron-core", "torch", "transforme
 class Checkpointer:
     """Saves a run's state.
 
+    With ``config.in_background`` the state is copied to host memory, and a thread of each rank writes it while training
+    goes on; the threads talk over a gloo group of their own.
+
     Args:
-        config: when, and how many are kept.
+        config: when, how, and how many are kept.
         directory: the run's ``checkpoints``.
         configuration: the run's resolved configuration, stored in every checkpoint.
     """
@@ -40,6 +49,8 @@ class Checkpointer:
         self.directory = directory
         self.configuration = configuration
         self._saved_at = time.monotonic()
+        self._group: dist.ProcessGroup | None = None  # None: of all ranks
+        self._writing: Future | None = None
 
     def due(self, step: int) -> bool:
         """Whether this rank finds that a checkpoint is to be written after this step: clocks differ between ranks."""
@@ -48,50 +59,86 @@ class Checkpointer:
         minutes = self.config.every_minutes
         return minutes is not None and time.monotonic() - self._saved_at >= 60 * minutes
 
-    def save(self, trainer: pl.Trainer, state: dict[str, Any], groups: dict[str, Sequence[Group]]) -> Path:
-        """Writes a checkpoint. A collective of all ranks.
+    @property
+    def failed(self) -> bool:
+        """Whether a checkpoint could not be written in the background: ``finish`` raises then."""
+        return self._writing is not None and self._writing.done() and self._writing.exception() is not None
+
+    def save(self, trainer: pl.Trainer, state: dict[str, Any], groups: dict[str, Sequence[Group]]) -> None:
+        """Writes a checkpoint, or begins to. A collective of all ranks.
 
         Args:
             state: where the run stands, JSON values, the same on every rank: ``step``, ``score`` (of keep_best) ...
             groups: lists of groups by name.
 
         Raises:
-            OSError: on every rank, when one of them could not write; earlier checkpoints are unharmed.
+            OSError: on every rank, when one of them could not write this checkpoint, or the one before it; earlier
+                checkpoints are unharmed.
         """
-        rank = dist.get_rank()
-        started = time.monotonic()
-        step = state["step"]
+        self.finish()
+        step, first = state["step"], dist.get_rank() == 0
         path = self.directory / f".{checkpoint.name_of(step)}.incomplete"
-        together(lambda: checkpoint.begin(self.directory, step) if rank == 0 else None)
+        together(lambda: checkpoint.begin(self.directory, step) if first else None)
         together(lambda: trainer.save_checkpoint(path))
+        record = {
+            **state,
+            "configuration": self.configuration,
+            "prior": trainer.strategy.prior_fingerprint,
+            "versions": versions(),
+            "layout": layout(),
+        }
+        files = {"run.json": json.dumps(record)}
+        if first:
+            content = {name: checkpoint.groups_as_json(items) for name, items in groups.items()}
+            files["groups.json"] = json.dumps(content)
+        write = functools.partial(self._write, trainer.strategy.saver, path, _random_states(), files)
+        if self.config.in_background:
+            self._group = self._group or dist.new_group(backend="gloo")
+            self._writing = _in_thread(write)
+        else:
+            write()
+        self._saved_at = time.monotonic()
+
+    def finish(self) -> None:
+        """Waits until the checkpoint that is being written in the background is complete. OSError as in ``save``."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    def _write(self, saver: InProcessSave, path: Path, random_states: dict, files: dict[str, str]) -> None:
+        rank, ranks = dist.get_rank(), dist.get_world_size()
 
         def write() -> None:
+            saver.write(self._group)
             (path / "random").mkdir(exist_ok=True)
-            torch.save(_random_states(), path / "random" / f"{rank:05d}.pt")
+            torch.save(random_states, path / "random" / f"{rank:05d}.pt")
             if rank == 0:
-                record = {
-                    **state,
-                    "configuration": self.configuration,
-                    "prior": trainer.strategy.prior_fingerprint,
-                    "versions": versions(),
-                    "layout": layout(),
-                    "seconds": time.monotonic() - started,
-                }
-                checkpoint.write_json(path / "run.json", record)
-                content = {name: checkpoint.groups_as_json(items) for name, items in groups.items()}
-                checkpoint.write_json(path / "groups.json", content)
+                for name, content in files.items():
+                    checkpoint.write_text(path / name, content)
 
-        together(write)
-        shares = together(lambda: checkpoint.checksums(path, rank, dist.get_world_size()))
+        together(write, self._group)
+        shares = together(lambda: checkpoint.checksums(path, rank, ranks), self._group)
 
         def publish() -> None:
             if rank == 0:
                 checkpoint.publish(path, {name: entry for share in shares for name, entry in share.items()})
                 checkpoint.prune(self.directory, self.config.keep_last, self.config.keep_best)
 
-        together(publish)
-        self._saved_at = time.monotonic()
-        return self.directory / checkpoint.name_of(step)
+        together(publish, self._group)
+
+
+def _in_thread(work: Callable[[], None]) -> Future:
+    """Runs ``work`` in a thread that does not keep a process alive which something else has ended."""
+    future: Future = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="checkpoint", daemon=True).start()
+    return future
 
 
 def first_intact(candidates: Sequence[Path]) -> Path:
@@ -199,21 +246,25 @@ def fingerprint(chunks: Sequence[torch.nn.Module], vocab_size: int) -> str:
     return hashlib.sha256(repr(sorted(sums.items())).encode()).hexdigest()
 
 
-def gathered(value) -> list:
+def gathered(value, group: dist.ProcessGroup | None = None) -> list:
     """Every rank's value, on all of them."""
     values = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group=group)
     return values
 
 
-def together(work: Callable[[], Any]) -> list:
-    """Every rank's result of ``work``; OSError on every rank if it failed on one, so that none waits for another."""
+def together(work: Callable[[], Any], group: dist.ProcessGroup | None = None) -> list:
+    """Every rank's result of ``work``; OSError on every rank if it failed on one, so that none waits for another.
+
+    ``group``: of all ranks; None: the run's own.
+    """
+    beat()
     result, error = None, None
     try:
         result = work()
     except Exception as failure:  # whatever it is, every rank must be told
         error = f"{type(failure).__name__}: {failure}"
-    outcomes = gathered((result, error))
+    outcomes = gathered((result, error), group)
     errors = [f"rank {rank}: {problem}" for rank, (_, problem) in enumerate(outcomes) if problem is not None]
     if errors:
         raise OSError(f"the checkpoint could not be written, earlier ones are unharmed: {errors[0]}")

@@ -125,11 +125,13 @@ class BRAInStrategy(PackedStrategy):
 
     Args:
         prior_placement: ``resident`` or ``offload``, see ``prior``.
+        async_save: checkpoints are written while training goes on, see ``Checkpointer``.
         **options: PackedStrategy's own.
     """
 
-    def __init__(self, *, prior_placement: str, **options):
+    def __init__(self, *, prior_placement: str, async_save: bool, **options):
         super().__init__(**options)
+        self._async_save = async_save
         self._prior_placement = prior_placement
         self.resume_candidates: Sequence[Path] = ()
         self.resumed_from: Path | None = None
@@ -145,7 +147,8 @@ class BRAInStrategy(PackedStrategy):
             self._prior = ResidentPrior(self.more_chunks(model.config, model.weights))
         self.guards = [OptimizerGuard(optimizer.mcore_optimizer) for optimizer in self.optimizers]
         self.prior_fingerprint = fingerprint(self.chunks, model.config.vocab_size)
-        save: SaveShardedStrategy = InProcessSave()
+        self.saver = InProcessSave(copy=self._async_save)
+        save: SaveShardedStrategy = self.saver
         replicas = parallel_state.get_data_parallel_group(with_context_parallel=True)
         if replicas.size() > 1:  # each writes its share of what all of them hold
             save = FullyParallelSaveStrategyWrapper(save, replicas)

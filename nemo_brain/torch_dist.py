@@ -6,6 +6,8 @@ import contextlib
 from collections.abc import Iterator
 
 import torch
+import torch.distributed as dist
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.dist_checkpointing.strategies.torch import (
     MCoreSavePlanner,
     TorchDistSaveShardedStrategy,
@@ -19,28 +21,55 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 
 class InProcessSave(TorchDistSaveShardedStrategy):
-    """Megatron's torch_dist format, written by each rank itself.
+    """Megatron's torch_dist format, written by each rank itself: ``save`` takes the tensors, ``write`` writes them.
 
-    Megatron's own synchronous save starts a server and writers for every rank, which outlive a rank that is killed.
+    Megatron's own synchronous save starts a server and writers for every rank, which outlive a rank that is killed; so
+    do the writers of its asynchronous one.
+
+    Args:
+        copy: what is taken is copied to host memory, so that training may go on before it is written.
     """
 
-    def __init__(self):
+    def __init__(self, copy: bool):
         super().__init__("torch_dist", 1)
+        self._copy = copy
+        self._taken: tuple[dict, str] | None = None
 
     def save(self, sharded_state_dict, checkpoint_dir) -> None:
         sharded_state_dict, _, _ = _replace_state_dict_keys_with_sharded_keys(
             sharded_state_dict, self.keep_only_main_replica
         )
-        deduplicate = not self.keep_only_main_replica
+        if self._copy:
+            _copy_to_host(sharded_state_dict)
+        self._taken = mcore_to_pyt_state_dict(sharded_state_dict, False), str(checkpoint_dir)
+
+    def write(self, group: dist.ProcessGroup | None) -> None:
+        """A collective of the group of all ranks.
+
+        Raises:
+            OSError: on every rank, with what failed on one of them.
+        """
+        (state, directory), self._taken = self._taken, None
         try:
             torch_checkpoint.save(
-                mcore_to_pyt_state_dict(sharded_state_dict, False),
-                storage_writer=torch_checkpoint.FileSystemWriter(str(checkpoint_dir)),
-                planner=MCoreSavePlanner(dedup_replicated_tensors=deduplicate, flatten_state_dict=False),
+                state,
+                storage_writer=torch_checkpoint.FileSystemWriter(directory),
+                planner=MCoreSavePlanner(
+                    dedup_replicated_tensors=not self.keep_only_main_replica, flatten_state_dict=False
+                ),
+                process_group=group,
             )
         except CheckpointException as error:  # on every rank, with what failed on some of them; no Exception
             rank, (failure, _) = min(error.failures.items(), key=lambda item: item[0])
             raise OSError(f"rank {rank}: {failure}") from error
+
+
+def _copy_to_host(state: dict[str, list]) -> None:
+    cuda = torch.cuda.is_available()
+    for tensor in (item for items in state.values() for item in items if isinstance(item, ShardedTensor)):
+        tensor.data = torch.empty_like(tensor.data, device="cpu", pin_memory=cuda).copy_(tensor.data, non_blocking=cuda)
+    if cuda:
+        torch.cuda.synchronize()
 
 
 @contextlib.contextmanager

@@ -25,7 +25,7 @@ def measured(tables: list[str], scratch: Path) -> tuple[dict[str, dict], str]:
 
 
 def test_every_table_runs_and_is_on_the_page(tmp_path):
-    tables = ["step", "layouts", "logprobs", "sampling", "guards", "scaling", "calculated"]
+    tables = ["step", "layouts", "logprobs", "sampling", "guards", "checkpoints", "scaling", "calculated"]
     results, text = measured(tables, tmp_path)
     for name, result in results.items():
         assert f"## {result['title']}" in text and f"`python benchmarks/run.py {name} --smoke`" in text
@@ -34,7 +34,11 @@ def test_every_table_runs_and_is_on_the_page(tmp_path):
             assert part["rows"] and all(set(row) & set(keys) for row in part["rows"])
         for target in result["targets"]:
             assert target["what"] in text
-    assert {name for name in results if results[name]["targets"]} == set(tables) - {"scaling", "calculated"}
+    assert {name for name in results if results[name]["targets"]} == set(tables) - {
+        "checkpoints",
+        "scaling",
+        "calculated",
+    }
     assert "aten::" in text, "profiles"
 
 

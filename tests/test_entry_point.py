@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+from ranks import free_port
 from test_resume import RUN, compare, undisturbed
 from toy_runs import QUIET, ROOT
 
@@ -20,12 +23,18 @@ from nemo_brain.resume import read_status
 SCRIPT = [str(ROOT / "examples" / "megatron_brain.py"), "--config-name", "toy"]
 
 
-def start(launcher: list[str], run_dir: Path, *overrides: str) -> subprocess.Popen:
+def start(launcher: list[str], run_dir: Path, *overrides: str, **variables: str) -> subprocess.Popen:
     # Or a restart would meet the addresses of the processes before it in the store that it shares with them.
-    environment = {**os.environ, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    environment = {**os.environ, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", **variables}
     command = [*launcher, *SCRIPT, f"run_dir={run_dir}", *RUN, *QUIET, *overrides]
     return subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command,
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
     )
 
 
@@ -58,4 +67,61 @@ def test_torchrun_restarts_go_on_by_themselves(tmp_path):
     output, _ = process.communicate(timeout=240)
     assert process.returncode == 0, output
     assert "resuming from" in output
+    compare(tmp_path / "run", undisturbed(ranks=2)[0], tolerance=0)
+
+
+@pytest.fixture
+def nodes() -> list[tuple[list[str], str, str]]:
+    """Two machines, as far as this one can make them: network namespaces joined by a cable, where that is permitted;
+    otherwise both are this machine. Of each: what starts a command there, its address, and its network interface."""
+    names = [f"nemo-brain-{os.getpid()}-{i}" for i in range(2)]
+    addresses = ["10.213.7.1", "10.213.7.2"]
+
+    def ip(*arguments: str) -> bool:
+        return shutil.which("ip") is not None and not subprocess.run(["ip", *arguments], capture_output=True).returncode
+
+    joined = all(ip("netns", "add", name) for name in names)
+    joined = joined and ip(
+        "link", "add", "cable0", "netns", names[0], "type", "veth", "peer", "cable0", "netns", names[1]
+    )
+    for name, address in zip(names, addresses, strict=True):
+        joined = joined and ip("-n", name, "addr", "add", f"{address}/24", "dev", "cable0")
+        joined = joined and all(ip("-n", name, "link", "set", device, "up") for device in ("lo", "cable0"))
+    try:
+        if joined:
+            yield [(["ip", "netns", "exec", n], address, "cable0") for n, address in zip(names, addresses, strict=True)]
+        else:
+            yield [([], "127.0.0.1", "lo")] * 2
+    finally:
+        for name in names:
+            ip("netns", "del", name)
+
+
+def test_a_node_that_is_lost_and_comes_back_changes_nothing(tmp_path, nodes):
+    """Two torchrun agents with a process each. One agent and its process are killed, and the agent is started again."""
+    port = free_port()
+
+    def agent(node: int) -> subprocess.Popen:
+        enter, address, interface = nodes[node]
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1"]
+        meeting = [f"--rdzv-endpoint={nodes[0][1]}:{port}", "--rdzv-backend=c10d", f"--rdzv-id={tmp_path.name}"]
+        options = [*meeting, f"--local-addr={address}", "--max-restarts=3"]
+        overrides = ["trainer.num_nodes=2", "checkpoint.every_steps=1"]
+        launcher = [*enter, *torchrun, *options]
+        return start(launcher, tmp_path / "run", *overrides, GLOO_SOCKET_IFNAME=interface)
+
+    first, second = agent(0), agent(1)
+    try:
+        wait_for_steps(first, tmp_path / "run", 5)
+        os.killpg(second.pid, signal.SIGKILL)
+        second.communicate()
+        second = agent(1)
+        said, _ = first.communicate(timeout=300)
+        assert first.returncode == 0 and "resuming from" in said, said
+        said, _ = second.communicate(timeout=60)
+        assert second.returncode == 0, said
+    finally:
+        for process in (first, second):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
     compare(tmp_path / "run", undisturbed(ranks=2)[0], tolerance=0)

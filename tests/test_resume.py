@@ -44,6 +44,7 @@ TIMES = ("_seconds", "tokens_per_second", "peak_memory_gib")
 TP2 = "model.tensor_model_parallel_size=2"
 PP2 = "model.pipeline_model_parallel_size=2"
 DISTRIBUTED = "optim.use_distributed_optimizer=true"
+ASYNC = "checkpoint.async_save=true"
 
 
 def train(run_dir: str, *overrides: str, stop_after: int | None = None) -> str:
@@ -106,13 +107,20 @@ def compare(run_dir: Path, expected: list[dict], tolerance: float) -> None:
                 assert ours[name] == theirs[name], (theirs["step"], name)
 
 
-SAME = [(1, []), (2, [TP2]), (2, [PP2]), (2, [DISTRIBUTED])]
+SAME = {
+    "one process": (1, []),
+    "TP2": (2, [TP2]),
+    "PP2": (2, [PP2]),
+    "DP2 distributed optimizer": (2, [DISTRIBUTED]),
+    # Saved at every step, while the next one trains: what is written is the state as it was.
+    "DP2 distributed optimizer, async": (2, [DISTRIBUTED, ASYNC, "checkpoint.every_steps=1"]),
+}
 
 
-@pytest.mark.parametrize(("ranks", "overrides"), SAME, ids=["one process", "TP2", "PP2", "DP2 distributed optimizer"])
+@pytest.mark.parametrize(("ranks", "overrides"), SAME.values(), ids=SAME)
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path, ranks, overrides):
     """Told to stop in the middle of iterations and at the end of one; every number of the rest is the same."""
-    expected, samples = undisturbed(*overrides, ranks=ranks)
+    expected, samples = undisturbed(*(o for o in overrides if "checkpoint" not in o), ranks=ranks)
     for stop in (3, 1, 4):  # after steps 3, 4 (an iteration's last) and 8
         ends = run_ranks(train, ranks, str(tmp_path / "run"), *overrides, stop_after=stop)
         assert "signal SIGTERM" in ends[0] and "finished" not in ends
@@ -142,10 +150,13 @@ def test_a_run_goes_on_in_another_layout(tmp_path, name):
     compare(tmp_path / "run", undisturbed()[0], tolerance=1e-5)
 
 
-@pytest.mark.parametrize(("ranks", "overrides", "points"), [(1, [], 14), (2, [PP2], 8)], ids=["one process", "PP2"])
+KILLED = {"one process": (1, [], 11), "PP2": (2, [PP2], 7), "PP2, async": (2, [PP2, ASYNC], 5)}
+
+
+@pytest.mark.parametrize(("ranks", "overrides", "points"), KILLED.values(), ids=KILLED)
 def test_kill_9_anywhere_costs_at_most_the_work_since_the_last_checkpoint(tmp_path, ranks, overrides, points):
     """SIGKILL for one rank or all, at random moments of sampling, scoring, training and saving."""
-    expected, samples = undisturbed(*overrides, ranks=ranks)
+    expected, samples = undisturbed(*(o for o in overrides if "checkpoint" not in o), ranks=ranks)
     seed = int(os.environ.get("KILL_SEED", time.time_ns() % 10**6))
     print(f"KILL_SEED={seed}")
     draw = random.Random(seed)
@@ -261,10 +272,10 @@ def _without_room(*args) -> str:
     return train(*args)
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_a_full_disk_stops_the_run_and_leaves_the_earlier_checkpoints(copied, ranks):
+@pytest.mark.parametrize(("ranks", "background"), [(1, "false"), (2, "false"), (2, "true")])
+def test_a_full_disk_stops_the_run_and_leaves_the_earlier_checkpoints(copied, ranks, background):
     with pytest.raises(AssertionError, match=r"could not be written, earlier ones are unharmed: rank .*File too large"):
-        run_ranks(_without_room, ranks, str(copied), "checkpoint.every_steps=1")
+        run_ranks(_without_room, ranks, str(copied), "checkpoint.every_steps=1", f"checkpoint.async_save={background}")
     assert [path.name for path in checkpoint.complete(copied / "checkpoints")] == ["step_000000003", "step_000000002"]
 
 
