@@ -145,7 +145,7 @@ def memory(model: Model, work: Work, layout: Layout, c: Constants) -> dict[str, 
 
 
 def decode_step(model: Model, work: Work, layout: Layout, rows: int, c: Constants) -> float:
-    """Seconds for one more token of ``rows`` rows, at half the output length. Stages work one after the other."""
+    """Seconds for one more token of ``rows`` rows, through all stages, at half the output length."""
     cache = model.kv_bytes * (rows / work.n * work.prompt + rows * work.output / 2)
     moved = (2 * model.parameters + cache) / layout.tensor / (c.hbm_bandwidth * c.hbm_efficiency)
     flops = model.forward_flops(rows, work.prompt + work.output / 2)
@@ -160,8 +160,10 @@ def seconds(model: Model, work: Work, layout: Layout, c: Constants, shared: bool
     mine = math.ceil(work.groups / layout.data)
     rows = min(work.rows_in_flight, mine * work.n)
     prefill_flops = model.forward_flops(mine * work.prompt, work.prompt / 2)
-    prefill = prefill_flops / layout.tensor / (c.peak_flops * c.matmul_efficiency)
-    decode = mine * work.n / rows * work.output * decode_step(model, work, layout, rows, c)
+    # As many lanes of rows are in flight as there are stages, each lane in another stage.
+    prefill = prefill_flops / (layout.tensor * layout.pipeline) / (c.peak_flops * c.matmul_efficiency)
+    lane = math.ceil(rows / layout.pipeline)
+    decode = mine * work.n / rows * work.output * decode_step(model, work, layout, lane, c)
 
     micro = math.ceil(work.batch / layout.data)
     steps = work.groups // work.batch
@@ -247,9 +249,9 @@ def measure(smoke: bool) -> dict:
 An iteration: {work.groups} groups of {work.n} outputs, prompts of {work.prompt} and outputs of {work.output} tokens,
 {work.batch} groups per optimizer step, one pass over them, shared-prefix rows of {work.positions():,} positions, one
 group per micro-batch, at most {work.rows_in_flight} rows in flight per replica. bf16 weights, fp32 gradients,
-distributed Adam with fp32 master weights, sequence parallelism, no recompute. Rewards are not counted. The sampler's
-pipeline stages work one after the other, so PP does not speed sampling up. The sum has no prior: a resident one takes
-as much as the weights, and "yes" includes it.
+distributed Adam with fp32 master weights, sequence parallelism, no recompute. Rewards are not counted. The sampler
+keeps as many lanes of rows in flight as there are pipeline stages. The sum has no prior: a resident one takes as much
+as the weights, and "yes" includes it.
 """
     return {
         "parts": [

@@ -69,7 +69,7 @@ def test_a_decode_step_is_bound_by_memory_then_by_communication():
     # Two GPUs: half of it each, and 64 all-reduces of 8 x 4096 bf16 numbers, whose ring moves them once.
     halved = moved / 2 / 1e12 + 64 * 8 * 4096 * 2 / 1e11
     assert decode_step(LLAMA_8B, work, Layout(2, 1, 1), 8, ROUND) == pytest.approx(halved)
-    # Two stages work one after the other, and hand the rows over at 10 GB/s.
+    # Two stages work on the same rows one after the other, and hand them over at 10 GB/s.
     staged = moved / 1e12 + 8 * 4096 * 2 / 1e10
     assert decode_step(LLAMA_8B, work, Layout(1, 2, 1), 8, ROUND) == pytest.approx(staged)
 
@@ -86,6 +86,9 @@ def test_seconds_by_hand():
     # Two stages: two micro-batches take three slots of half a model's time each.
     staged = seconds(LLAMA_8B, work, Layout(1, 2, 1), ROUND)
     assert staged["training"] == pytest.approx(2 * 3 * 3 * forward / 2)
+    # Two lanes of 16 rows, each in one of the stages: while one lane passes through both, so does the other.
+    assert staged["decode"] == pytest.approx(512 * decode_step(LLAMA_8B, work, Layout(1, 2, 1), 16, ROUND))
+    assert staged["prefill"] == pytest.approx(one["prefill"] / 2)
     # Two replicas: half the groups each; (4 + 2) bytes of each parameter, of which a ring of two sends half.
     doubled = seconds(LLAMA_8B, work, Layout(1, 1, 2), ROUND)
     assert doubled["training"] == pytest.approx(one["training"] / 2)
