@@ -46,17 +46,19 @@ class Supervisor(pl.Callback):
         self._seconds = 60 * hang_minutes
         self._hang_minutes = hang_minutes
         self._directory = directory
-        self._done = threading.Event()
         self._thread: threading.Thread | None = None
 
     def setup(self, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:
         self._rank, self._size = dist.get_rank(), dist.get_world_size()
         self._store = _shared_store(self._rank)
+        self._done = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="supervisor", daemon=True)
         self._thread.start()
 
     def on_exception(self, trainer: pl.Trainer, module: pl.LightningModule, exception: BaseException) -> None:
-        if self._thread is None or isinstance(exception, Interrupted):
+        if self._thread is None:
+            return  # the ranks have not met yet
+        if isinstance(exception, Interrupted):
             self._done.set()
             return
         error = f"{type(exception).__name__}: {exception}"
