@@ -24,9 +24,8 @@ from nemo_brain.interruption import Interrupted
 from nemo_brain.pulse import beats
 
 _POLL_SECONDS = 1.0
-_GRACE_SECONDS = (
-    3.0  # ranks end this much later than the one that failed, so that launchers take that one for the cause
-)
+# Ranks end so much later than the one that failed: launchers take the first that ends for the cause.
+_GRACE_SECONDS = 3.0
 _LAST_SECONDS = 30.0  # so long the rank that failed may take to end, and ranks whose store has gone with rank 0
 _VERDICT, _HEARD, _PROGRESS = "verdict", "heard", "progress"
 
