@@ -176,7 +176,7 @@ def _step(model, worker: Worker, against: str, size: str, shape, repeats: int) -
     worker.ask("step")
     worker.ask("load", **_request(group))
     times = common.interleaved(
-        {"BRAIn": ours, against: lambda: worker.ask("step")}, repeats, seconds=110, warm_up=False
+        {"BRAIn": ours, against: lambda: worker.ask("step")}, repeats, seconds=260, warm_up=False
     )
     tokens = sum(len(output.token_ids) for output in group.outputs)
     positions = chunk_tokens(group, range(shape[2]), "shared_prefix")
@@ -191,7 +191,7 @@ def _iteration(model, prior, worker: Worker, against: str, size: str, shape, rep
     ours = common.Meter(_brain_iteration(model, prior, group.prompt, shape))
     worker.ask("load", **_request(group))
     cases = {"BRAIn": ours, against: lambda: worker.ask("iterate", new_tokens=shape[1])}
-    times = common.interleaved(cases, repeats, seconds=150, warm_up=False)
+    times = common.interleaved(cases, repeats, seconds=260, warm_up=False)
     memory = {"BRAIn": ours.peak, against: worker.peak}
     return dict(what="iteration", shape=shape, times=times, tokens=shape[1] * shape[2], against=against, memory=memory)
 

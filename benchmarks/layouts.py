@@ -34,7 +34,7 @@ def measure(smoke: bool) -> dict:
             large = size == models.SMOLLM2
             scaled = large and shape[2] == 32
             layouts = ("shared_prefix",) if scaled else LAYOUTS
-            seconds = 110 if large and shape == TARGET_SHAPE else 15
+            seconds = (240 if large else 90) if shape == TARGET_SHAPE else 25
             timed = common.fresh(_timed, size, shape, layouts, 1 if smoke else 5, seconds)
             times, tokens, memory = timed["times"], timed["tokens"], timed["memory"]
             row = {"model": size, "shape": shape, **{f"tokens_{name}": tokens[name] for name in LAYOUTS}}

@@ -37,7 +37,7 @@ def measure(smoke: bool) -> dict:
     for size in sizes:
         large = size == models.SMOLLM2
         for shape in shapes[:1] if large else shapes:
-            timed = common.fresh(_timed, size, shape, repeats=1 if smoke else 5, seconds=100 if large else 40)
+            timed = common.fresh(_timed, size, shape, repeats=1 if smoke else 5, seconds=240 if large else 40)
             for name, label in CASES.items():
                 rows.append(
                     {
