@@ -179,7 +179,7 @@ def _timed(vocab: int, dtype: str, from_hidden: bool, repeats: int) -> tuple[dic
         return meter()
 
     cases = {name: partial(case, meter) for name, meter in meters.items()}
-    times = common.interleaved(cases, repeats, seconds=20)
+    times = common.interleaved(cases, repeats, seconds=150 if from_hidden else 40)
     return times, {name: meter.peak for name, meter in meters.items()}
 
 
