@@ -105,7 +105,7 @@ def test_a_node_that_is_lost_and_comes_back_changes_nothing(tmp_path, nodes):
         enter, address, interface = nodes[node]
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1"]
         meeting = [f"--rdzv-endpoint={nodes[0][1]}:{port}", "--rdzv-backend=c10d", f"--rdzv-id={tmp_path.name}"]
-        options = [*meeting, f"--local-addr={address}", "--max-restarts=3"]
+        options = [*meeting, f"--rdzv-conf=is_host={node == 0}", f"--local-addr={address}", "--max-restarts=3"]
         overrides = ["trainer.num_nodes=2", "checkpoint.every_steps=1"]
         launcher = [*enter, *torchrun, *options]
         return start(launcher, tmp_path / "run", *overrides, GLOO_SOCKET_IFNAME=interface)
