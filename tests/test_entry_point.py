@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
 import signal
@@ -34,8 +33,46 @@ def start(launcher: list[str], run_dir: Path, *overrides: str, **variables: str)
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        start_new_session=True,
     )
+
+
+HELD = """
+import time
+from pathlib import Path
+from nemo_brain.rewards.toy import letter_fraction
+
+def held(prompts, outputs, **options):
+    while Path({step!r}).exists() and not Path({go!r}).exists():
+        time.sleep(0.02)
+    return letter_fraction(prompts, outputs, **options)
+"""
+
+
+class Hold:
+    """A run's reward that waits after step 8, the end of the second of three iterations, until ``release``.
+
+    What is done to the run meanwhile is done before its end, however slow or fast this machine is.
+    """
+
+    def __init__(self, directory: Path):
+        self._step, self._go = directory / "run" / "checkpoints" / "step_000000008", directory / "go"
+        file = directory / "held.py"
+        file.write_text(HELD.format(step=str(self._step), go=str(self._go)))
+        self.overrides = [f"reward.function={file}:held", "checkpoint.every_steps=1", "checkpoint.keep_last=9"]
+
+    def reached(self, process: subprocess.Popen) -> None:
+        while not self._step.exists():
+            assert process.poll() is None, process.stdout.read()
+            time.sleep(0.02)
+
+    def release(self) -> None:
+        self._go.touch()
+
+
+def workers(torchrun: subprocess.Popen) -> list[int]:
+    """The processes that torchrun has started; they are in sessions of their own."""
+    children = Path(f"/proc/{torchrun.pid}/task/{torchrun.pid}/children").read_text().split()
+    return [pid for pid in map(int, children) if b"megatron_brain.py" in Path(f"/proc/{pid}/cmdline").read_bytes()]
 
 
 def wait_for_steps(process: subprocess.Popen, run_dir: Path, steps: int) -> None:
@@ -58,12 +95,13 @@ def test_a_signal_ends_the_script_with_its_exit_code(tmp_path, number):
 def test_torchrun_restarts_go_on_by_themselves(tmp_path):
     """One of two ranks is killed; the job ends by itself with the result of the undisturbed one."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=2"]
-    process = start(torchrun, tmp_path / "run", "checkpoint.every_steps=1")
-    wait_for_steps(process, tmp_path / "run", 5)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    ranks = [pid for pid in map(int, children) if b"megatron_brain.py" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    hold = Hold(tmp_path)
+    process = start(torchrun, tmp_path / "run", *hold.overrides)
+    hold.reached(process)
+    ranks = workers(process)
     assert len(ranks) == 2
     os.kill(ranks[1], signal.SIGKILL)
+    hold.release()
     output, _ = process.communicate(timeout=240)
     assert process.returncode == 0, output
     assert "resuming from" in output
@@ -99,22 +137,23 @@ def nodes() -> list[tuple[list[str], str, str]]:
 
 def test_a_node_that_is_lost_and_comes_back_changes_nothing(tmp_path, nodes):
     """Two torchrun agents with a process each. One agent and its process are killed, and the agent is started again."""
-    port = free_port()
+    port, hold = free_port(), Hold(tmp_path)
 
     def agent(node: int) -> subprocess.Popen:
         enter, address, interface = nodes[node]
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1"]
         meeting = [f"--rdzv-endpoint={nodes[0][1]}:{port}", "--rdzv-backend=c10d", f"--rdzv-id={tmp_path.name}"]
         options = [*meeting, f"--rdzv-conf=is_host={node == 0}", f"--local-addr={address}", "--max-restarts=3"]
-        overrides = ["trainer.num_nodes=2", "checkpoint.every_steps=1"]
         launcher = [*enter, *torchrun, *options]
-        return start(launcher, tmp_path / "run", *overrides, GLOO_SOCKET_IFNAME=interface)
+        return start(launcher, tmp_path / "run", "trainer.num_nodes=2", *hold.overrides, GLOO_SOCKET_IFNAME=interface)
 
     first, second = agent(0), agent(1)
     try:
-        wait_for_steps(first, tmp_path / "run", 5)
-        os.killpg(second.pid, signal.SIGKILL)
+        hold.reached(first)
+        for pid in (second.pid, *workers(second)):
+            os.kill(pid, signal.SIGKILL)
         second.communicate()
+        hold.release()
         second = agent(1)
         said, _ = first.communicate(timeout=300)
         assert first.returncode == 0 and "resuming from" in said, said
@@ -122,6 +161,6 @@ def test_a_node_that_is_lost_and_comes_back_changes_nothing(tmp_path, nodes):
         assert second.returncode == 0, said
     finally:
         for process in (first, second):
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
+            if process.poll() is None:
+                process.terminate()  # its processes too
     compare(tmp_path / "run", undisturbed(ranks=2)[0], tolerance=0)
