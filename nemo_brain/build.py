@@ -31,6 +31,7 @@ from nemo_brain.convert.random import RandomWeights
 from nemo_brain.convert.weights import Weights, open_weights
 from nemo_brain.data.tokenizers import byte_tokenizer, load_tokenizer
 from nemo_brain.gpt import HAVE_TRANSFORMER_ENGINE, PackedGPTConfig
+from nemo_brain.lora import LoRA
 from nemo_brain.strategy import PackedStrategy
 from nemo_brain.supervision import Supervisor
 
@@ -174,6 +175,11 @@ def make_gpt_config(
 def _dtype(config: TrainingConfig) -> torch.dtype:
     """Of the weights and of what passes between pipeline stages."""
     return torch.bfloat16 if config.bf16 else torch.float32
+
+
+def make_lora(config: TrainingConfig) -> LoRA | None:
+    peft = config.model.peft
+    return None if peft is None else LoRA(peft.dim, peft.alpha, tuple(peft.target_modules), config.seed)
 
 
 def make_optimizer(config: TrainingConfig) -> MegatronOptimizerModule:

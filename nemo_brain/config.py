@@ -17,6 +17,9 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandat
 
 from nemo_brain.groups import LAYOUTS
 
+# The linear layers of a transformer layer, by Megatron's names.
+PEFT_TARGETS = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
+
 
 @dataclass
 class CommonTrainerConfig:
@@ -40,6 +43,17 @@ class TrainerConfig(CommonTrainerConfig):
 
 
 @dataclass
+class PeftConfig:
+    """Adapters that are trained in place of the weights; ``model.peft=null``: none."""
+
+    name: str = "lora"
+    dim: int = 32
+    alpha: int = 32
+    dropout: float = 0.0
+    target_modules: list[str] = field(default_factory=lambda: list(PEFT_TARGETS))
+
+
+@dataclass
 class ModelConfig:
     restore_from: str | None = None
     tokenizer: str | None = None
@@ -50,8 +64,14 @@ class ModelConfig:
     sequence_parallel: bool = False
     context_parallel_size: int = 1
     recompute: str = "none"
+    peft: PeftConfig | None = None
     options: dict[str, Any] = field(default_factory=dict)
     gpt: dict[str, Any] | None = None
+
+
+@dataclass
+class PolicyConfig(ModelConfig):
+    export_adapter_to: str | None = None
 
 
 @dataclass
@@ -168,7 +188,7 @@ class Config(TrainingConfig):
     run_dir: str = MISSING
     seed: int = 0
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
-    model: ModelConfig = field(default_factory=ModelConfig)
+    model: PolicyConfig = field(default_factory=PolicyConfig)
     prior: PriorConfig = field(default_factory=PriorConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
@@ -246,7 +266,7 @@ def _keys(kind: type, prefix: str = "") -> list[str]:
 def _check_values(config: Config) -> None:
     rollout, train, trainer = config.rollout, config.train, config.trainer
     check_common(config)
-    _among("prior.placement", config.prior.placement, ("resident", "offload"))
+    _among("prior.placement", config.prior.placement, ("resident", "offload", "adapter_off"))
     _among("rollout.truncated", rollout.truncated, ("keep", "mask"))
     _among("train.on_nonfinite", train.on_nonfinite, ("stop", "skip"))
     _at_least(
@@ -264,6 +284,16 @@ def _check_values(config: Config) -> None:
             "checkpoint.keep_last": config.checkpoint.keep_last,
         },
     )
+    if config.model.peft is None:
+        if config.prior.placement == "adapter_off":
+            raise ValueError(
+                "prior.placement=adapter_off is the policy without its adapters, and there are none: set model.peft, "
+                "or prior.placement to resident or offload"
+            )
+        if config.model.export_adapter_to is not None:
+            raise ValueError("model.export_adapter_to needs model.peft: use model.export_to for the trained weights")
+    if config.model.export_to is not None and config.model.export_to == config.model.export_adapter_to:
+        raise ValueError("model.export_to and model.export_adapter_to are one directory: name two")
     _at_least(2, {"rollout.outputs_per_prompt": rollout.outputs_per_prompt})
     _at_least(0, {"checkpoint.keep_best": config.checkpoint.keep_best})
     for key, minutes in {
@@ -322,6 +352,8 @@ def check_common(config: Any) -> None:
     )
     if not trainer.hang_timeout_minutes > 0:
         raise ValueError(f"trainer.hang_timeout_minutes must be above 0, not {trainer.hang_timeout_minutes}")
+    if model.peft is not None:
+        _check_peft(model.peft, model.tensor_model_parallel_size)
     if trainer.fp8 is not None and not config.bf16:
         raise ValueError("trainer.fp8 needs trainer.precision=bf16-mixed: what is not FP8 is bf16")
     if model.context_parallel_size != 1:
@@ -340,6 +372,25 @@ def check_common(config: Any) -> None:
     holdout = config.data.holdout
     if not holdout >= 0 or (holdout > 1 and holdout % 1 != 0):
         raise ValueError(f"data.holdout must be a fraction below 1 or a number of prompts, not {holdout}")
+
+
+def _check_peft(peft: PeftConfig, tensor_parallel: int) -> None:
+    key = "model.peft"
+    _among(f"{key}.name", peft.name, ("lora",))
+    _at_least(1, {f"{key}.dim": peft.dim, f"{key}.alpha": peft.alpha})
+    if peft.dim % tensor_parallel:
+        raise ValueError(
+            f"{key}.dim ({peft.dim}) must be a multiple of model.tensor_model_parallel_size ({tensor_parallel}): an "
+            "adapter's rows are divided over the ranks"
+        )
+    if peft.dropout != 0:
+        raise ValueError(f"{key}.dropout must be 0: with dropout the policy is not the law that was sampled from")
+    if not peft.target_modules:
+        raise ValueError(f"{key}.target_modules is empty: name some of {', '.join(PEFT_TARGETS)}")
+    for name in peft.target_modules:
+        _among(f"{key}.target_modules", name, PEFT_TARGETS)
+    if len(set(peft.target_modules)) < len(peft.target_modules):
+        raise ValueError(f"{key}.target_modules names a module twice: {', '.join(peft.target_modules)}")
 
 
 def _check_remote(remote: RemoteConfig, config: Config) -> None:

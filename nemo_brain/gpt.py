@@ -23,6 +23,7 @@ from nemo.collections.llm.gpt.model.llama import apply_rope_scaling
 from nemo.lightning.base import get_vocab_size
 
 from nemo_brain.attention import GroupAttention
+from nemo_brain.convert.sharding import is_adapter
 from nemo_brain.output_layer import linear_logprobs
 from nemo_brain.parallel_residual import ParallelResidualLayer
 
@@ -82,6 +83,9 @@ class PackedGPTModel(MCoreGPTModel):
     def trunk(self, tokens_1S: torch.Tensor, positions_1S: torch.Tensor, attention) -> torch.Tensor:
         """The row's hidden states [S, 1, H]; on the last stage normalised and, under sequence parallelism, gathered."""
         hidden = self.embedding(input_ids=tokens_1S, position_ids=positions_1S) if self.pre_process else None
+        if hidden is not None and torch.is_grad_enabled() and self.config.recompute_granularity == "full":
+            # Megatron recomputes a layer in the backward pass of its input, which that of a frozen embedding lacks.
+            hidden.requires_grad_()
         rotary = None
         if self.position_embedding_type == "rope":
             rotary = self.rotary_pos_emb(self.max_sequence_length)[positions_1S[0]]
@@ -90,6 +94,11 @@ class PackedGPTModel(MCoreGPTModel):
             # The selection needs the whole row; from here on the output layer is plainly tensor-parallel.
             hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
         return hidden
+
+    def sharded_state_dict(self, *args, **kwargs) -> dict:
+        """Megatron's; of a model with adapters their part alone, because all else stays the start model's."""
+        state = super().sharded_state_dict(*args, **kwargs)
+        return {key: value for key, value in state.items() if is_adapter(key)} or state
 
     def _output(self, hidden_TH, targets_T, temperatures) -> torch.Tensor:
         """What ``output_layer`` computes: log-probs [E, T] of the targets, or logits [T, V] without targets."""

@@ -7,6 +7,8 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from nemo_brain.lora import switched_off
+
 
 class ResidentPrior:
     """A second, frozen copy of this rank's chunks beside the policy."""
@@ -23,10 +25,10 @@ class ResidentPrior:
 class OffloadedPrior:
     """The prior's weights in host memory, moved into the policy's own parameters for the scoring only.
 
-    Scoring then runs through the very modules of the policy and needs no device memory of its own. The two host buffers
-    (the prior's weights, and the policy's while it makes room) are allocated once, pinned where there is CUDA. There
-    the policy leaves on one stream while the prior follows it in on another: the two directions of the link work at the
-    same time.
+    Scoring then runs through the very modules of the policy and needs no device memory of its own. What is frozen in
+    the policy is the prior's, and stays where it is. The two host buffers (the prior's weights, and the policy's while
+    it makes room) are allocated once, pinned where there is CUDA. There the policy leaves on one stream while the prior
+    follows it in on another: the two directions of the link work at the same time.
 
     Args:
         policy: this rank's chunks, holding the prior's weights at this moment.
@@ -71,10 +73,22 @@ class OffloadedPrior:
         current.wait_stream(into)
 
 
+class AdapterOffPrior:
+    """The policy's own chunks with their adapters switched off: the frozen weights are the prior, and held once."""
+
+    @contextlib.contextmanager
+    def chunks(self, policy: Sequence[torch.nn.Module]) -> Iterator[Sequence[torch.nn.Module]]:
+        """The policy's chunks, without the adapters while the context lasts."""
+        with switched_off(policy):
+            yield policy
+
+
 def _parameters(chunks: Sequence[torch.nn.Module]) -> Iterator[torch.Tensor]:
+    """Those that are trained."""
     for chunk in chunks:
         for parameter in chunk.parameters():
-            yield parameter.detach()
+            if parameter.requires_grad:
+                yield parameter.detach()
 
 
 def _host_buffer(tensor: torch.Tensor, pin: bool) -> torch.Tensor:

@@ -24,6 +24,7 @@ _FREE = (
     "trainer.log_every_steps",
     "trainer.stop_after_minutes",
     "model.export_to",
+    "model.export_adapter_to",
     "model.tensor_model_parallel_size",
     "model.pipeline_model_parallel_size",
     "model.virtual_pipeline_model_parallel_size",

@@ -76,9 +76,8 @@ def check_reward_config(cfg: DictConfig) -> RewardConfig:
         raise ValueError(
             "model.virtual_pipeline_model_parallel_size must be null: reward models are not trained on them yet"
         )
-    if model.frozen_layers and model.recompute == "full":
-        # Megatron recomputes a layer in the backward pass of its input, and that of a frozen layer has none.
-        raise ValueError("model.frozen_layers needs model.recompute=none or selective: full recompute would not train")
+    if model.frozen_layers and model.peft is not None:
+        raise ValueError("model.frozen_layers must be 0 with model.peft: all layers are frozen, and all have adapters")
     if train.subtract_mean and data.validation is None and not data.holdout:
         raise ValueError(
             "train.subtract_mean subtracts the mean reward of held-out outputs, and there are none: set "

@@ -12,9 +12,10 @@ import torch
 from nemo.collections.llm.gpt.model.base import GPTModel
 
 from nemo_brain.convert.sharding import global_parameters, unwrap
-from nemo_brain.convert.weights import Weights, load_weights
+from nemo_brain.convert.weights import Weights
 from nemo_brain.gpt import PackedGPTConfig, PackedGPTModel
 from nemo_brain.groups import Group, MicroBatch
+from nemo_brain.lora import LoRA, load
 from nemo_brain.passes import GroupPasses
 
 HEAD = "reward_head.weight"  # the head's canonical name: [1, H], whole on every tensor-parallel rank
@@ -72,13 +73,22 @@ class RewardModel(GPTModel):
     Args:
         weights: what the chunks are filled with, the head among them.
         frozen_layers: the embeddings and this many of the first layers are not trained; 0: everything is.
+        lora: the adapters to train beside the head, in place of all other weights; None: there are none.
         optim: as in NeMo's GPTModel.
     """
 
-    def __init__(self, config: RewardGPTConfig, weights: Weights, frozen_layers: int = 0, optim=None):
+    def __init__(
+        self,
+        config: RewardGPTConfig,
+        weights: Weights,
+        frozen_layers: int = 0,
+        lora: LoRA | None = None,
+        optim=None,
+    ):
         super().__init__(config, optim=optim, tokenizer=weights.tokenizer)
         self.weights = weights
         self.frozen_layers = frozen_layers
+        self.lora = lora
 
     def configure_model(self, vp_stage: int | None = None) -> None:
         """Builds this rank's (virtual) pipeline chunk and loads its share of the weights; once."""
@@ -86,7 +96,9 @@ class RewardModel(GPTModel):
         super().configure_model(vp_stage=vp_stage)
         if not fresh:
             return
-        load_weights([self.module], self.weights)
+        load(self.module, self.weights, self.lora)
+        if self.module.post_process:
+            self.module.reward_head.requires_grad_(True)
         for parameter in global_parameters(unwrap(self.module)) if self.frozen_layers else ():
             layer = _LAYER.match(parameter.name)
             if parameter.name.startswith("embedding.") or (layer and int(layer[1]) < self.frozen_layers):

@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from nemo_brain.build import (
     make_gpt_config,
+    make_lora,
     make_optimizer,
     make_strategy,
     make_trainer,
@@ -55,7 +56,7 @@ def train_reward_model(cfg: DictConfig, callbacks: Sequence[pl.Callback] = ()) -
         prepare_run_dir(run_dir)
         (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True), encoding="utf-8")
     loop = PreferenceLoop(config, pairs, held_out, run_dir)
-    model = RewardModel(gpt, weights, config.model.frozen_layers, optim)
+    model = RewardModel(gpt, weights, config.model.frozen_layers, make_lora(config), optim)
     strategy = make_strategy(config, PreferenceStrategy, centering=config.train.centering)
     trainer = make_trainer(config, strategy, config.trainer.epochs * loop.steps_per_epoch, [loop, *callbacks])
     trainer.fit(model, train_dataloaders=loop)

@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from nemo_brain.build import (
     make_gpt_config,
+    make_lora,
     make_optimizer,
     make_strategy,
     make_trainer,
@@ -25,13 +26,16 @@ from nemo_brain.build import (
     world_size,
 )
 from nemo_brain.config import Config, check
-from nemo_brain.convert.export import Export, check_target, export_model, make_export
+from nemo_brain.convert.adapter import export_adapter
+from nemo_brain.convert.export import check_target, export_model, make_export
+from nemo_brain.convert.mapping import MappedExport
 from nemo_brain.convert.weights import Weights
 from nemo_brain.data.prompts import load_prompts, split_holdout
 from nemo_brain.data.rollouts import read_rollouts
 from nemo_brain.gpt import PackedGPTConfig
 from nemo_brain.interruption import Interrupted
 from nemo_brain.loop import BRAInLoop
+from nemo_brain.lora import LoRA
 from nemo_brain.metrics import locked, prepare_run_dir, read_metrics
 from nemo_brain.model import BRAInGPTModel
 from nemo_brain.objectives import OBJECTIVES, Objective, make_objective
@@ -69,9 +73,8 @@ def run(cfg: DictConfig, callbacks: list[pl.Callback] | None = None) -> BRAInGPT
             make_gpt_config(config, reward.weights, RewardGPTConfig), weights.tokenizer, config.data.template
         )
     remote = RemoteRollout(config, gpt, weights) if config.rollout.remote is not None else None
-    callbacks = list(callbacks or [])
-    if config.model.export_to is not None:
-        callbacks.append(_export_at_end(config.model.export_to, gpt, weights))
+    lora = make_lora(config)
+    callbacks = [*(callbacks or []), _export_at_end(config, gpt, weights, lora)]
     optim = make_optimizer(config)
     prompts, offline, held_out = _data(config, weights.tokenizer)
     rank_zero = int(os.environ.get("RANK", 0)) == 0
@@ -87,10 +90,10 @@ def run(cfg: DictConfig, callbacks: list[pl.Callback] | None = None) -> BRAInGPT
             (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True), encoding="utf-8")
         checkpointer = Checkpointer(config.checkpoint, run_dir / "checkpoints", configuration)
         loop = BRAInLoop(config, prompts, offline, held_out, reward, remote, run_dir, checkpointer)
-        model = BRAInGPTModel(gpt, weights, objective, optim=optim, tokenizer=weights.tokenizer)
         strategy = make_strategy(
             config, BRAInStrategy, prior_placement=config.prior.placement, async_save=config.checkpoint.in_background
         )
+        model = BRAInGPTModel(gpt, weights, objective, lora, optim=optim, tokenizer=weights.tokenizer)
         strategy.resume_candidates = earlier
         max_steps = config.trainer.max_iterations * config.steps_per_iteration
         trainer = make_trainer(config, strategy, max_steps, [loop, *callbacks])
@@ -118,17 +121,33 @@ def _fit(trainer: nl.Trainer, model: BRAInGPTModel, loop: BRAInLoop, rank_zero: 
         print("\n".join(summary_lines(read_metrics(loop.run_dir / "metrics.jsonl"), report)))
 
 
-def _export_at_end(directory: str, gpt: PackedGPTConfig, weights: Weights) -> pl.Callback:
-    """Writes the trained policy to ``directory`` when training ends; ValueError now if that will not be possible."""
-    export: Export = make_export(gpt, weights.vocab_size, weights.tokenizer, "model.export_to")
-    check_target(directory, "model.export_to")
+def _export_at_end(config: Config, gpt: PackedGPTConfig, weights: Weights, lora: LoRA | None) -> pl.Callback:
+    """Writes what ``model.export_to`` and ``model.export_adapter_to`` ask for when training ends.
 
-    def write(trainer: pl.Trainer, model: pl.LightningModule) -> None:
+    Raises:
+        ValueError: now, if that will not be possible.
+    """
+    model = config.model
+    merged = adapter = None
+    if model.export_to is not None:
+        merged = _export("model.export_to", model.export_to, gpt, weights)
+    if model.export_adapter_to is not None:
+        adapter = _export("model.export_adapter_to", model.export_adapter_to, gpt, weights)
+
+    def write(trainer: pl.Trainer, _: pl.LightningModule) -> None:
         trainer.strategy.settle()
-        export_model(trainer.strategy.chunks, export, directory)
+        if merged is not None:
+            export_model(trainer.strategy.chunks, merged, model.export_to)
+        if adapter is not None:
+            export_adapter(trainer.strategy.chunks, adapter, lora, model.restore_from, model.export_adapter_to)
 
     # Not after fit: with CUDA, Lightning has moved the weights to the host by then.
     return LambdaCallback(on_train_end=write)
+
+
+def _export(key: str, directory: str, gpt: PackedGPTConfig, weights: Weights) -> MappedExport:
+    check_target(directory, key)
+    return make_export(gpt, weights.vocab_size, weights.tokenizer, key)
 
 
 def _objective(config: Config) -> Objective:

@@ -24,7 +24,7 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 from nemo_brain import checkpoint
 from nemo_brain.config import CheckpointConfig
-from nemo_brain.convert.sharding import VOCABULARY_TENSORS, global_parameters, unwrap
+from nemo_brain.convert.sharding import VOCABULARY_TENSORS, global_parameters, is_adapter, unwrap
 from nemo_brain.groups import Group
 from nemo_brain.pulse import beat
 from nemo_brain.torch_dist import InProcessSave
@@ -215,7 +215,8 @@ def versions() -> dict[str, str | None]:
 
 @torch.no_grad()
 def fingerprint(chunks: Sequence[torch.nn.Module], vocab_size: int) -> str:
-    """A hash of a model's weights, bit for bit, that does not depend on the layout. A collective of one replica.
+    """A hash of a model's weights, bit for bit, that does not depend on the layout, nor on adapters beside them. A
+    collective of one replica.
 
     Of each tensor the bits are added up as integers, and their squares, modulo 2^64: sums over any shards.
     """
@@ -223,6 +224,8 @@ def fingerprint(chunks: Sequence[torch.nn.Module], vocab_size: int) -> str:
     mine: dict[str, tuple[int, int, bool]] = {}
     for chunk in chunks:
         for parameter in global_parameters(unwrap(chunk)):
+            if is_adapter(parameter.name):
+                continue
             weight = parameter.parameter.detach()
             if parameter.name in VOCABULARY_TENSORS:
                 rows = weight.shape[0]

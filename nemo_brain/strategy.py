@@ -23,7 +23,7 @@ from nemo_brain.gpt import PackedGPTConfig
 from nemo_brain.groups import Group, Prompt
 from nemo_brain.guards import OptimizerGuard
 from nemo_brain.passes import GroupPasses, Scores, StepResult
-from nemo_brain.prior import OffloadedPrior, ResidentPrior
+from nemo_brain.prior import AdapterOffPrior, OffloadedPrior, ResidentPrior
 from nemo_brain.sampling import Sampler, SamplingOptions
 from nemo_brain.saving import fingerprint, first_intact
 from nemo_brain.torch_dist import InProcessSave, loading, loading_optimizers
@@ -124,7 +124,7 @@ class BRAInStrategy(PackedStrategy):
     """PackedStrategy whose batches are ``TrainStep``s.
 
     Args:
-        prior_placement: ``resident`` or ``offload``, see ``prior``.
+        prior_placement: ``resident``, ``offload`` or, for a model with adapters, ``adapter_off``: see ``prior``.
         async_save: checkpoints are written while training goes on, see ``Checkpointer``.
         **options: PackedStrategy's own.
     """
@@ -141,7 +141,9 @@ class BRAInStrategy(PackedStrategy):
         super().setup(trainer)
         model = self.lightning_module
         self.passes = GroupPasses(model.config, self.layout, self.micro_batch_tokens)
-        if self._prior_placement == "offload":
+        if self._prior_placement == "adapter_off":
+            self._prior = AdapterOffPrior()
+        elif self._prior_placement == "offload":
             self._prior = OffloadedPrior(self.chunks)
         else:
             self._prior = ResidentPrior(self.more_chunks(model.config, model.weights))
@@ -168,6 +170,11 @@ class BRAInStrategy(PackedStrategy):
             )
         with loading(self.optimizers):
             return super().load_checkpoint(path, selective_restore)
+
+    def load_model_state_dict(self, checkpoint, strict: bool = True) -> None:
+        """NeMo's. A checkpoint of a model with adapters holds nothing else (see ``PackedGPTModel.sharded_state_dict``);
+        that all of them are in it was seen when it was read."""
+        super().load_model_state_dict(checkpoint, strict=strict and self.lightning_module.lora is None)
 
     def load_optimizer_state_dict(self, checkpoint, selective_restore: bool = False) -> None:
         """NeMo's."""

@@ -104,7 +104,7 @@ REFUSED = {
     "fp8 recipe": (["trainer.fp8_recipe=x"], "trainer.fp8_recipe", "delayed, tensorwise"),
     "fp8 with fp32": (["trainer.fp8=hybrid"], "trainer.fp8", "trainer.precision=bf16-mixed"),
     "recompute": (["model.recompute=all"], "model.recompute", "none, selective, full"),
-    "placement": (["prior.placement=disk"], "prior.placement", "resident, offload"),
+    "placement": (["prior.placement=disk"], "prior.placement", "resident, offload, adapter_off"),
     "truncated": (["rollout.truncated=drop"], "rollout.truncated", "keep, mask"),
     "layout": (["train.layout=rows"], "train.layout", "auto, "),
     "n of 1": (["rollout.outputs_per_prompt=1"], "rollout.outputs_per_prompt", "at least 2, not 1"),

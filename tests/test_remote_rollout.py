@@ -46,8 +46,12 @@ def remote(server: CompletionServer, tmp_path, **changes) -> list[str]:
 
 @pytest.mark.parametrize(
     ("ranks", "overrides"),
-    [(1, ["prior.placement=offload", "rollout.rescore_proposal=false"]), (2, [PP2]), (4, [TP2])],
-    ids=["one process, prior offloaded, the server's log-probs", "PP2", "TP2 x DP2"],
+    [
+        (1, ["prior.placement=offload", "rollout.rescore_proposal=false"]),
+        (2, [PP2]),
+        (4, [TP2, "model.peft={dim: 8}", "prior.placement=adapter_off", "optim.lr=0.1"]),
+    ],
+    ids=["one process, prior offloaded, the server's log-probs", "PP2", "TP2 x DP2, adapters"],
 )
 def test_a_server_samples_from_each_refreshed_policy(server, tmp_path, ranks, overrides):
     """What the server says of its outputs is what the policy of that iteration says: it got the new weights."""

@@ -243,7 +243,11 @@ def frozen_training(pairs: Path, run_dir: Path, *overrides: str) -> list:
     train_reward_model(config)
 
 
-@pytest.mark.parametrize(("ranks", "layout"), [(1, []), (2, [PP2]), (2, [TP2, SP])], ids=["one", "PP2", "TP2"])
+@pytest.mark.parametrize(
+    ("ranks", "layout"),
+    [(1, ["model.recompute=full"]), (2, [PP2]), (2, [TP2, SP])],
+    ids=["one, full recompute", "PP2", "TP2"],
+)
 def test_frozen_layers_stay_and_the_others_train(pairs, tmp_path, ranks, layout):
     """With PP2 the first stage has nothing to train at all."""
     models = []
@@ -269,7 +273,7 @@ def test_every_key_of_the_schema_is_in_the_file():
         (["+model.freeze=3"], ["model.freeze", "did you mean"]),
         (["trainer.epochs=0"], ["trainer.epochs", "at least 1"]),
         (["model.frozen_layers=-1"], ["model.frozen_layers"]),
-        (["model.frozen_layers=1", "model.recompute=full"], ["model.frozen_layers", "selective"]),
+        (["model.frozen_layers=1", "model.peft={dim: 8}"], ["model.frozen_layers", "model.peft"]),
         (["train.centering=nan"], ["train.centering", "at least 0"]),
         (["data.holdout=0"], ["train.subtract_mean", "data.holdout"]),
         (["model.sequence_parallel=true"], ["model.sequence_parallel"]),

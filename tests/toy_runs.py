@@ -35,7 +35,10 @@ def composed(name: str, *overrides: str) -> DictConfig:
 
 
 class GradientRecorder(pl.Callback):
-    """The full gradients of each step by canonical name, after Megatron has reduced and before it has clipped them."""
+    """The full gradients of each step by canonical name, after Megatron has reduced and before it has clipped them.
+
+    Of what is frozen there are none.
+    """
 
     def __init__(self):
         self.steps: list[dict[str, torch.Tensor]] = []
@@ -49,6 +52,8 @@ class GradientRecorder(pl.Callback):
             while hasattr(inner, "module"):
                 inner = inner.module
             for parameter in global_parameters(inner):
+                if not parameter.parameter.requires_grad:
+                    continue
                 gradient = parameter.gather(parameter.parameter.main_grad).clone()
                 if parameter.name in VOCABULARY_TENSORS:
                     # Each tensor-parallel size pads the vocabulary to another length.

@@ -1,4 +1,7 @@
-"""A model as a Hugging Face directory: gathered tensor by tensor, written shard by shard, put in place at once."""
+"""A model as a Hugging Face directory: gathered tensor by tensor, written shard by shard, put in place at once.
+
+Adapters are merged into the weights that they belong to; ``adapter.py`` writes them by themselves.
+"""
 
 from __future__ import annotations
 
@@ -11,15 +14,16 @@ from typing import Protocol
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.models.gpt.gpt_model import GPTModel
 from safetensors.torch import save_file
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerFast
 
 from nemo_brain.convert.gpt2 import GPT2Export
 from nemo_brain.convert.gpt_neox import GPTNeoXExport
 from nemo_brain.convert.llama import LlamaExport
-from nemo_brain.convert.sharding import VOCABULARY_TENSORS, global_parameters, unwrap
+from nemo_brain.convert.mapping import MappedExport
+from nemo_brain.convert.sharding import VOCABULARY_TENSORS, GlobalParameter, unwrap
 from nemo_brain.gpt import PackedGPTConfig
+from nemo_brain.lora import merged_parameters
 from nemo_brain.pulse import beat
 
 MAX_SHARD_BYTES = 5 * 10**9  # what one safetensors file holds, and what rank 0 holds in host memory
@@ -38,10 +42,10 @@ class Export(Protocol):
 
 
 # The first that can express a model exports it.
-EXPORTS: tuple[Callable[..., Export], ...] = (LlamaExport, GPTNeoXExport, GPT2Export)
+EXPORTS: tuple[Callable[..., MappedExport], ...] = (LlamaExport, GPTNeoXExport, GPT2Export)
 
 
-def make_export(gpt: PackedGPTConfig, vocab_size: int, tokenizer: PreTrainedTokenizerFast, key: str) -> Export:
+def make_export(gpt: PackedGPTConfig, vocab_size: int, tokenizer: PreTrainedTokenizerFast, key: str) -> MappedExport:
     """How a model is written.
 
     Args:
@@ -74,7 +78,6 @@ def check_target(directory: str | Path, key: str) -> None:
         )
 
 
-@torch.no_grad()
 def export_model(
     chunks: Sequence[torch.nn.Module],
     export: Export,
@@ -84,8 +87,9 @@ def export_model(
     """Writes the model to ``directory``, in the parameters' own dtype: what transformers and inference servers load.
 
     A collective of all ranks. The ranks of the first data-parallel replica gather, rank 0 writes, the others wait. No
-    rank holds more than one full tensor beside its shards, rank 0 one file's worth of them. The directory is written
-    under another name beside its place and then renamed; an earlier export there is there in full until that moment.
+    rank holds more than one full tensor beside its shards (a few where an adapter is merged), rank 0 one file's worth
+    of them. The directory is written under another name beside its place and then renamed; an earlier export there is
+    there in full until that moment.
 
     Args:
         chunks: this rank's chunks, wrapped (DDP, Float16Module) or not; an overlapped gather of the weights has ended.
@@ -98,8 +102,15 @@ def export_model(
         ValueError: on every rank, when ``directory`` exists and is not an earlier export.
     """
     writer = Writer(export, Path(directory), max_shard_bytes) if dist.get_rank() == 0 else None
+    write_parameters([p for chunk in chunks for p in merged_parameters(unwrap(chunk))], writer)
+
+
+@torch.no_grad()
+def write_parameters(mine: Sequence[GlobalParameter], writer: DirectoryWriter | None) -> None:
+    """Gives the full tensors of all ranks' parameters to rank 0's writer. A collective of all ranks; raises as
+    ``export_model``."""
     if parallel_state.get_data_parallel_rank() == 0:
-        for name, full in _full_tensors([unwrap(chunk) for chunk in chunks]):
+        for name, full in _full_tensors(mine):
             writer.attempt(writer.add, name, full)
     if writer:
         writer.attempt(writer.finish)
@@ -110,15 +121,14 @@ def export_model(
         raise kind(message)
 
 
-def _full_tensors(chunks: Sequence[GPTModel]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every tensor of the model once, by canonical name, on the replica's first rank; the others yield nothing.
+def _full_tensors(mine: Sequence[GlobalParameter]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every tensor of all ranks once, by canonical name, on the replica's first rank; the others yield nothing.
 
     A collective of one replica's ranks.
     """
     group = parallel_state.get_pipeline_model_parallel_group()
     ranks, stage = dist.get_process_group_ranks(group), group.rank()
     first_shard = parallel_state.get_tensor_model_parallel_rank() == 0
-    mine = [parameter for chunk in chunks for parameter in global_parameters(chunk)]
     stages: list = [None] * group.size()
     dist.all_gather_object(stages, [(p.name, p.global_shape, p.parameter.dtype) for p in mine], group=group)
     seen = set()
@@ -130,7 +140,7 @@ def _full_tensors(chunks: Sequence[GPTModel]) -> Iterator[tuple[str, torch.Tenso
             seen.add(name)
             full = None
             if stage == owner:
-                full = mine[index].gather(mine[index].parameter.data)
+                full = mine[index].full()
                 if first_shard and stage > 0:
                     dist.send(full.contiguous(), ranks[0], group=group)
             elif first_shard and stage == 0:
@@ -140,22 +150,28 @@ def _full_tensors(chunks: Sequence[GPTModel]) -> Iterator[tuple[str, torch.Tenso
                 yield name, full
 
 
-class Writer:
-    """What rank 0 does. An error is kept in ``error`` (its type and message) and ends the writing, not the gathering:
-    the other ranks would wait for ever. ``replaceable``: a later export may take the directory's place."""
+class DirectoryWriter:
+    """What rank 0 does: writes to ``_incomplete`` what it is given, then puts it in the directory's place.
 
-    def __init__(self, export: Export, directory: Path, max_shard_bytes: int, replaceable: bool = True):
+    An error is kept in ``error`` (its type and message) and ends the writing, not the gathering: the other ranks would
+    wait for ever. ``replaceable``: a later export may take the directory's place.
+    """
+
+    def __init__(self, directory: Path, replaceable: bool = True):
         self.error: tuple[type[Exception], str] | None = None
-        self.tensors = self.total_bytes = 0  # written so far
         self._replaceable = replaceable
-        self._export = export
         self._directory = directory.resolve()
-        self._max_shard_bytes = max_shard_bytes
         self._incomplete = self._beside("incomplete")
-        self._shard: dict[str, torch.Tensor] = {}
-        self._shard_bytes = 0
-        self._files: list[list[str]] = []  # the names in each file
+        self._tensors: dict[str, torch.Tensor] = {}  # in memory, not yet in a file
         self.attempt(self._start)
+
+    def add(self, name: str, full: torch.Tensor) -> None:
+        """Takes the full tensor of a canonical name."""
+        raise NotImplementedError
+
+    def write_rest(self) -> None:
+        """Writes what is not yet in a file, among it a JSON file."""
+        raise NotImplementedError
 
     def attempt(self, work: Callable, *args) -> None:
         """Runs ``work``, unless something has failed before."""
@@ -169,33 +185,14 @@ class Writer:
             described = f"{type(error).__name__}: {error}"
             self.error = (OSError, f"the export to {self._directory} failed, nothing there has changed: {described}")
         if self.error is not None:
-            self._shard.clear()
+            self._tensors.clear()
             shutil.rmtree(self._incomplete, ignore_errors=True)
 
-    def add(self, name: str, full: torch.Tensor) -> None:
-        if name in VOCABULARY_TENSORS:
-            full = full[: self._export.vocab_size]
-            self._export.config.torch_dtype = full.dtype
-        for theirs, tensor in self._export.tensors(name, full):
-            tensor = tensor.cpu().contiguous()
-            size = tensor.numel() * tensor.element_size()
-            if self._shard and self._shard_bytes + size > self._max_shard_bytes:
-                self._flush()
-            self._shard[theirs] = tensor
-            self._shard_bytes += size
-
     def finish(self) -> None:
-        self._flush()
-        self._name_files()
-        self._export.config.save_pretrained(self._incomplete)
+        self.write_rest()
         for file in self._incomplete.glob("*.safetensors"):
             # They are written for their owner alone, but an inference server may be another user.
-            shutil.copymode(self._incomplete / "config.json", file)
-        ends = {
-            name: getattr(self._export.tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")
-        }
-        GenerationConfig(**ends).save_pretrained(self._incomplete)
-        self._export.tokenizer.save_pretrained(self._incomplete)
+            shutil.copymode(next(self._incomplete.glob("*.json")), file)
         if self._replaceable:
             (self._incomplete / _MARK).write_text(
                 "Written by nemo_brain, which replaces this directory at its next export.\n"
@@ -217,13 +214,47 @@ class Writer:
     def _beside(self, what: str) -> Path:
         return self._directory.with_name(f".{self._directory.name}.{what}")
 
+
+class Writer(DirectoryWriter):
+    """Writes a model, file by file; see ``export_model``."""
+
+    def __init__(self, export: Export, directory: Path, max_shard_bytes: int, replaceable: bool = True):
+        self.tensors = self.total_bytes = 0  # written so far
+        self._export = export
+        self._max_shard_bytes = max_shard_bytes
+        self._shard_bytes = 0
+        self._files: list[list[str]] = []  # the names in each file
+        super().__init__(directory, replaceable)
+
+    def add(self, name: str, full: torch.Tensor) -> None:
+        if name in VOCABULARY_TENSORS:
+            full = full[: self._export.vocab_size]
+            self._export.config.torch_dtype = full.dtype
+        for theirs, tensor in self._export.tensors(name, full):
+            tensor = tensor.cpu().contiguous()
+            size = tensor.numel() * tensor.element_size()
+            if self._tensors and self._shard_bytes + size > self._max_shard_bytes:
+                self._flush()
+            self._tensors[theirs] = tensor
+            self._shard_bytes += size
+
+    def write_rest(self) -> None:
+        self._flush()
+        self._name_files()
+        self._export.config.save_pretrained(self._incomplete)
+        ends = {
+            name: getattr(self._export.tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")
+        }
+        GenerationConfig(**ends).save_pretrained(self._incomplete)
+        self._export.tokenizer.save_pretrained(self._incomplete)
+
     def _flush(self) -> None:
         file = self._incomplete / f"{len(self._files)}.safetensors"
-        save_file(self._shard, file, metadata={"format": "pt"})
-        self._files.append(list(self._shard))
-        self.tensors += len(self._shard)
+        save_file(self._tensors, file, metadata={"format": "pt"})
+        self._files.append(list(self._tensors))
+        self.tensors += len(self._tensors)
         self.total_bytes += self._shard_bytes
-        self._shard, self._shard_bytes = {}, 0
+        self._tensors, self._shard_bytes = {}, 0
 
     def _name_files(self) -> None:
         """transformers' names; they hold the number of files, which is known at the end only."""

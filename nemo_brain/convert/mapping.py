@@ -72,9 +72,13 @@ class Module:
 
     def split(self, full: torch.Tensor) -> list[torch.Tensor]:
         """Hugging Face's tensors."""
+        return [self._turn(part) for part in self.split_rows(full)]
+
+    def split_rows(self, full: torch.Tensor) -> list[torch.Tensor]:
+        """The rows of each part, whatever the columns are, as [out, ...]."""
         if self.heads is not None:
             full = self.heads.separate(full)
-        return [self._turn(part) for part in full.split(self._rows(len(full)))]
+        return list(full.split(self._rows(len(full))))
 
     def _rows(self, total: int) -> list[int]:
         if self.heads is None:

@@ -12,6 +12,13 @@ _SCALED = ("self_attention.linear_proj.weight", "mlp.linear_fc2.weight")
 _UNSCALED = ("self_attention.linear_qkv.weight", "mlp.linear_fc1.weight", "output_layer.weight")
 
 
+def normal(seed: int, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+    """Standard normal numbers that depend on the seed and the name alone: fp32, on the CPU."""
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big", signed=True))
+    return torch.randn(shape, generator=generator)
+
+
 class RandomWeights:
     """A fresh GPT, initialised as Megatron does (``Weights`` for ``load_weights``).
 
@@ -39,9 +46,7 @@ class RandomWeights:
         if name.endswith("layernorm.weight"):
             zero_centered = self.gpt_config.get("layernorm_zero_centered_gamma", False)
             return torch.zeros(shape) if zero_centered else torch.ones(shape)
-        digest = hashlib.sha256(f"{self.seed}/{name}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big", signed=True))
-        return self._std(name) * torch.randn(shape, generator=generator)
+        return self._std(name) * normal(self.seed, name, shape)
 
     def _std(self, name: str) -> float:
         std = self.gpt_config.get("init_method_std", 0.02)

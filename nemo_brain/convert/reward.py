@@ -7,7 +7,6 @@ rendered (``data.template``); transformers ignores both.
 from __future__ import annotations
 
 import copy
-import hashlib
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from nemo_brain.convert.export import Export
 from nemo_brain.convert.huggingface import HuggingFaceDirectory
+from nemo_brain.convert.random import normal
 from nemo_brain.convert.weights import ARCHITECTURES, Weights, open_weights, resolve
 from nemo_brain.reward_model import HEAD
 
@@ -48,9 +48,7 @@ class RewardWeights:
 
 def new_head(trunk: Weights, std: float, seed: int) -> RewardWeights:
     """A reward model of a language model's trunk; its head is normal with ``std`` (0: zero), drawn from ``seed``."""
-    digest = hashlib.sha256(f"{seed}/{HEAD}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big", signed=True))
-    return RewardWeights(trunk, std * torch.randn(1, trunk.gpt_config["hidden_size"], generator=generator))
+    return RewardWeights(trunk, std * normal(seed, HEAD, (1, trunk.gpt_config["hidden_size"])))
 
 
 def is_reward_model(path: str | Path) -> bool:

@@ -1,7 +1,8 @@
 """The parameters of one Megatron GPT chunk under names and shapes that do not depend on the parallel layout.
 
 Names are those of Megatron's local layer spec, layers counted from 0 over all pipeline stages. Transformer Engine's
-fused layer norms and the last stage's copy of a tied embedding answer to the name of the one tensor that they hold.
+fused layer norms and the last stage's copy of a tied embedding answer to the name of the one tensor that they hold. The
+matrices of a layer's adapter (see ``lora``) are its ``adapter.linear_in.weight`` and ``adapter.linear_out.weight``.
 """
 
 from __future__ import annotations
@@ -62,6 +63,15 @@ class GlobalParameter:
             shards = [piece for half in halves for piece in half]
         return torch.cat(shards, self.partition_dim)
 
+    def full(self) -> torch.Tensor:
+        """The full tensor; a collective as ``gather``."""
+        return self.gather(self.parameter.data)
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a parameter of this name belongs to an adapter; also for the keys of a checkpoint."""
+    return ".adapter." in name
+
 
 def unwrap(chunk: torch.nn.Module) -> GPTModel:
     """The GPT inside what Megatron's schedules take (DDP, Float16Module)."""
@@ -82,7 +92,7 @@ def global_parameters(chunk: GPTModel) -> Iterator[GlobalParameter]:
         split = getattr(parameter, "tensor_model_parallel", False)
         dim = parameter.partition_dim if split else None
         shape = tuple(length * size if index == dim else length for index, length in enumerate(parameter.shape))
-        gated = ".mlp.linear_fc1." in name and chunk.config.gated_linear_unit
+        gated = ".mlp.linear_fc1." in name and chunk.config.gated_linear_unit and not name.endswith("linear_in.weight")
         yield GlobalParameter(name, parameter, shape, dim, gated)
 
 
@@ -93,6 +103,7 @@ def _global_name(chunk: GPTModel, name: str) -> str:
     if match is None:
         return name
     index, rest = match.groups()
+    rest = rest.replace(".to_wrap.", ".")  # what has an adapter is wrapped
     for fused, separate in _FUSED_NORMS.items():
         if rest.startswith(fused):
             rest = separate + rest.removeprefix(fused)
