@@ -22,6 +22,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from nemo_brain.groups import Group, Output, Prompt
 
 FORMAT = 1
@@ -90,7 +92,7 @@ def checksums(path: Path, rank: int, ranks: int) -> dict[str, list[int]]:
 def damage(path: Path, rank: int, ranks: int) -> str | None:
     """What is wrong with this rank's share of a checkpoint's files, or None.
 
-    Rank 0 also looks at what the index of the weights would run when it is read.
+    Rank 0 also looks at what the index and the common part of the weights would run when they are read.
     """
     try:
         manifest = read_json(path / _MANIFEST)
@@ -99,6 +101,8 @@ def damage(path: Path, rank: int, ranks: int) -> str | None:
         expected = sorted(manifest["files"].items())
         if rank == 0:
             _check_index(path / "weights" / ".metadata")
+            # Megatron leaves it to torch's default, which the environment can change, whether this is data alone.
+            load_data(path / "weights" / "common.pt")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{path}: cannot be read: {error}"
     for name, (size, crc) in expected[rank::ranks]:
@@ -136,6 +140,14 @@ def write_text(path: Path, content: str) -> None:
 
 def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+def load_data(path: Path) -> Any:
+    """What torch.save wrote, if that is data alone; ValueError otherwise: nothing in it is run."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
+        raise ValueError(f"{path} is damaged, or not data alone: {str(error).splitlines()[0]}") from None
 
 
 def groups_as_json(groups: Sequence[Group]) -> list[dict]:

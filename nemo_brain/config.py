@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -245,11 +247,49 @@ def typed(kind: type, cfg: DictConfig, file: str) -> Any:
             f"configuration key {error.full_key} has no value: set it in the YAML or on the command line"
         ) from None
     except OmegaConfBaseException as error:
-        raise ValueError(f"configuration key {error.full_key}: {str(error).splitlines()[0]}") from None
+        key = error.full_key or _culprit(kind, cfg)
+        raise ValueError(f"configuration key {key}: {str(error).splitlines()[0]}") from None
+    _check_finite(config)
     if getattr(config, "reward", None) is not None:
         # A config that names another reward than the one it inherits from sets the other's arguments to null.
         config.reward = {name: value for name, value in config.reward.items() if value is not None}
     return config
+
+
+def _culprit(kind: type, cfg: DictConfig) -> str:
+    """The key that OmegaConf fails on, where its error does not say: alone it has another type, or does not resolve."""
+    for path, value in _leaves(OmegaConf.to_container(cfg, resolve=False)):
+        key = ".".join(map(str, path))
+        items = [f"{key}[{index}]" for index in range(len(value))] if isinstance(value, list) else []
+        try:
+            for item in items:
+                OmegaConf.select(cfg, item)
+            tree = OmegaConf.select(cfg, key) if isinstance(value, str) else value  # an interpolation's value
+            for name in reversed(path):
+                tree = {name: tree}
+            OmegaConf.merge(OmegaConf.structured(kind), tree)
+        except OmegaConfBaseException:
+            return key
+    return "(unknown)"
+
+
+def _leaves(tree: dict, path: tuple = ()) -> Iterator[tuple[tuple, Any]]:
+    """The values that are no sections, with the names that lead to them."""
+    for name, value in tree.items():
+        if isinstance(value, dict) and value:
+            yield from _leaves(value, (*path, name))
+        else:
+            yield (*path, name), value
+
+
+def _check_finite(section: Any, prefix: str = "") -> None:
+    """ValueError for a key whose value is NaN or infinite: every comparison with a bound would let it pass or not by
+    accident."""
+    for name, value in vars(section).items():
+        if dataclasses.is_dataclass(value):
+            _check_finite(value, f"{prefix}{name}.")
+        elif isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{prefix}{name} must be a finite number, not {value}")
 
 
 def _keys(kind: type, prefix: str = "") -> list[str]:
@@ -354,6 +394,8 @@ def check_common(config: Any) -> None:
         raise ValueError(f"trainer.hang_timeout_minutes must be above 0, not {trainer.hang_timeout_minutes}")
     if model.peft is not None:
         _check_peft(model.peft, model.tensor_model_parallel_size)
+    if not 0 <= config.seed < 2**32:
+        raise ValueError(f"seed must be at least 0 and below 2^32, not {config.seed}")  # NumPy's bounds
     if trainer.fp8 is not None and not config.bf16:
         raise ValueError("trainer.fp8 needs trainer.precision=bf16-mixed: what is not FP8 is bf16")
     if model.context_parallel_size != 1:

@@ -45,7 +45,8 @@ class Evaluation:
     """The current model against the start model on the same held-out prompts.
 
     ``kl_to_prior`` is in nats per output, NaN where outputs carry no log-probs. ``p_value`` is the paired t-test's;
-    ``win_rate`` counts a tie as half. ``reference_reward`` is None without reference answers.
+    ``win_rate`` counts a tie as half; ``nonfinite`` are the current model's outputs without a finite reward.
+    ``reference_reward`` is None without reference answers.
     """
 
     prompts: int
@@ -56,6 +57,7 @@ class Evaluation:
     p_value_wilcoxon: float
     win_rate: Estimate
     kl_to_prior: Estimate
+    nonfinite: int = 0
     reference_reward: float | None = None
 
     def as_metrics(self) -> dict[str, float]:
@@ -69,6 +71,7 @@ class Evaluation:
             "eval/p_value": self.p_value,
             "eval/p_value_wilcoxon": self.p_value_wilcoxon,
             "eval/prompts": self.prompts,
+            "eval/nonfinite": self.nonfinite,
         }
         if self.reference_reward is not None:
             metrics["eval/reference_reward"] = self.reference_reward
@@ -82,26 +85,35 @@ def evaluate(
 
     Args:
         start, current: the same prompts in the same order, every output with a reward; the numbers of outputs may
-            differ. ``current`` gives the KL estimate by its ``policy_logprob`` and ``prior_logprob``: the mean of
+            differ. Outputs whose reward is not finite are left out, and prompts for which one side has no other.
+            ``current`` gives the KL estimate by its ``policy_logprob`` and ``prior_logprob``: the mean of
             log q - log p over the policy's own outputs, unbiased for KL(q || p) if they were sampled at temperature 1.
         reference_rewards: the reward of each prompt's reference answer, None where it has none.
 
     Raises:
-        ValueError: no prompts, different prompts, or an output without a reward.
+        ValueError: no prompts, different prompts, an output without a reward, or no prompt with finite ones.
     """
     if not current or [group.prompt.id for group in start] != [group.prompt.id for group in current]:
         raise ValueError(
             "evaluate needs the same held-out prompts, at least one, in the same order for both models; "
             f"got {len(start)} and {len(current)} groups"
         )
-    before, after = [_rewards(group) for group in start], [_rewards(group) for group in current]
+    pairs = [(_rewards(old), _rewards(new)) for old, new in zip(start, current, strict=True)]
+    pairs = [(old, new) for old, new in pairs if old and new]
+    if not pairs:
+        raise ValueError(
+            "for no held-out prompt does the reward give the start model's and the current model's outputs a finite "
+            "number (correct it)"
+        )
+    before, after = zip(*pairs, strict=True)
     start_G, reward_G = _means(before), _means(after)
     difference_G = reward_G - start_G
     p_value, p_value_wilcoxon = paired_tests(difference_G)
     kl_G = np.array([_mean_or_nan(_field(group.outputs, _log_ratio)) for group in current])
-    references = [r for r in reference_rewards or [] if r is not None]
+    references = [r for r in reference_rewards or [] if r is not None and math.isfinite(r)]
     return Evaluation(
-        prompts=len(current),
+        prompts=len(pairs),
+        nonfinite=_nonfinite(current),
         reward=mean_interval(reward_G),
         start_reward=mean_interval(start_G),
         reward_difference=mean_interval(difference_G),
@@ -116,10 +128,12 @@ def evaluate(
 def rollout_metrics(groups: Sequence[Group], n: int, proposal_gap: float | None = None) -> dict[str, float]:
     """The iteration metrics of scored rollout groups; a metric none of whose outputs has the field is left out.
 
-    ``reward/mean`` and ``reward/std`` run over all outputs; ``reward/best_of_n`` is the mean over prompts of the
-    highest reward, of the groups with n rewards (the best of fewer would not be comparable). ``kl_to_prior`` is the
-    mean over outputs of policy_logprob - prior_logprob in nats, without importance weights: it estimates KL(q' || p)
-    for sampling temperature 1, and is only an indication at another. ``outputs/length`` is in tokens.
+    ``reward/mean`` and ``reward/std`` run over all outputs with a finite reward, the others are counted in
+    ``reward/nonfinite``; ``reward/best_of_n`` is the mean over prompts of the highest reward, of the groups with n
+    finite ones (the best of fewer would not be comparable). ``kl_to_prior`` is the mean over outputs of log q -
+    log p in nats, without importance weights: it estimates KL(q' || p) for sampling temperature 1, and is only
+    an indication at another. ``prompts/truncated_fraction`` were cut to ``data.max_prompt_tokens``;
+    ``outputs/length`` is in tokens.
 
     Args:
         n: the outputs per prompt that were asked for.
@@ -127,11 +141,13 @@ def rollout_metrics(groups: Sequence[Group], n: int, proposal_gap: float | None 
             None if nothing was rescored.
     """
     outputs = [output for group in groups for output in group.outputs]
-    rewards = _field(outputs, lambda output: output.reward)
+    rewards = _field(outputs, _finite_reward)
     kls = _field(outputs, _log_ratio)
-    rewards_by_group = [_field(group.outputs, lambda output: output.reward) for group in groups]
+    rewards_by_group = [_field(group.outputs, _finite_reward) for group in groups]
     best = [max(rewards) for rewards in rewards_by_group if len(rewards) >= n]
     metrics = {}
+    if any(output.reward is not None for output in outputs):
+        metrics["reward/nonfinite"] = _nonfinite(groups)
     if rewards:
         metrics |= {"reward/mean": np.mean(rewards), "reward/std": np.std(rewards)}
     if best:
@@ -141,6 +157,7 @@ def rollout_metrics(groups: Sequence[Group], n: int, proposal_gap: float | None 
     if proposal_gap is not None:
         metrics["proposal_gap"] = proposal_gap
     if outputs:
+        metrics["prompts/truncated_fraction"] = np.mean([group.prompt.truncated for group in groups])
         metrics["outputs/length"] = np.mean([len(output.token_ids) for output in outputs])
         metrics["outputs/ended_fraction"] = np.mean([output.ended for output in outputs])
     return {name: float(value) for name, value in metrics.items()}
@@ -197,11 +214,21 @@ def _log_ratio(output: Output) -> float | None:
     return output.policy_logprob - output.prior_logprob
 
 
+def _finite_reward(output: Output) -> float | None:
+    return output.reward if output.reward is not None and math.isfinite(output.reward) else None
+
+
+def _nonfinite(groups: Sequence[Group]) -> int:
+    """The number of outputs whose reward is not finite."""
+    rewards = [output.reward for group in groups for output in group.outputs]
+    return sum(reward is not None and not math.isfinite(reward) for reward in rewards)
+
+
 def _rewards(group: Group) -> list[float]:
-    rewards = _field(group.outputs, lambda output: output.reward)
-    if not rewards or len(rewards) < len(group.outputs):
+    """The group's finite rewards."""
+    if not group.outputs or any(output.reward is None for output in group.outputs):
         raise ValueError(f"prompt {group.prompt.id!r}: every held-out output needs a reward before it is evaluated")
-    return rewards
+    return _field(group.outputs, _finite_reward)
 
 
 def _means(values: Sequence[Sequence[float]]) -> np.ndarray:

@@ -25,13 +25,15 @@ LAYOUTS = ("shared_prefix", "separate_rows")
 
 @dataclass
 class Prompt:
-    """One prompt x. ``text`` is what the tokenizer saw (the template applied)."""
+    """One prompt x. ``text`` is what the tokenizer saw (the template applied); ``token_ids`` may be its end only
+    (``truncated``)."""
 
     id: str
     text: str
     token_ids: list[int]
     reference: str | None = None
     metadata: dict = field(default_factory=dict)
+    truncated: bool = False
 
 
 @dataclass

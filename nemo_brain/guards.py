@@ -45,6 +45,11 @@ def write_groups(path: Path, groups: Sequence[Group]) -> None:
     path.write_text("".join(json.dumps(item) + "\n" for item in groups_as_json(groups)), encoding="utf-8")
 
 
+def nonfinite_rewards(groups: Sequence[Group]) -> list[Group]:
+    """The groups in which an output's reward is not finite."""
+    return [group for group in groups if not all(math.isfinite(output.reward) for output in group.outputs)]
+
+
 def nonfinite_message(step: int) -> str:
     return (
         f"the gradient of step {step} is not finite; the weights are those before it, its groups are in "

@@ -25,16 +25,16 @@ from nemo_brain.data.order import prompts_of_iteration, visits
 from nemo_brain.data.rollouts import write_rollout
 from nemo_brain.evaluate import evaluate, rollout_metrics
 from nemo_brain.groups import Group, Prompt, Rollout, output_matrix
-from nemo_brain.guards import nonfinite_message, warn_of_collapse, write_groups
+from nemo_brain.guards import nonfinite_message, nonfinite_rewards, warn_of_collapse, write_groups
 from nemo_brain.interruption import Interrupted, Interruption
-from nemo_brain.metrics import MetricsWriter, write_samples
+from nemo_brain.metrics import MetricsWriter, write_samples, writing
 from nemo_brain.passes import Scores
 from nemo_brain.progress import progress
 from nemo_brain.remote_rollout import RemoteRollout
 from nemo_brain.rewards.protocol import Reward
 from nemo_brain.rollout import RolloutWorker
 from nemo_brain.sampling import SamplingOptions
-from nemo_brain.saving import Checkpointer, restore_random_states
+from nemo_brain.saving import Checkpointer, gathered, restore_random_states
 from nemo_brain.strategy import TrainStep
 
 _VALIDATION = -1  # the "iteration" of validation draws: the same at every validation, so that its noise is shared
@@ -181,7 +181,8 @@ class BRAInLoop(pl.Callback):
             return
         self._skipped = skipped
         if self.writer:
-            write_groups(self.run_dir / f"nonfinite_step_{self.step}.jsonl", step.groups)
+            with writing(self.run_dir):
+                write_groups(self.run_dir / f"nonfinite_step_{self.step}.jsonl", step.groups)
         if self.config.train.on_nonfinite == "stop":
             raise ValueError(nonfinite_message(self.step))
 
@@ -230,9 +231,8 @@ class BRAInLoop(pl.Callback):
 
     def _sample(self, iteration: int) -> list[Group]:
         """The iteration's groups with rewards, sampled by all data-parallel ranks, each its share of the prompts."""
-        prompts = prompts_of_iteration(
-            self.prompts, iteration, self.config.rollout.prompts_per_iteration, self.config.seed
-        )
+        count, seed = self.config.rollout.prompts_per_iteration, self.config.seed
+        prompts = _on_every_rank(lambda: prompts_of_iteration(self.prompts, iteration, count, seed))
         with self._timed("sample_seconds"):
             description = f"iteration {iteration}: sampling"
             return self.worker.sample(prompts, self._sampling, iteration, self.step, description)
@@ -273,8 +273,18 @@ class BRAInLoop(pl.Callback):
         if self.writer:
             warn_of_collapse(out.ess_alpha_G.mean().item(), self.config.train.min_ess, rollout.outputs_per_prompt)
             write_samples(self.run_dir, iteration, groups[:_TRAIN_SAMPLES], "train", out.alpha_GN)
-            if rollout.save:
-                write_rollout(self.run_dir / "rollouts.jsonl", Rollout(iteration, list(groups)))
+            with writing(self.run_dir):
+                self._report_nonfinite_rewards(iteration, groups)
+                if rollout.save:
+                    write_rollout(self.run_dir / "rollouts.jsonl", Rollout(iteration, list(groups)))
+
+    def _report_nonfinite_rewards(self, iteration: int, groups: Sequence[Group]) -> None:
+        """Warns where outputs are left out, as train.on_nonfinite=skip has it, and writes their groups."""
+        if bad := nonfinite_rewards(groups):
+            path = self.run_dir / f"nonfinite_rewards_{iteration}.jsonl"
+            write_groups(path, bad)
+            what = f"outputs of {len(bad)} groups have no finite reward and are left out"
+            warnings.warn(f"iteration {iteration}: {what}; their groups are in {path}", stacklevel=2)
 
     def _temperatures(self, groups: Sequence[Group], rescore: bool) -> tuple[float, ...]:
         """Those at which the policy is to be scored: 1 where log q is not known yet, and the proposal's."""
@@ -298,11 +308,12 @@ class BRAInLoop(pl.Callback):
 
         Every validation uses the same draws, so start and current model differ by their weights only.
         """
-        groups = self.worker.sample(self.held_out, self._validation, _VALIDATION, self.step, "validation: sampling")
+        prompts = _on_every_rank(lambda: list(self.held_out))
+        groups = self.worker.sample(prompts, self._validation, _VALIDATION, self.step, "validation: sampling")
         self.worker.score(groups, (1.0,), self.step == 0)
         if iteration == 0:
             self._start_groups = groups
-            self._reference_rewards = self.worker.reference_rewards(self.held_out)
+            self._reference_rewards = self.worker.reference_rewards(prompts)
         result = evaluate(self._start_groups, groups, self._reference_rewards)
         self._score_of_eval, self._validated = result.reward.mean, iteration
         self._write("eval", {"iteration": iteration, **result.as_metrics()})
@@ -350,6 +361,19 @@ class BRAInLoop(pl.Callback):
         started = time.perf_counter()
         yield
         self._record[name] = time.perf_counter() - started
+
+
+def _on_every_rank(work: Callable):
+    """The result of ``work``, which reads files; where that fails on one rank, its ValueError is raised on all."""
+    result, error = None, None
+    try:
+        result = work()
+    except ValueError as failure:
+        error = failure
+    for failure in gathered(error):
+        if failure is not None:
+            raise failure
+    return result
 
 
 def _shuffled(size: int, key: str) -> list[int]:

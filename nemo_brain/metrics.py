@@ -21,7 +21,7 @@ from nemo_brain.groups import Group
 
 KINDS = ("step", "iteration", "eval")
 SAMPLE_KINDS = ("start", "train", "validation", "final")
-# What a run leaves in its directory; anything else there is the user's and is never moved.
+# What a run leaves in its directory, by pattern; anything else there is the user's and is never moved.
 RUN_FILES = (
     "config.yaml",
     "metrics.jsonl",
@@ -29,6 +29,7 @@ RUN_FILES = (
     "rollouts.jsonl",
     "rollouts",
     "failed_rollout.jsonl",
+    "nonfinite_*.jsonl",
     "report.html",
     "checkpoints",
     "status.json",
@@ -61,11 +62,15 @@ class MetricsWriter:
             kind: ``step``, ``iteration`` or ``eval``.
             step: optimizer steps done so far in the whole run: the loggers' x axis.
             fields: the record's metrics, ``iteration`` among them: numbers, strings, None, or scalar tensors.
+
+        Raises:
+            ValueError: naming ``run_dir``, if it cannot be written: a full disk.
         """
         assert kind in KINDS, kind
         record = {"kind": kind, "step": step} | {name: _plain(value) for name, value in fields.items()}
-        self._file.write(_lines([record]))
-        self._file.flush()
+        with writing(self._path.parent):
+            self._file.write(_lines([record]))
+            self._file.flush()
         if kind == "step" and step % self._log_every_steps:
             return
         numbers = {k: v for k, v in record.items() if isinstance(v, (int, float)) and k != "step"}
@@ -117,7 +122,7 @@ def write_samples(
         }
         for g, group in enumerate(groups)
     ]
-    with path.open("ab") as file:
+    with writing(path.parent), path.open("ab") as file:
         file.write(_lines(records))
 
 
@@ -140,7 +145,7 @@ def prepare_run_dir(path: str | Path, resume: bool = False) -> Path:
         run_dir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=run_dir):
             pass
-        earlier = [run_dir / name for name in RUN_FILES if (run_dir / name).exists()]
+        earlier = [file for pattern in RUN_FILES for file in run_dir.glob(pattern)]
         if earlier and not resume:
             taken = [int(p.name) for p in (run_dir / "previous").glob("*") if p.name.isdecimal()]
             attic = run_dir / "previous" / str(max(taken, default=0) + 1)
@@ -172,6 +177,15 @@ def locked(path: str | Path) -> Iterator[None]:
         except BlockingIOError:
             raise ValueError(f"run_dir={run_dir}: another run is writing there; name another directory") from None
         yield
+
+
+@contextlib.contextmanager
+def writing(run_dir: Path) -> Iterator[None]:
+    """Around writing to a file of the run directory. ValueError, naming ``run_dir``: it failed."""
+    try:
+        yield
+    except OSError as error:
+        raise _unwritable(run_dir, error) from error
 
 
 def _unwritable(run_dir: Path, error: OSError) -> ValueError:

@@ -9,6 +9,7 @@ Shapes: G groups of the global batch, N outputs per group, E temperatures, T tar
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -33,12 +34,13 @@ class Scores:
 
     @classmethod
     def of(cls, groups: Sequence[Group], keep_truncated: bool) -> Scores:
-        """Collects the groups' scores. Outputs without an end token are masked unless ``keep_truncated``."""
+        """Collects the groups' scores. Outputs whose reward is not finite are masked, and those without an end token
+        unless ``keep_truncated``."""
         matrices = [output_matrix(groups, name) for name in ("prior_logprob", "proposal_logprob", "reward")]
         mask_GN = torch.zeros(matrices[0].shape, dtype=torch.bool)
         for g, group in enumerate(groups):
             for i, output in enumerate(group.outputs):
-                mask_GN[g, i] = keep_truncated or output.ended
+                mask_GN[g, i] = (keep_truncated or output.ended) and math.isfinite(output.reward)
         return cls(*matrices, mask_GN)
 
     def rows(self, groups: Sequence[int]) -> dict[str, torch.Tensor]:

@@ -62,6 +62,7 @@ class RolloutWorker:
         self._members = parallel_state.get_model_parallel_group()
         self._replicas = parallel_state.get_data_parallel_group()
         self._first = self._members.rank() == 0
+        self._skip_nonfinite = config.train.on_nonfinite == "skip"
         self._once_per_replica(lambda: load_reward(reward))
         self._collective = getattr(reward, "collective", False)
         if self._collective:
@@ -85,7 +86,7 @@ class RolloutWorker:
         failure: ValueError | None = None
         with (
             progress(len(share) * options.outputs, description, "outputs") as bar,
-            _RewardThread(self.reward if self._first and not self._collective else None) as rewards,
+            _RewardThread(self._reward if self._first and not self._collective else None) as rewards,
         ):
             try:
                 for index, group in self._sampled(share, options, iteration, bar.update):
@@ -105,7 +106,7 @@ class RolloutWorker:
             ordered = [groups[index] for index in sorted(groups)]
             if self._collective and failure is None:
                 try:
-                    score_groups_in_step(self.reward, ordered, alone=True)
+                    score_groups_in_step(self.reward, ordered, True, self._skip_nonfinite)
                 except ValueError as error:
                     failure = error
             try:
@@ -147,9 +148,12 @@ class RolloutWorker:
     def score_rewards(self, groups: Sequence[Group]) -> None:
         """Sets the rewards of groups that every rank has; ValueError as in ``sample``."""
         if self._collective:
-            score_groups_in_step(self.reward, groups, alone=False)
+            score_groups_in_step(self.reward, groups, False, self._skip_nonfinite)
             return
-        self._share_rewards(groups, lambda: score_groups(self.reward, groups))
+        self._share_rewards(groups, lambda: self._reward(groups))
+
+    def _reward(self, groups: Sequence[Group]) -> None:
+        score_groups(self.reward, groups, self._skip_nonfinite)
 
     def reference_rewards(self, prompts: Sequence[Prompt]) -> list[float | None]:
         """The rewards of the prompts' own reference answers: what a human's answers would earn."""
@@ -172,6 +176,7 @@ class RolloutWorker:
                 [prompt.reference for prompt in known],
                 references=[prompt.reference for prompt in known],
                 metadata=[prompt.metadata for prompt in known],
+                skip_nonfinite=self._skip_nonfinite,
             )
             found = dict(zip((prompt.id for prompt in known), values, strict=True))
             return [found.get(prompt.id) for prompt in prompts]
@@ -255,10 +260,11 @@ def _fill(groups: Sequence[Group], name: str, values_GN: torch.Tensor) -> None:
 
 
 class _RewardThread:
-    """Rewards groups in the background, in the order in which they are added; does nothing without a reward."""
+    """Rewards groups in the background, in the order in which they are added; ``score`` sets the rewards of some, or is
+    None where there is nothing to do."""
 
-    def __init__(self, reward: Reward | None):
-        self._reward = reward
+    def __init__(self, score: Callable[[Sequence[Group]], None] | None):
+        self._score = score
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="reward")
         self._waiting: list[Group] = []
         self._running: list[Future] = []
@@ -285,15 +291,15 @@ class _RewardThread:
             future.result()
 
     def _submit(self) -> None:
-        if self._reward is not None and self._waiting:
-            self._running.append(self._executor.submit(self._score, self._waiting))
+        if self._score is not None and self._waiting:
+            self._running.append(self._executor.submit(self._work, self._waiting))
         self._waiting = []
 
-    def _score(self, groups: list[Group]) -> None:
+    def _work(self, groups: list[Group]) -> None:
         if self._failed:
             return  # the run is about to end: a server that is down must not be waited for again
         try:
-            score_groups(self._reward, groups)
+            self._score(groups)
         except ValueError:
             self._failed = True
             raise

@@ -30,7 +30,7 @@ from nemo_brain.convert.adapter import export_adapter
 from nemo_brain.convert.export import check_target, export_model, make_export
 from nemo_brain.convert.mapping import MappedExport
 from nemo_brain.convert.weights import Weights
-from nemo_brain.data.prompts import load_prompts, split_holdout
+from nemo_brain.data.prompts import load_prompts
 from nemo_brain.data.rollouts import read_rollouts
 from nemo_brain.gpt import PackedGPTConfig
 from nemo_brain.interruption import Interrupted
@@ -115,7 +115,8 @@ def _fit(trainer: nl.Trainer, model: BRAInGPTModel, loop: BRAInLoop, rank_zero: 
         raise
     finally:
         if rank_zero:
-            write_status(loop.run_dir, "failed" if state == "running" else state, loop.step)
+            with contextlib.suppress(OSError):  # a full disk has ended the run with an error of its own
+                write_status(loop.run_dir, "failed" if state == "running" else state, loop.step)
     if rank_zero:
         report = write_report(loop.run_dir)
         print("\n".join(summary_lines(read_metrics(loop.run_dir / "metrics.jsonl"), report)))
@@ -173,7 +174,8 @@ def _data(config: Config, tokenizer):
                 raise ValueError(f"{key}: _target_={source.get('_target_')} failed: {cause}") from error
         loaded = load_prompts(source, key=key, **options)
         if loaded.truncated:
-            cut = f"{loaded.truncated} of {len(loaded.prompts)} prompts were cut"
+            some = "the first " if loaded.tokenised < len(loaded.prompts) else ""
+            cut = f"{loaded.truncated} of {some}{loaded.tokenised} prompts were cut"
             print(f"{key}: {cut} to {data.max_prompt_tokens} tokens")
         return loaded.prompts
 
@@ -187,5 +189,5 @@ def _data(config: Config, tokenizer):
         train = prompts(data.train, "data.train")
         if data.validation is None and data.holdout:
             holdout = int(data.holdout) if data.holdout >= 1 else data.holdout
-            train, held_out = split_holdout(train, holdout, config.seed)
+            train, held_out = train.split(holdout, config.seed)
     return train, offline, held_out[: config.validation.max_prompts]

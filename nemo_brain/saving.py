@@ -166,11 +166,14 @@ def restore_random_states(path: Path) -> None:
     """This rank's random states, where the checkpoint was written in the same layout; otherwise they stay fresh.
 
     Nothing that a run computes depends on them (draws are keyed), but a reward may.
+
+    Raises:
+        ValueError: the file is damaged, or would run code.
     """
     file = path / "random" / f"{dist.get_rank():05d}.pt"
     if checkpoint.read_json(path / "run.json")["layout"] != layout() or not file.is_file():
         return
-    states = torch.load(file, weights_only=True)
+    states = checkpoint.load_data(file)
     version, internal, gauss = states["python"]
     random.setstate((version, tuple(internal.tolist()), gauss))
     name, keys, position, has_gauss, cached = states["numpy"]

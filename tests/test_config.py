@@ -129,7 +129,7 @@ REFUSED = {
         "at least 2, not 1",
     ),
     "temperature": (["rollout.temperature=0"], "rollout.temperature", "above 0"),
-    "temperature NaN": (["rollout.temperature=nan"], "rollout.temperature", "above 0"),
+    "temperature NaN": (["rollout.temperature=nan"], "rollout.temperature", "a finite number, not nan"),
     "negative top-k": (["rollout.top_k=-1"], "rollout.top_k", "at least 0"),
     "top-p above 1": (["rollout.top_p=1.5"], "rollout.top_p", "in (0, 1]"),
     "top-k": (["rollout.top_k=5"], "rollout.top_k", "rollout.truncated_sampling_ok=true"),

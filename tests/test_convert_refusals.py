@@ -110,3 +110,35 @@ def test_what_no_architecture_expresses_is_named(saved, name, change, match):
     config = PackedGPTConfig(**{**open_weights(saved(name)).gpt_config, **change}, vocab_size=VOCAB)
     with pytest.raises(ValueError, match=match):
         make_export(config, VOCAB, byte_tokenizer(), "test")
+
+
+DAMAGE = {
+    "config.json cut off": (
+        "config.json",
+        lambda content: content[:-9],
+        r"config\.json is no JSON: .* \(copy it again",
+    ),
+    "config.json a list": ("config.json", lambda content: b"[1]", r"config\.json holds no JSON object"),
+    "weights cut off": ("model.safetensors", lambda content: content[:-9], r"model\.safetensors is damaged or cut off"),
+    "weights empty": ("model.safetensors", lambda content: b"", r"model\.safetensors is damaged or cut off"),
+    "weights of other kind": ("model.safetensors", lambda content: b"PK" * 99, r"model\.safetensors is damaged or cut"),
+    "index without map": ("model.safetensors.index.json", lambda content: b"{}", r"index\.json has no weight_map"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_directory_is_named_with_its_file(saved, tmp_path, damage):
+    name, spoil, match = DAMAGE[damage]
+    path = Path(shutil.copytree(saved("llama3 rope"), tmp_path / "damaged"))
+    file = path / name
+    file.write_bytes(spoil(file.read_bytes() if file.exists() else b""))
+    with pytest.raises(ValueError, match=match):
+        open_weights(path)
+
+
+def test_a_gguf_file_that_is_cut_off_is_named(tmp_path):
+    for content in (b"", b"GGUF", b"GGUF" + bytes(99), b"no gguf at all"):
+        file = tmp_path / "model.gguf"
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match=r"model\.gguf"):
+            open_weights(file)

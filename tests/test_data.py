@@ -1,5 +1,6 @@
 """Prompt files, rollout files, tokenizers, templates and the order of prompts."""
 
+import hashlib
 import json
 import re
 import subprocess
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import BertTokenizer, PreTrainedTokenizerFast
 
-from nemo_brain.data.order import prompts_of_iteration
+from nemo_brain.data.order import prompts_of_iteration, visits
 from nemo_brain.data.prompts import load_prompts, split_holdout
 from nemo_brain.data.rollouts import read_rollouts, write_rollout
 from nemo_brain.data.templates import Template
@@ -310,8 +311,8 @@ def test_load_prompts_reads_every_field(tmp_path):
         {"prompt": "hi"},
     )
     loaded = load(path)
-    assert loaded.truncated == 0
-    assert loaded.prompts == [
+    assert (loaded.tokenised, loaded.truncated) == (3, 0)
+    assert list(loaded.prompts) == [
         Prompt("a", "hé", list("hé".encode()), "gold", {"source": "web", "hint": None}),
         Prompt("7", "{x}", list(b"{x}")),
         Prompt("p:5", "hi", list(b"hi")),
@@ -341,7 +342,7 @@ def test_load_prompts_truncates_on_the_left_and_counts():
     loaded = load([{"prompt": "abcdef"}, {"prompt": "abc"}], max_prompt_tokens=3)
     assert [prompt.token_ids for prompt in loaded.prompts] == [list(b"def"), list(b"abc")]
     assert [prompt.text for prompt in loaded.prompts] == ["abcdef", "abc"]
-    assert loaded.truncated == 1
+    assert loaded.truncated == 1 and [prompt.truncated for prompt in loaded.prompts] == [True, False]
     (prompt,) = load([{"prompt": "hello world"}], TOKENIZERS["llama"], max_prompt_tokens=4).prompts
     assert prompt.token_ids == [1, *encode(TOKENIZERS["llama"], "hello world")[-3:]]  # BOS stays
     with pytest.raises(ValueError, match=r"data.max_prompt_tokens=1 leaves no room for a prompt .raise it"):
@@ -369,6 +370,10 @@ USER = {"role": "user", "content": "hi"}
         ({"prompt": "a", "id": ""}, "id is empty .write an id or leave it out"),
         ('{"prompt": "a", "x": NaN}', "a value that JSON cannot hold.*no NaN"),
         ('{"prompt": "a", "x": 1e999}', "a value that JSON cannot hold.*finite numbers"),
+        (
+            '{"prompt": "a", "x": ' + "[" * 64 + "]" * 64 + "}",
+            "lists and objects within each other, more than 64 levels",
+        ),
         ('{"prompt": "\\ud800"}', "text with half of a surrogate pair .write the character as UTF-8"),
         ({"messages": "hi"}, "messages is a string, not a list of them .write"),
         ({"messages": []}, "messages is empty, not a list of them"),
@@ -393,6 +398,11 @@ def test_bad_sources_name_the_key_and_the_remedy(tmp_path):
     path.write_bytes(b'{"prompt": "a"}\n{"prompt": "\xe9"}\n')
     with pytest.raises(
         ValueError, match=f"^{re.escape(str(path))}:2: invalid UTF-8 at byte 12 .save the file as UTF-8"
+    ):
+        load(path)
+    path.write_bytes(b'\xef\xbb\xbf{"prompt": "a"}\n')
+    with pytest.raises(
+        ValueError, match=f"^{re.escape(str(path))}:1: a byte order mark .save the file as UTF-8 without"
     ):
         load(path)
     with pytest.raises(ValueError, match=r"data.validation: cannot read .*nowhere.jsonl: No such file.*give the path"):
@@ -455,31 +465,50 @@ def some(count):
     return [Prompt(f"id{index}", "x", [1]) for index in range(count)]
 
 
+def names(count):
+    return [prompt.id for prompt in some(count)]
+
+
 @repeated
 @given(st.randoms(use_true_random=False), st.sampled_from([1, 7, 0.25, 0.01]))
 def test_holdout_depends_on_ids_and_seed_alone(random, holdout):
-    prompts = some(40)
-    train, held = split_holdout(prompts, holdout, 1)
+    ids = names(40)
+    train, held = split_holdout(ids, holdout, 1)
     assert len(held) == {1: 1, 7: 7, 0.25: 10, 0.01: 1}[holdout]
-    assert sorted(p.id for p in train + held) == sorted(p.id for p in prompts)
-    shuffled = random.sample(prompts, len(prompts))
-    assert {p.id for p in split_holdout(shuffled, holdout, 1)[1]} == {p.id for p in held}
-    assert [p.id for p in train] == [p.id for p in prompts if p in train]
+    assert sorted([*train, *held]) == list(range(40))
+    assert list(train) == sorted(train) and list(held) == sorted(held)
+    shuffled = random.sample(ids, len(ids))
+    assert {shuffled[i] for i in split_holdout(shuffled, holdout, 1)[1]} == {ids[i] for i in held}
+
+
+def test_holdout_and_order_are_sorted_sha256_digests():
+    """So they stay what they are in later versions: a resumed run relies on them."""
+
+    def digest(text):
+        return hashlib.sha256(text.encode()).digest()
+
+    ids = names(500)
+    assert [ids[i] for i in split_holdout(ids, 50, 3)[1]] == [
+        name for name in ids if name in sorted(ids, key=lambda name: digest(f"3/{name}"))[:50]
+    ]
+    for epoch in (0, 2):
+        expected = sorted(range(500), key=lambda index: digest(f"3/{epoch}/{index}"))
+        assert [index for index, _ in visits(500, epoch, 500, 3)] == expected
 
 
 def test_holdout_changes_with_the_seed():
-    assert split_holdout(some(40), 10, 1)[1] != split_holdout(some(40), 10, 2)[1]
+    assert list(split_holdout(names(40), 10, 1)[1]) != list(split_holdout(names(40), 10, 2)[1])
 
 
 @pytest.mark.parametrize("holdout", [0, -1, 0.0, 1.0, 1.5, -0.5, True, "3", float("nan")])
 def test_holdout_must_be_a_count_or_a_fraction(holdout):
     with pytest.raises(ValueError, match=r"data.holdout=.* .give a count of prompts, or a fraction"):
-        split_holdout(some(4), holdout, 1)
+        split_holdout(names(4), holdout, 1)
 
 
 def test_holdout_must_leave_prompts_to_train_on():
     with pytest.raises(ValueError, match=r"data.holdout=4 leaves none of the 4 prompts .*set data.validation"):
-        split_holdout(some(4), 4, 1)
+        split_holdout(names(4), 4, 1)
 
 
 @repeated
@@ -507,10 +536,10 @@ def test_order_is_a_function_of_seed_and_iteration():
 
 def test_repeated_prompts_of_an_iteration_have_numbered_ids():
     chosen = prompts_of_iteration(some(2), 0, 5, 0)
-    names = Counter(prompt.id for prompt in chosen)
-    assert max(names.values()) == 1
-    assert {"id0", "id1", "id0#2", "id1#2"} < names.keys()
-    assert sum(name.endswith("#3") for name in names) == 1
+    ids = Counter(prompt.id for prompt in chosen)
+    assert max(ids.values()) == 1
+    assert {"id0", "id1", "id0#2", "id1#2"} < ids.keys()
+    assert sum(name.endswith("#3") for name in ids) == 1
     assert all(prompt.token_ids == [1] for prompt in chosen)
 
 
@@ -557,6 +586,18 @@ def test_a_resumed_runs_repeated_iteration_replaces_the_earlier_lines(tmp_path):
     other = tmp_path / "s.jsonl"
     write_rollout(other, Rollout(0, [group("a", reward=2.0)]))
     assert [(g.prompt.id, g.outputs[0].reward) for g in read([path, other])] == [("a", 0.0), ("b", 1.0), ("a", 2.0)]
+
+
+def test_outputs_without_a_finite_reward_are_not_written(tmp_path):
+    nan, inf = float("nan"), float("inf")
+    some_, few, failed = group("a", reward=1.0), group("b", reward=1.0), group("c")
+    some_.outputs[1].reward = nan
+    few.outputs[0].reward, few.outputs[2].reward = inf, -inf
+    failed.outputs = failed.outputs[:1]  # of a validation whose reward failed
+    write_rollout(tmp_path / "r.jsonl", Rollout(0, [some_, few, failed]))
+    records = [json.loads(line) for line in (tmp_path / "r.jsonl").read_text().splitlines()]
+    texts_ = [(record["id"], [output["text"] for output in record["outputs"]]) for record in records]
+    assert texts_ == [("a", ["yes", ""]), ("c", ["yes"])]
 
 
 def test_rollouts_of_other_samplers_are_tokenised():

@@ -160,6 +160,22 @@ def test_different_prompts_and_missing_rewards_are_refused():
         evaluate(groups([[0, 1]]), groups([[0, None]]))
 
 
+def test_rewards_that_are_not_finite_are_left_out_of_the_statistics():
+    nan, inf = math.nan, math.inf
+    start = groups([[0.0, nan], [1.0], [nan], [2.0]])
+    current = groups([[1.0, 3.0], [inf, 2.0], [5.0], [-inf]])
+    result = evaluate(start, current, [nan, 4.0, None, None])
+    assert (result.prompts, result.nonfinite, result.reference_reward) == (2, 2, 4.0)
+    assert (result.start_reward.mean, result.reward.mean, result.reward_difference.mean) == (0.5, 2.0, 1.5)
+    assert result.win_rate.mean == 1.0
+    with pytest.raises(ValueError, match=r"for no held-out prompt does the reward give .* a finite number"):
+        evaluate(groups([[nan], [1.0]]), groups([[1.0], [nan]]))
+    metrics = rollout_metrics([group("a", [1.0, nan]), group("b", [2.0, 4.0])], n=2)
+    assert (metrics["reward/nonfinite"], metrics["reward/best_of_n"]) == (1, 4.0)
+    assert metrics["reward/mean"] == pytest.approx(7 / 3)
+    assert "reward/mean" not in rollout_metrics([group("a", [nan, inf])], n=2)
+
+
 def test_rollout_metrics_by_hand():
     rollout = [
         group("a", [1.0, 3.0], policy=[-4.0, -6.0], prior=[-5.0, -9.0], lengths=[2, 4]),
@@ -167,11 +183,13 @@ def test_rollout_metrics_by_hand():
     ]
     assert rollout_metrics(rollout, n=2, proposal_gap=0.25) == pytest.approx(
         {
+            "reward/nonfinite": 0,
             "reward/mean": 0.5,
             "reward/std": math.sqrt((0.25 + 6.25 + 0.25 + 6.25) / 4),
             "reward/best_of_n": 1.5,
             "kl_to_prior": (1 + 3 + 0.5) / 3,
             "proposal_gap": 0.25,
+            "prompts/truncated_fraction": 0.0,
             "outputs/length": 5.0,
             "outputs/ended_fraction": 0.5,
         }
@@ -180,6 +198,6 @@ def test_rollout_metrics_by_hand():
 
 def test_rollout_metrics_leave_out_what_is_unknown():
     unscored = rollout_metrics([group("a", [None, None])], n=2)
-    assert set(unscored) == {"outputs/length", "outputs/ended_fraction"}
+    assert set(unscored) == {"prompts/truncated_fraction", "outputs/length", "outputs/ended_fraction"}
     # The best of one is no best of two.
     assert rollout_metrics([group("a", [1.0, 2.0]), group("b", [9.0])], n=2)["reward/best_of_n"] == 2.0

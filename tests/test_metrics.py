@@ -4,6 +4,7 @@ import io
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from nemo_brain import progress as progress_module
 from nemo_brain.groups import Group, Output, Prompt
 from nemo_brain.metrics import (
     MetricsWriter,
+    locked,
     prepare_run_dir,
     read_metrics,
     read_samples,
@@ -142,9 +144,21 @@ def test_a_resumed_run_keeps_its_files(tmp_path):
 
 def test_a_directory_that_cannot_be_written_is_named_with_the_remedy(tmp_path):
     (tmp_path / "file").write_text("")
-    for path in (tmp_path / "file", tmp_path / "file" / "run"):
-        with pytest.raises(ValueError, match=r"run_dir=.*file.*set run_dir to"):
-            prepare_run_dir(path)
+    # Not even root may write to these.
+    for path in (tmp_path / "file", tmp_path / "file" / "run", Path("/proc/run"), Path("/proc/sys")):
+        for use in (prepare_run_dir, lambda path: locked(path).__enter__()):
+            with pytest.raises(ValueError, match=rf"run_dir={path}: cannot write there .*; set run_dir to"):
+                use(path)
+
+
+def test_a_full_disk_is_named_with_the_remedy(tmp_path):
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        (tmp_path / name).symlink_to("/dev/full")
+    full = rf"^run_dir={tmp_path}: cannot write there \(No space left on device\); set run_dir to .* with room"
+    with pytest.raises(ValueError, match=full):
+        MetricsWriter(tmp_path).write("step", 1, {"loss": 1.0})
+    with pytest.raises(ValueError, match=full):
+        write_samples(tmp_path, 0, [Group(Prompt("a", "x", [1]), [])], "train")
 
 
 def test_summary_sums_up_the_records():

@@ -9,6 +9,7 @@ import functools
 import json
 import logging
 import os
+import pickle
 import random
 import resource
 import shutil
@@ -212,7 +213,18 @@ def test_another_prior_is_refused(copied):
     assert "another start model, which is the prior" in failure(copied, "seed=1", "checkpoint.allow_changes=[seed]")
 
 
-@pytest.mark.parametrize("damage", ["truncated", "flipped", "missing", "code in the index"])
+CODE = {"code in the index": ".metadata", "code in the common part": "common.pt"}
+
+
+def plant(path: Path, name: str, content: bytes) -> None:
+    """Puts a file into a checkpoint, with the checksum that belongs to it."""
+    (path / name).write_bytes(content)
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["files"][name] = checkpoint.checksums(path, 0, 1)[name]
+    (path / "manifest.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "missing", *CODE])
 def test_a_damaged_checkpoint_is_left_out_for_the_one_before(copied, damage):
     newest, older = checkpoint.complete(copied / "checkpoints")
     weights = max((newest / "weights").glob("*.distcp"), key=lambda file: file.stat().st_size)
@@ -227,16 +239,38 @@ def test_a_damaged_checkpoint_is_left_out_for_the_one_before(copied, damage):
     else:
         trap = copied / "executed"
         code = f"cposix\nsystem\n(S'touch {trap}'\ntR.".encode()
-        (newest / "weights" / ".metadata").write_bytes(code)
-        manifest = json.loads((newest / "manifest.json").read_text())
-        manifest["files"]["weights/.metadata"] = checkpoint.checksums(newest, 0, 1)["weights/.metadata"]
-        (newest / "manifest.json").write_text(json.dumps(manifest))
+        plant(newest, f"weights/{CODE[damage]}", code)
     problem = checkpoint.damage(newest, 0, 1)
     assert problem is not None and str(newest) in problem and checkpoint.damage(older, 0, 1) is None
     assert "no intact checkpoint" in failure(copied, f"checkpoint.resume={newest}")
     run_ranks(train, 1, str(copied))
     compare(copied, undisturbed()[0], tolerance=0)
     assert not (copied / "executed").exists()
+
+
+def test_code_in_the_random_states_is_not_run(copied):
+    newest, _ = checkpoint.complete(copied / "checkpoints")
+    trap = copied / "executed"
+    plant(newest, "random/00000.pt", f"cposix\nsystem\n(S'touch {trap}'\ntR.".encode())
+    said = failure(copied)
+    assert f"{newest}/random/00000.pt is damaged, or not data alone" in said
+    assert not trap.exists()
+
+
+def test_code_in_the_tensors_is_not_run(copied):
+    newest, _ = checkpoint.complete(copied / "checkpoints")
+    trap = copied / "executed"
+    code = f"cposix\nsystem\n(S'touch {trap}'\ntR.".encode()
+    entries = pickle.loads((newest / "weights" / ".metadata").read_bytes()).storage_data.values()
+    for name in {entry.relative_path for entry in entries}:
+        content = bytearray((newest / "weights" / name).read_bytes())
+        for entry in entries:
+            if entry.relative_path == name:
+                assert entry.length >= len(code)
+                content[entry.offset : entry.offset + len(code)] = code
+        plant(newest, f"weights/{name}", bytes(content))
+    assert "Weights only load failed" in failure(copied)
+    assert not trap.exists()
 
 
 def test_a_newer_format_is_named(copied):

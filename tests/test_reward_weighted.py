@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 from omegaconf import OmegaConf
 
@@ -21,6 +23,10 @@ def length(prompts, outputs, *, references, metadata, scale=1.0):
 
 def fragile(prompts, outputs, *, references, metadata):
     return [1 / len(output) for output in outputs]
+
+
+def empty_is_nan(prompts, outputs, *, references, metadata):
+    return [1.0 if output else math.nan for output in outputs]
 
 
 class Loading:
@@ -73,6 +79,18 @@ def test_the_part_that_fails_is_named_with_the_output():
         "division by zero, on output 3: '' to the prompt 'p'"
     )
     assert caught.value.index == 3
+
+
+def test_the_part_that_gives_nan_is_named_or_its_output_skipped():
+    inner = {"_target_": "nemo_brain.rewards.weighted.WeightedReward", "rewards": [function("empty_is_nan", weight=1)]}
+    reward = weighted({**LETTERS, "weight": 1}, {**inner, "weight": 2})
+    with pytest.raises(RewardError, match=r"reward\.rewards\[1\]: .*reward\.rewards\[0\]: .*returned nan for output 3"):
+        score(reward)
+    arguments = {"references": [None] * 4, "metadata": [{}] * 4}
+    values = compute_rewards(reward, ["p"] * 4, OUTPUTS, **arguments, skip_nonfinite=True)
+    assert [math.isnan(value) for value in values] == [False, False, False, True]
+    with pytest.raises(RewardError):  # and then as before
+        score(reward)
 
 
 def test_a_part_that_cannot_be_loaded_is_named():

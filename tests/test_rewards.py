@@ -98,6 +98,24 @@ def test_a_wrong_return_value_names_the_reward_and_the_output(value, message):
         compute(returning(value))
 
 
+def test_nan_and_infinities_are_handed_on_where_they_are_to_be_skipped_and_nothing_else_is():
+    nan, inf = float("nan"), float("inf")
+    values = compute_rewards(
+        returning([nan, np.float32(-inf), 1, 10**400]),
+        ["p"] * 4,
+        ["a"] * 4,
+        references=[None] * 4,
+        metadata=[{}] * 4,
+        skip_nonfinite=True,
+    )
+    assert str(values) == "[nan, -inf, 1.0, inf]"
+    for wrong in (None, "nan", 1j):
+        with pytest.raises(
+            ValueError, match=r"for output 0: 'a' to the prompt 'p' \(return one finite number per output\)"
+        ):
+            compute_rewards(returning([wrong]), ["p"], ["a"], references=[None], metadata=[{}], skip_nonfinite=True)
+
+
 def test_long_texts_are_shortened():
     with pytest.raises(ValueError) as caught:
         compute(returning([float("nan")]), ["x" * 10_000])

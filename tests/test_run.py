@@ -32,7 +32,7 @@ STEP = SEED | {"loss", "kl_alpha_beta", "ess_alpha", "ess_beta", "max_alpha", "g
 STEP |= {"step_seconds", "tokens_per_second"}
 ITERATION = SEED | {"reward/mean", "reward/std", "reward/best_of_n", "kl_to_prior", "proposal_gap", "outputs/length"}
 ITERATION |= {"outputs/ended_fraction", "groups/zero_gradient", "sample_seconds", "score_seconds", "train_seconds"}
-ITERATION |= {"peak_memory_gib"}
+ITERATION |= {"peak_memory_gib", "reward/nonfinite", "prompts/truncated_fraction"}
 TIMINGS = ("_seconds", "tokens_per_second", "peak_memory_gib")
 
 REWARDS = """

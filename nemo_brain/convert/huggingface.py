@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 _INDEX = "model.safetensors.index.json"
@@ -17,7 +17,7 @@ _SINGLE = "model.safetensors"
 class HuggingFaceDirectory:
     """A directory written by ``save_pretrained``: config.json, one or several safetensors files, the tokenizer.
 
-    Raises ValueError on a directory without config.json, without safetensors, or with quantised weights.
+    Raises ValueError on a directory without config.json, without safetensors, with quantised weights or damaged files.
     """
 
     def __init__(self, path: Path):
@@ -25,7 +25,7 @@ class HuggingFaceDirectory:
         config = path / "config.json"
         if not config.is_file():
             raise ValueError(f"{path}: no config.json, so this is not a Hugging Face model directory")
-        self.config = json.loads(config.read_text(encoding="utf-8"))
+        self.config = _read_object(config)
         if self.config.get("quantization_config"):
             raise ValueError(f"{path}: quantization_config in config.json is not supported; save the model unquantised")
         self._files = self._locate()
@@ -37,7 +37,7 @@ class HuggingFaceDirectory:
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerFast:
         try:
-            tokenizer = AutoTokenizer.from_pretrained(str(self.path), local_files_only=True)
+            tokenizer = AutoTokenizer.from_pretrained(str(self.path), local_files_only=True, trust_remote_code=False)
         except (OSError, ValueError) as error:
             raise ValueError(f"{self.path}: its tokenizer cannot be read, expected tokenizer.json: {error}") from error
         if not isinstance(tokenizer, PreTrainedTokenizerFast):
@@ -47,13 +47,15 @@ class HuggingFaceDirectory:
         return tokenizer
 
     def tensor(self, name: str) -> torch.Tensor:
-        with safe_open(self._files[name], framework="pt") as file:
+        with _open(self._files[name]) as file:
             return file.get_tensor(name)
 
     def _locate(self) -> dict[str, Path]:
         """The file of every tensor."""
         if (self.path / _INDEX).is_file():
-            index = json.loads((self.path / _INDEX).read_text(encoding="utf-8"))["weight_map"]
+            index = _read_object(self.path / _INDEX).get("weight_map")
+            if not isinstance(index, dict) or not all(isinstance(file, str) for file in index.values()):
+                raise ValueError(f"{self.path}: {_INDEX} has no weight_map of names and files (copy it again)")
             files = {name: self.path / file for name, file in index.items()}
             absent = sorted({file.name for file in files.values() if not file.is_file()})
             if absent:
@@ -61,7 +63,7 @@ class HuggingFaceDirectory:
             return files
         single = self.path / _SINGLE
         if single.is_file():
-            with safe_open(single, framework="pt") as file:
+            with _open(single) as file:
                 return dict.fromkeys(file.keys(), single)
         pickled = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in self.path.glob(pattern))
         if pickled:
@@ -70,3 +72,20 @@ class HuggingFaceDirectory:
                 "trust them, convert them once: AutoModelForCausalLM.from_pretrained(OLD).save_pretrained(NEW)"
             )
         raise ValueError(f"{self.path}: no {_SINGLE} and no {_INDEX}")
+
+
+def _open(file: Path) -> safe_open:
+    try:
+        return safe_open(file, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file} is damaged or cut off: {error} (copy it again)") from error
+
+
+def _read_object(file: Path) -> dict:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is no JSON: {error} (copy it again)") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} holds no JSON object (copy it again)")
+    return content

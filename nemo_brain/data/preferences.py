@@ -14,7 +14,7 @@ from nemo_brain.data.prompts import parse_prompt, split_holdout
 from nemo_brain.data.records import Record, Source, kind, read_records
 from nemo_brain.data.templates import Template
 from nemo_brain.data.tokenizers import encode
-from nemo_brain.groups import Group, Output, Prompt
+from nemo_brain.groups import Group, Output
 
 _TURN = re.compile(r"\n\n(Human|Assistant):")
 _TRANSCRIPT = re.compile(r"\n\nHuman:")
@@ -73,7 +73,7 @@ def load_preferences(
     cut_prompts = cut_outputs = 0
     for record in read_records(source, key):
         prompt, answers = _split(record, rendering.chat)
-        parsed, cut = parse_prompt(_with_prompt(record, prompt), rendering, max_prompt_tokens)
+        parsed = parse_prompt(_with_prompt(record, prompt), rendering, max_prompt_tokens)
         outputs = []
         for text in answers:
             ids = [*encode(tokenizer, text), tokenizer.eos_token_id]
@@ -84,7 +84,7 @@ def load_preferences(
             raise record.error("chosen and rejected are the same", "remove the line, or raise data.max_output_tokens")
         margin = record.number("margin", record.fields.get("margin", 0.0))
         pairs.append(Preference(Group(parsed, outputs), margin, _conversation(prompt)))
-        cut_prompts += cut
+        cut_prompts += parsed.truncated
     return PreferenceSet(pairs, cut_prompts, cut_outputs)
 
 
@@ -95,9 +95,9 @@ def split_preferences(
 
     Args, Raises: as ``split_holdout``; what is counted are conversations.
     """
-    names = dict.fromkeys(pair.conversation for pair in pairs)
-    _, held = split_holdout([Prompt(name, "", []) for name in names], holdout, seed)
-    names = {prompt.id for prompt in held}
+    conversations = list(dict.fromkeys(pair.conversation for pair in pairs))
+    _, held = split_holdout(conversations, holdout, seed)
+    names = {conversations[index] for index in held}
     return [p for p in pairs if p.conversation not in names], [p for p in pairs if p.conversation in names]
 
 

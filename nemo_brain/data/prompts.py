@@ -1,26 +1,75 @@
-"""Prompt files: records of a prompt or of messages become ``Prompt`` objects, checked line by line."""
+"""Prompt files: records of a prompt or of messages, checked line by line, become ``Prompt`` objects when they are asked
+for."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 from transformers import PreTrainedTokenizerFast
 
-from nemo_brain.data.records import Record, Source, kind, read_records
-from nemo_brain.data.templates import Template
+from nemo_brain.data.records import Record, Source, kind
+from nemo_brain.data.stored import StoredRecords
+from nemo_brain.data.templates import KEY, Template
 from nemo_brain.groups import Prompt
 
 ROLES = ("system", "user", "assistant")
+# Prompts that are tokenised before a run begins: all of them, but of a file whose tokenising would take minutes.
+TOKENISED_AT_ONCE = 10_000
 
 
 @dataclass
 class PromptSet:
-    """Prompts, and how many of them were cut on the left to ``data.max_prompt_tokens``."""
+    """Prompts. Of the first ones, ``tokenised`` in number, ``truncated`` were cut on the left to
+    ``data.max_prompt_tokens``."""
 
-    prompts: list[Prompt]
+    prompts: Prompts
+    tokenised: int
     truncated: int
+
+
+class Prompts(Sequence[Prompt]):
+    """Prompts of checked records, rendered and tokenised each time that they are asked for.
+
+    Args:
+        records: the records of a source.
+        template: how they are rendered.
+        max_prompt_tokens: see ``load_prompts``.
+        members: the records that are meant, by index; None: all of them.
+    """
+
+    def __init__(
+        self,
+        records: StoredRecords,
+        template: Template,
+        max_prompt_tokens: int,
+        members: Sequence[int] | np.ndarray | None = None,
+    ):
+        self._records = records
+        self._template = template
+        self._max_prompt_tokens = max_prompt_tokens
+        self._members = range(len(records)) if members is None else members
+
+    def __len__(self) -> int:
+        return len(self._members)
+
+    def __getitem__(self, index: int | slice) -> Prompt | Prompts:
+        """One prompt, or a part of them. ValueError: the file has changed, or the tokenizer or the template refuses the
+        record; names the file, and the line where there is one."""
+        if isinstance(index, slice):
+            return self._only(self._members[index])
+        return parse_prompt(self._records[int(self._members[index])], self._template, self._max_prompt_tokens)
+
+    def split(self, holdout: float, seed: int) -> tuple[Prompts, Prompts]:
+        """Training and held-out prompts, see ``split_holdout``. Of all prompts of a source only."""
+        assert self._members == range(len(self._records))
+        train, held = split_holdout(map(prompt_id, self._records), holdout, seed)
+        return self._only(train), self._only(held)
+
+    def _only(self, members: Sequence[int] | np.ndarray) -> Prompts:
+        return Prompts(self._records, self._template, self._max_prompt_tokens, members)
 
 
 def load_prompts(
@@ -43,45 +92,51 @@ def load_prompts(
         max_prompt_tokens: longer prompts lose tokens on the left, behind the tokenizer's own start token.
         key: the configuration key that errors name.
 
+    Every record is read and checked here. The first ``TOKENISED_AT_ONCE`` are also tokenised, so that a template that
+    refuses messages is found out early; of others that is found when they are asked for.
+
     Raises:
         ValueError: naming ``path:line`` or the key, what is wrong and the remedy.
     """
     rendering = Template(tokenizer, template)
-    prompts: list[Prompt] = []
-    places: dict[str, str] = {}
-    truncated = 0
-    for record in read_records(source, key):
-        prompt, cut = parse_prompt(record, rendering, max_prompt_tokens)
-        if prompt.id in places:
-            raise record.error(
-                f"the id {prompt.id!r} was used before, at {places[prompt.id]}", "give every prompt an id of its own"
-            )
-        places[prompt.id] = record.where
-        prompts.append(prompt)
-        truncated += cut
-    return PromptSet(prompts, truncated)
+    records = StoredRecords(source, key, lambda record: check_prompt(record, rendering))
+    prompts = Prompts(records, rendering, max_prompt_tokens)
+    first = prompts[:TOKENISED_AT_ONCE]
+    return PromptSet(prompts, len(first), sum(prompt.truncated for prompt in first))
 
 
-def parse_prompt(record: Record, template: Template, max_prompt_tokens: int) -> tuple[Prompt, bool]:
-    """The prompt of one record, and whether it was truncated."""
+def check_prompt(record: Record, template: Template) -> str:
+    """Checks all of a prompt's record that needs no tokenizer, and returns its id.
+
+    Raises:
+        ValueError: naming the place, what is wrong and the remedy.
+    """
     prompt, messages = record.fields.get("prompt"), record.fields.get("messages")
     if (prompt is None) == (messages is None):
         both = "neither prompt nor messages" if prompt is None else "both prompt and messages"
         raise record.error(both, "give exactly one of them")
+    if messages is not None:
+        _check_messages(record, messages)
+        if not template.chat:
+            raise record.error("messages need a chat template", f"set {KEY}=chat, or give a plain prompt")
+    elif not record.text("prompt", prompt):
+        raise record.error("prompt is empty", "write a prompt or remove the line")
+    prompt_reference(record)
+    return prompt_id(record)
+
+
+def parse_prompt(record: Record, template: Template, max_prompt_tokens: int) -> Prompt:
+    """The prompt of one record. ValueError: as ``check_prompt``, or the template or the tokenizer refuses it."""
+    name = check_prompt(record, template)
+    prompt, messages = record.fields.get("prompt"), record.fields.get("messages")
     own = ("id", "prompt", "messages", "reference")
     metadata = {name: value for name, value in record.fields.items() if name not in own}
-    if prompt is not None:
-        text = record.text("prompt", prompt)
-        if not text:
-            raise record.error("prompt is empty", "write a prompt or remove the line")
-        if not template.identity:
-            metadata["messages"] = [{"role": "user", "content": text}]
-        render, argument = template.render_prompt, text
-    else:
-        render, argument = template.render_messages, _messages(record, messages)
-        metadata["messages"] = argument
+    if prompt is None:
+        metadata["messages"] = messages
+    elif not template.identity:
+        metadata["messages"] = [{"role": "user", "content": prompt}]
     try:
-        text, start, ids = render(argument)
+        text, start, ids = template.render_messages(messages) if prompt is None else template.render_prompt(prompt)
     except ValueError as error:
         raise ValueError(f"{record.where}: {error}") from error
     if not ids:
@@ -89,7 +144,8 @@ def parse_prompt(record: Record, template: Template, max_prompt_tokens: int) -> 
     room = max_prompt_tokens - len(start)
     if room < 1:
         raise ValueError(f"data.max_prompt_tokens={max_prompt_tokens} leaves no room for a prompt (raise it)")
-    return Prompt(prompt_id(record), text, start + ids[-room:], prompt_reference(record), metadata), len(ids) > room
+    kept = start + ids[-room:]
+    return Prompt(name, text, kept, prompt_reference(record), metadata, truncated=len(ids) > room)
 
 
 def prompt_id(record: Record) -> str:
@@ -110,7 +166,7 @@ def prompt_reference(record: Record) -> str | None:
     return None if value is None else record.text("reference", value)
 
 
-def _messages(record: Record, messages: object) -> list[dict[str, str]]:
+def _check_messages(record: Record, messages: object) -> None:
     example = 'write [{"role": "user", "content": "..."}]'
     if not isinstance(messages, list) or not messages:
         raise record.error(f"messages is {kind(messages) if messages != [] else 'empty'}, not a list of them", example)
@@ -125,16 +181,18 @@ def _messages(record: Record, messages: object) -> list[dict[str, str]]:
         raise record.error(
             "the last message is the assistant's", "end with the message to answer; move it to reference"
         )
-    return messages
 
 
-def split_holdout(prompts: Sequence[Prompt], holdout: float, seed: int) -> tuple[list[Prompt], list[Prompt]]:
-    """Splits prompts into training and held-out ones by a hash of (seed, id), whatever their order.
+def split_holdout(ids: Iterable[str], holdout: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Splits items into training and held-out ones by a hash of (seed, id), whatever their order.
 
     Args:
-        prompts: prompts with distinct ids.
-        holdout: how many to hold out: an integer count, or a fraction below 1 (rounded, at least one prompt).
+        ids: the items' ids, distinct.
+        holdout: how many to hold out: an integer count, or a fraction below 1 (rounded, at least one).
         seed: the run's seed.
+
+    Returns:
+        The indices of the training and of the held-out items, int64, each in order.
 
     Raises:
         ValueError: ``data.holdout`` is no such number, or leaves nothing to train on.
@@ -142,12 +200,14 @@ def split_holdout(prompts: Sequence[Prompt], holdout: float, seed: int) -> tuple
     whole = type(holdout) is int
     if not (whole and holdout > 0) and not (type(holdout) is float and 0 < holdout < 1):
         raise ValueError(f"data.holdout={holdout!r} (give a count of prompts, or a fraction between 0 and 1)")
-    count = holdout if whole else max(1, round(holdout * len(prompts)))
-    if count >= len(prompts):
+    keys = bytearray()
+    for name in ids:
+        keys += hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8]
+    ranked = np.argsort(np.frombuffer(keys, dtype=">u8"), kind="stable")
+    count = holdout if whole else max(1, round(holdout * len(ranked)))
+    if count >= len(ranked):
         raise ValueError(
-            f"data.holdout={holdout} leaves none of the {len(prompts)} prompts for training (lower it, or set "
+            f"data.holdout={holdout} leaves none of the {len(ranked)} prompts for training (lower it, or set "
             "data.validation)"
         )
-    ranked = sorted((hashlib.sha256(f"{seed}/{prompt.id}".encode()).digest(), prompt.id) for prompt in prompts)
-    held = {name for _, name in ranked[:count]}
-    return [prompt for prompt in prompts if prompt.id not in held], [prompt for prompt in prompts if prompt.id in held]
+    return np.sort(ranked[count:]), np.sort(ranked[:count])

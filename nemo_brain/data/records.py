@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import json
 import os
@@ -12,6 +13,9 @@ from pathlib import Path
 from typing import IO
 
 Source = str | os.PathLike | Iterable
+# Levels of lists and objects in a record: what writes, copies or compares one later goes a few calls deep for each.
+_LEVELS = 64
+_ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False)
 
 
 @dataclass
@@ -63,16 +67,26 @@ def read_records(source: Source, key: str) -> Iterator[Record]:
     Raises:
         ValueError: a file cannot be read or is empty, a line is not a JSON object in UTF-8, an item is not a mapping.
     """
+    for part in parts(source, key):
+        if isinstance(part, Record):
+            yield part
+        else:
+            with open_lines(part, key) as file:
+                for _, number, line in lines_of(file, part, key):
+                    yield parse_line(part, number, line)
+
+
+def parts(source: Source, key: str) -> Iterator[Path | Record]:
+    """The files that a source names, and the records that it holds itself, in their order. ValueError: it has none."""
     items = [source] if isinstance(source, (str, os.PathLike)) else source
     if not isinstance(items, Iterable) or isinstance(items, Mapping):
         raise ValueError(f"{key} is {kind(source)} (give a JSONL file, a list of them, or an iterable of records)")
     empty = True
     for index, item in enumerate(items):
+        empty = False
         if isinstance(item, (str, os.PathLike)):
-            empty = False
-            yield from _read_file(Path(item), key)
+            yield Path(item)
         elif isinstance(item, Mapping):
-            empty = False
             yield _checked(Record(f"{key}[{index}]", key, f"{key}:{index}", dict(item)))
         else:
             raise ValueError(f"{key}[{index}] is {kind(item)}, not a record (give mappings or paths of JSONL files)")
@@ -80,31 +94,53 @@ def read_records(source: Source, key: str) -> Iterator[Record]:
         raise ValueError(f"{key} is empty (give at least one record)")
 
 
-def _read_file(path: Path, key: str) -> Iterator[Record]:
+def open_lines(path: Path, key: str) -> IO[bytes]:
+    """The file, decompressed if its name ends in .gz. ValueError: it cannot be opened."""
     try:
-        file = gzip.open(path) if path.suffix == ".gz" else path.open("rb")  # noqa: SIM115 (closed below)
-    except OSError as error:
-        raise ValueError(f"{key}: cannot read {path}: {error.strerror} (give the path of a JSONL file)") from error
-    with file:
-        empty = True
-        for number, line in enumerate(_lines(file, path, key), start=1):
-            if line.strip():
-                empty = False
-                record = Record(f"{path}:{number}", str(path), f"{path.stem}:{number}", {})
-                record.fields = _parse(record, line)
-                yield _checked(record)
+        return gzip.open(path) if path.suffix == ".gz" else path.open("rb")
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        problem = getattr(error, "strerror", None) or error
+        raise ValueError(f"{key}: cannot read {path}: {problem} (give the path of a JSONL file)") from error
+
+
+def lines_of(file: IO[bytes], path: Path, key: str, longest: int | None = None) -> Iterator[tuple[int, int, bytes]]:
+    """The lines that are not blank: where each begins, its number from 1, and its bytes.
+
+    Args:
+        longest: the bytes that a line may have, so that a file without line breaks is not read as a whole.
+
+    Raises:
+        ValueError: a line is longer, the file cannot be decompressed, or all of it is blank.
+    """
+    offset, number, empty = 0, 0, True
+    while line := next_line(file, path, key, -1 if longest is None else longest + 1):
+        number += 1
+        if longest is not None and len(line) > longest:
+            raise ValueError(
+                f"{path}:{number}: a line of more than {longest} bytes (write one JSON object per line, and shorten it)"
+            )
+        if line.strip():
+            empty = False
+            yield offset, number, line
+        offset += len(line)
     if empty:
         raise ValueError(f"{key}: {path} is empty (write one JSON object per line)")
 
 
-def _lines(file: IO[bytes], path: Path, key: str) -> Iterator[bytes]:
+def next_line(file: IO[bytes], path: Path, key: str, size: int = -1) -> bytes:
+    """The next line, or ``size`` bytes of it; empty at the end. ValueError: it cannot be read."""
     try:
-        yield from file
-    except (EOFError, OSError, zlib.error) as error:  # gzip's
-        raise ValueError(f"{key}: cannot read {path}: {error} (compress it again, or name it without .gz)") from error
+        return file.readline(size)
+    except (EOFError, OSError, zlib.error) as error:
+        remedy = "compress it again, or name it without .gz" if path.suffix == ".gz" else "check its disk"
+        raise ValueError(f"{key}: cannot read {path}: {error} ({remedy})") from error
 
 
-def _parse(record: Record, line: bytes) -> dict:
+def parse_line(path: Path, number: int, line: bytes) -> Record:
+    """The record of one line. ValueError: it is not a JSON object in UTF-8, or one that cannot be written out again."""
+    record = Record(f"{path}:{number}", str(path), f"{path.stem}:{number}", {})
+    if line.startswith(codecs.BOM_UTF8):
+        raise record.error("a byte order mark", "save the file as UTF-8 without one")
     try:
         text = line.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -115,21 +151,36 @@ def _parse(record: Record, line: bytes) -> dict:
         raise record.error(f"invalid JSON: {error}", "write one JSON object per line") from error
     if not isinstance(fields, dict):
         raise record.error(f"{kind(fields)}, not an object", 'write {"prompt": "..."}')
-    return fields
+    record.fields = fields
+    return _checked(record, brackets=line.count(b"[") + line.count(b"{"))
 
 
-def _checked(record: Record) -> Record:
-    """The record, which must be what a run can write out again: Python's parser also takes NaN and half characters."""
+def _checked(record: Record, brackets: int | None = None) -> Record:
+    """The record, which must be what a run can write out again: Python's parser also takes NaN and half characters.
+
+    Args:
+        brackets: a bound on the levels of lists and objects, where one is known.
+    """
+    if (brackets is None or brackets > _LEVELS) and _deeper(record.fields, _LEVELS):
+        raise record.error(f"lists and objects within each other, more than {_LEVELS} levels", "flatten the record")
     try:
-        json.dumps(record.fields, ensure_ascii=False, allow_nan=False).encode()
+        _ENCODER.encode(record.fields).encode()
     except UnicodeEncodeError as error:
         raise record.error("text with half of a surrogate pair", "write the character as UTF-8") from error
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise record.error(
             f"a value that JSON cannot hold: {error}",
             "use text, finite numbers (no NaN, no Infinity), lists and objects",
         ) from error
     return record
+
+
+def _deeper(value: object, levels: int) -> bool:
+    """Whether lists and objects lie within each other in more levels."""
+    if isinstance(value, (dict, list, tuple)):
+        inner = value.values() if isinstance(value, dict) else value
+        return levels == 0 or any(_deeper(item, levels - 1) for item in inner)
+    return False
 
 
 def kind(value: object) -> str:

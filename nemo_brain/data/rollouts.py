@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerFast
@@ -20,12 +21,18 @@ LOGPROB_SLACK = 1e-3
 
 
 def write_rollout(path: str | Path, rollout: Rollout) -> None:
-    """Appends one line per group. ``prompt_token_ids`` tell a reader that the template was applied to ``prompt``."""
+    """Appends one line per group. ``prompt_token_ids`` tell a reader that the template was applied to ``prompt``.
+
+    Outputs whose reward is not finite are left out, as in training, and groups that fewer than two others are left of.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = []
     for group in rollout.groups:
         prompt = group.prompt
+        outputs = [output for output in group.outputs if output.reward is None or math.isfinite(output.reward)]
+        if len(outputs) < min(2, len(group.outputs)):
+            continue
         line = {
             **{name: value for name, value in prompt.metadata.items() if name not in OWN_KEYS},
             "id": prompt.id,
@@ -34,8 +41,7 @@ def write_rollout(path: str | Path, rollout: Rollout) -> None:
             "reference": prompt.reference,
             "iteration": rollout.iteration,
             "outputs": [
-                {name: getattr(output, name) for name in ("text", "token_ids", *SCORES, "ended")}
-                for output in group.outputs
+                {name: getattr(output, name) for name in ("text", "token_ids", *SCORES, "ended")} for output in outputs
             ],
         }
         lines.append(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
@@ -99,9 +105,9 @@ def read_rollouts(
 def _prompt(record: Record, template: Template, max_prompt_tokens: int, vocabulary: int) -> Prompt:
     if record.fields.get("prompt_token_ids") is None:
         plain = {name: value for name, value in record.fields.items() if name not in ("outputs", "iteration")}
-        prompt, too_long = parse_prompt(
-            Record(record.where, record.source, record.default_id, plain), template, max_prompt_tokens
-        )
+        plain_record = Record(record.where, record.source, record.default_id, plain)
+        prompt = parse_prompt(plain_record, template, max_prompt_tokens)
+        too_long = prompt.truncated
     else:
         ids = record.token_ids("prompt_token_ids", record.fields["prompt_token_ids"], vocabulary)
         metadata = {name: value for name, value in record.fields.items() if name not in OWN_KEYS}

@@ -44,7 +44,7 @@ def load_tokenizer(
     if not path.is_dir():
         raise ValueError(f"{key}: {path} is not a directory (give a Hugging Face directory with a tokenizer.json)")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises many types here
         raise ValueError(
             f"{key}: {path} has no tokenizer that can be loaded: {error} (save one there with "

@@ -35,8 +35,9 @@ class MiniLM:
         directory = Path(directory) if directory else minilm_directory()
         if not (directory / "config.json").is_file():
             raise ValueError(f"reward.model: {directory} holds no encoder; {REMEDY}")
-        self.tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
-        self.model = AutoModel.from_pretrained(directory, local_files_only=True).to(device).eval()
+        self.tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        options = {"local_files_only": True, "trust_remote_code": False, "use_safetensors": True}
+        self.model = AutoModel.from_pretrained(directory, **options).to(device).eval()
         self.device, self.batch_size = device, batch_size
 
     @torch.no_grad()

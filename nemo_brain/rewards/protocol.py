@@ -23,7 +23,8 @@ class Reward(Protocol):
     A reward with the attribute ``rescorable = True``, like every plain function, may be called again on a part of a
     batch that it failed on, to find the output that caused it; one that knows the output raises ``OutputError``. One
     with ``name`` is called so in errors. One with a method ``load`` is told so, in the processes that will call it,
-    before the first call: what is heavy belongs there.
+    before the first call: what is heavy belongs there. One that consists of others and has ``skip_nonfinite`` finds
+    there whether to hand on their NaN and infinities rather than to fail.
     """
 
     def __call__(
@@ -84,8 +85,11 @@ class CollectiveReward(Protocol):
         """
 
 
-def score_groups_in_step(reward: CollectiveReward, groups: Sequence[Group], alone: bool) -> None:
-    """Sets ``reward`` on every output of the groups, with all ranks that call it; ``alone`` as in ``CollectiveReward``.
+def score_groups_in_step(
+    reward: CollectiveReward, groups: Sequence[Group], alone: bool, skip_nonfinite: bool = False
+) -> None:
+    """Sets ``reward`` on every output of the groups, with all ranks that call it; ``alone`` as in ``CollectiveReward``,
+    ``skip_nonfinite`` as in ``compute_rewards``.
 
     Raises:
         ValueError: a reward is not a finite number; on each of the ranks.
@@ -94,10 +98,10 @@ def score_groups_in_step(reward: CollectiveReward, groups: Sequence[Group], alon
     shown = ([group.prompt.text for group in groups for _ in group.outputs], [output.text for output in outputs])
     values = [value for row in reward.score(groups, alone) for value in row]
     for index, (output, value) in enumerate(zip(outputs, values, strict=True)):
-        output.reward = _number(value, _name(reward), shown, index)
+        output.reward = _number(value, _name(reward), shown, index, skip_nonfinite)
 
 
-def score_groups(reward: Reward, groups: Sequence[Group]) -> None:
+def score_groups(reward: Reward, groups: Sequence[Group], skip_nonfinite: bool = False) -> None:
     """Sets ``reward`` on every output of the groups, in one call of the reward.
 
     Raises:
@@ -110,15 +114,25 @@ def score_groups(reward: Reward, groups: Sequence[Group]) -> None:
         [output.text for _, output in pairs],
         references=[prompt.reference for prompt, _ in pairs],
         metadata=[prompt.metadata for prompt, _ in pairs],
+        skip_nonfinite=skip_nonfinite,
     )
     for (_, output), value in zip(pairs, rewards, strict=True):
         output.reward = value
 
 
 def compute_rewards(
-    reward: Reward, prompts: list[str], outputs: list[str], *, references: list[str | None], metadata: list[dict]
+    reward: Reward,
+    prompts: list[str],
+    outputs: list[str],
+    *,
+    references: list[str | None],
+    metadata: list[dict],
+    skip_nonfinite: bool = False,
 ) -> list[float]:
     """The rewards of outputs, in one call. Python, NumPy and torch numbers are taken.
+
+    Args:
+        skip_nonfinite: NaN and infinities are handed on rather than refused.
 
     Raises:
         RewardError: the reward failed (its own error is the cause), or did not return one finite number per output. The
@@ -128,6 +142,8 @@ def compute_rewards(
         return []
     batch = (prompts, outputs, references, metadata)
     name = _name(reward)
+    if hasattr(reward, "skip_nonfinite"):
+        reward.skip_nonfinite = skip_nonfinite
     try:
         result = _call(reward, batch, 0, len(outputs))
     except RewardError as error:  # of a reward that this one consists of
@@ -146,7 +162,7 @@ def compute_rewards(
             f"{name} returned {len(values)} rewards for {len(outputs)} outputs (return one number per output); the "
             f"first without a partner is {_show(batch, place)}"
         )
-    return [_number(value, name, batch, index) for index, value in enumerate(values)]
+    return [_number(value, name, batch, index, skip_nonfinite) for index, value in enumerate(values)]
 
 
 def _call(reward: Reward, batch: tuple, start: int, end: int) -> Sequence[float]:
@@ -184,21 +200,21 @@ def _first_failure(reward: Reward, batch: tuple, error: Exception) -> int | None
     return start
 
 
-def _number(value: object, name: str, batch: tuple, index: int) -> float:
-    """A Python float, checked."""
+def _number(value: object, name: str, batch: tuple, index: int, skip_nonfinite: bool) -> float:
+    """A Python float, checked: finite, unless such are to be skipped."""
     # A NumPy or torch number has ``item``; one that is an array of several stays what it is, and is refused.
     with contextlib.suppress(AttributeError, ValueError, RuntimeError):
         value = value.item()
+    real = isinstance(value, numbers.Real)
     try:
-        number = float(value) if isinstance(value, numbers.Real) else math.nan
+        number = float(value) if real else math.nan
     except OverflowError:
         number = math.inf
-    if not math.isfinite(number):
-        raise RewardError(
-            f"{name} returned {_shorten(repr(value))} for {_show(batch, index)} (return one finite number per output)",
-            index,
-        )
-    return number
+    if math.isfinite(number) or (real and skip_nonfinite):
+        return number
+    skip = ", or leave such outputs out with train.on_nonfinite=skip" if real else ""
+    shown = f"{_shorten(repr(value))} for {_show(batch, index)}"
+    raise RewardError(f"{name} returned {shown} (return one finite number per output{skip})", index)
 
 
 def _name(reward: Reward) -> str:

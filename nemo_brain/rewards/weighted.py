@@ -26,6 +26,7 @@ class WeightedReward:
         if not isinstance(rewards, Sequence) or isinstance(rewards, str) or not rewards:
             raise ValueError("reward.rewards must be a list of {weight: ..., _target_: ..., arguments}")
         self._parts = []
+        self.skip_nonfinite = False
         for index, section in enumerate(rewards):
             place = f"reward.rewards[{index}]"
             if not isinstance(section, Mapping):
@@ -53,7 +54,14 @@ class WeightedReward:
         total = [0.0] * len(outputs)
         for place, weight, reward in self._parts:
             try:
-                values = compute_rewards(reward, prompts, outputs, references=references, metadata=metadata)
+                values = compute_rewards(
+                    reward,
+                    prompts,
+                    outputs,
+                    references=references,
+                    metadata=metadata,
+                    skip_nonfinite=self.skip_nonfinite,
+                )
             except RewardError as error:
                 raise RewardError(f"{place}: {error}", error.index) from error
             total = [sum_ + weight * value for sum_, value in zip(total, values, strict=True)]
