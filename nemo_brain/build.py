@@ -27,9 +27,8 @@ from nemo.utils import logging as nemo_logging
 
 from nemo_brain import cpu
 from nemo_brain.config import ModelConfig, TrainingConfig
-from nemo_brain.convert.random import RandomWeights
-from nemo_brain.convert.weights import Weights, open_weights
-from nemo_brain.data.tokenizers import byte_tokenizer, load_tokenizer
+from nemo_brain.convert.export import check_target, make_export
+from nemo_brain.convert.weights import Weights, start_weights
 from nemo_brain.gpt import HAVE_TRANSFORMER_ENGINE, PackedGPTConfig
 from nemo_brain.lora import LoRA
 from nemo_brain.strategy import PackedStrategy
@@ -68,25 +67,16 @@ def world_size(config: TrainingConfig) -> int:
 
 
 def make_weights(config: TrainingConfig) -> Weights:
-    if config.model.restore_from is not None:
-        if config.model.gpt:
-            raise ValueError("model.gpt describes a model from scratch: set model.gpt=null with model.restore_from")
-        weights = open_weights(config.model.restore_from)
-    else:
-        tokenizer = _tokenizer(config)
-        weights = RandomWeights(dict(config.model.gpt or {}), len(tokenizer), tokenizer, config.seed)
+    model = config.model
+    if model.restore_from is not None and model.gpt:
+        raise ValueError("model.gpt describes a model from scratch: set model.gpt=null with model.restore_from")
+    weights = start_weights(model.restore_from, model.gpt, model.tokenizer, config.seed)
     if len(weights.tokenizer) > weights.vocab_size:
         raise ValueError(
             f"the tokenizer has {len(weights.tokenizer)} tokens, the checkpoint model.restore_from="
             f"{config.model.restore_from} only {weights.vocab_size}: they do not belong together"
         )
     return weights
-
-
-def _tokenizer(config: TrainingConfig):
-    if config.model.tokenizer is None:
-        return byte_tokenizer()
-    return load_tokenizer(config.model.tokenizer, key="model.tokenizer")
 
 
 def make_gpt_config(
@@ -170,6 +160,13 @@ def make_gpt_config(
             "positions (model.gpt.seq_length): lower them"
         )
     return gpt
+
+
+def check_export(config: TrainingConfig, gpt: PackedGPTConfig, weights: Weights) -> None:
+    """ValueError where ``model.export_to`` will not be possible."""
+    if config.model.export_to is not None:
+        make_export(gpt, weights.vocab_size, weights.tokenizer, "model.export_to")
+        check_target(config.model.export_to, "model.export_to")
 
 
 def _dtype(config: TrainingConfig) -> torch.dtype:

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.checkpoint.metadata import Metadata
 
 from nemo_brain.groups import Group, Output, Prompt
 
@@ -54,6 +55,13 @@ def complete(directory: Path) -> list[Path]:
     """The checkpoints in ``directory``, the newest first."""
     found = [path for path in directory.glob("step_*") if path.name.removeprefix("step_").isdecimal()]
     return sorted((path for path in found if (path / _MANIFEST).is_file()), key=step_of, reverse=True)
+
+
+def find(path: Path) -> list[Path]:
+    """The checkpoint ``path``, or those in a directory of them or in a run's, the newest first; [] if there is none."""
+    if (path / _MANIFEST).is_file():
+        return [path]
+    return complete(path) or complete(path / "checkpoints")
 
 
 def begin(directory: Path, step: int) -> Path:
@@ -100,7 +108,7 @@ def damage(path: Path, rank: int, ranks: int) -> str | None:
             return f"{path}: its format {manifest['format']} is newer than this version's {FORMAT}: update nemo_brain"
         expected = sorted(manifest["files"].items())
         if rank == 0:
-            _check_index(path / "weights" / ".metadata")
+            read_index(path)
             # Megatron leaves it to torch's default, which the environment can change, whether this is data alone.
             load_data(path / "weights" / "common.pt")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -185,9 +193,10 @@ class _Index(pickle.Unpickler):
         raise ValueError(f"weights/.metadata names {module}.{name}, which no checkpoint's index does")
 
 
-def _check_index(path: Path) -> None:
-    with path.open("rb") as file:
+def read_index(path: Path) -> Metadata:
+    """The index of a checkpoint's weights. ValueError where it is damaged, or names what no index does."""
+    with (path / "weights" / ".metadata").open("rb") as file:
         try:
-            _Index(file).load()
+            return _Index(file).load()
         except (pickle.UnpicklingError, EOFError, IndexError, AttributeError, ImportError) as error:
             raise ValueError(f"weights/.metadata is damaged: {error}") from None

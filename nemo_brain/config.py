@@ -56,6 +56,13 @@ class PeftConfig:
 
 
 @dataclass
+class EpochTrainerConfig(CommonTrainerConfig):
+    """The ``trainer`` section where a training goes over its examples in epochs."""
+
+    epochs: int = MISSING
+
+
+@dataclass
 class ModelConfig:
     restore_from: str | None = None
     tokenizer: str | None = None
@@ -306,10 +313,10 @@ def _keys(kind: type, prefix: str = "") -> list[str]:
 def _check_values(config: Config) -> None:
     rollout, train, trainer = config.rollout, config.train, config.trainer
     check_common(config)
-    _among("prior.placement", config.prior.placement, ("resident", "offload", "adapter_off"))
-    _among("rollout.truncated", rollout.truncated, ("keep", "mask"))
-    _among("train.on_nonfinite", train.on_nonfinite, ("stop", "skip"))
-    _at_least(
+    among("prior.placement", config.prior.placement, ("resident", "offload", "adapter_off"))
+    among("rollout.truncated", rollout.truncated, ("keep", "mask"))
+    among("train.on_nonfinite", train.on_nonfinite, ("stop", "skip"))
+    at_least(
         1,
         {
             "trainer.max_iterations": trainer.max_iterations,
@@ -334,8 +341,8 @@ def _check_values(config: Config) -> None:
             raise ValueError("model.export_adapter_to needs model.peft: use model.export_to for the trained weights")
     if config.model.export_to is not None and config.model.export_to == config.model.export_adapter_to:
         raise ValueError("model.export_to and model.export_adapter_to are one directory: name two")
-    _at_least(2, {"rollout.outputs_per_prompt": rollout.outputs_per_prompt})
-    _at_least(0, {"checkpoint.keep_best": config.checkpoint.keep_best})
+    at_least(2, {"rollout.outputs_per_prompt": rollout.outputs_per_prompt})
+    at_least(0, {"checkpoint.keep_best": config.checkpoint.keep_best})
     for key, minutes in {
         "trainer.stop_after_minutes": trainer.stop_after_minutes,
         "checkpoint.every_minutes": config.checkpoint.every_minutes,
@@ -369,15 +376,16 @@ def _check_values(config: Config) -> None:
 
 
 def check_common(config: Any) -> None:
-    """Checks what the configurations of a BRAIn run and of a reward model have in common."""
+    """Checks what the configurations of all kinds of training have in common."""
     model, train, trainer = config.model, config.train, config.trainer
-    _among("trainer.precision", trainer.precision, ("32", "bf16-mixed"))
-    _among("trainer.fp8", trainer.fp8, (None, "hybrid", "e4m3"))
-    _among("trainer.fp8_recipe", trainer.fp8_recipe, ("delayed", "tensorwise", "blockwise", "mxfp8"))
-    _among("trainer.accelerator", trainer.accelerator, ("auto", "cpu", "gpu"))
-    _among("model.recompute", model.recompute, ("none", "selective", "full"))
-    _among("train.layout", train.layout, ("auto", *LAYOUTS))
-    _at_least(
+    among("trainer.precision", trainer.precision, ("32", "bf16-mixed"))
+    among("trainer.fp8", trainer.fp8, (None, "hybrid", "e4m3"))
+    among("trainer.fp8_recipe", trainer.fp8_recipe, ("delayed", "tensorwise", "blockwise", "mxfp8"))
+    among("trainer.accelerator", trainer.accelerator, ("auto", "cpu", "gpu"))
+    among("model.recompute", model.recompute, ("none", "selective", "full"))
+    if hasattr(train, "layout"):
+        among("train.layout", train.layout, ("auto", *LAYOUTS))
+    at_least(
         1,
         {
             "trainer.devices": trainer.devices,
@@ -406,7 +414,7 @@ def check_common(config: Any) -> None:
     if model.sequence_parallel and model.tensor_model_parallel_size == 1:
         raise ValueError("model.sequence_parallel needs model.tensor_model_parallel_size above 1")
     if model.virtual_pipeline_model_parallel_size is not None:
-        _at_least(2, {"model.virtual_pipeline_model_parallel_size": model.virtual_pipeline_model_parallel_size})
+        at_least(2, {"model.virtual_pipeline_model_parallel_size": model.virtual_pipeline_model_parallel_size})
         if model.pipeline_model_parallel_size == 1:
             raise ValueError(
                 "model.virtual_pipeline_model_parallel_size needs model.pipeline_model_parallel_size above 1"
@@ -418,8 +426,8 @@ def check_common(config: Any) -> None:
 
 def _check_peft(peft: PeftConfig, tensor_parallel: int) -> None:
     key = "model.peft"
-    _among(f"{key}.name", peft.name, ("lora",))
-    _at_least(1, {f"{key}.dim": peft.dim, f"{key}.alpha": peft.alpha})
+    among(f"{key}.name", peft.name, ("lora",))
+    at_least(1, {f"{key}.dim": peft.dim, f"{key}.alpha": peft.alpha})
     if peft.dim % tensor_parallel:
         raise ValueError(
             f"{key}.dim ({peft.dim}) must be a multiple of model.tensor_model_parallel_size ({tensor_parallel}): an "
@@ -430,16 +438,16 @@ def _check_peft(peft: PeftConfig, tensor_parallel: int) -> None:
     if not peft.target_modules:
         raise ValueError(f"{key}.target_modules is empty: name some of {', '.join(PEFT_TARGETS)}")
     for name in peft.target_modules:
-        _among(f"{key}.target_modules", name, PEFT_TARGETS)
+        among(f"{key}.target_modules", name, PEFT_TARGETS)
     if len(set(peft.target_modules)) < len(peft.target_modules):
         raise ValueError(f"{key}.target_modules names a module twice: {', '.join(peft.target_modules)}")
 
 
 def _check_remote(remote: RemoteConfig, config: Config) -> None:
     rollout, key = config.rollout, "rollout.remote"
-    _among(f"{key}.server", remote.server, ("vllm", "sglang", "trtllm"))
-    _among(f"{key}.logprobs", remote.logprobs, ("model", "sampled"))
-    _at_least(1, {f"{key}.concurrency": remote.concurrency})
+    among(f"{key}.server", remote.server, ("vllm", "sglang", "trtllm"))
+    among(f"{key}.logprobs", remote.logprobs, ("model", "sampled"))
+    at_least(1, {f"{key}.concurrency": remote.concurrency})
     for name in ("request_timeout_seconds", "timeout_seconds"):
         if not getattr(remote, name) > 0:
             raise ValueError(f"{key}.{name} must be above 0, not {getattr(remote, name)}")
@@ -503,12 +511,12 @@ def _check_reload_step(key: str, step: dict[str, Any]) -> None:
         raise ValueError(f"{key}.{kind} must be {'a list of strings' if kind == 'command' else 'text'}, not {step}")
 
 
-def _among(key: str, value: Any, known: tuple) -> None:
+def among(key: str, value: Any, known: tuple) -> None:
     if value not in known:
         raise ValueError(f"{key} must be one of {', '.join(map(str, known))}, not {value!r}")
 
 
-def _at_least(least: int, values: dict[str, int | None]) -> None:
+def at_least(least: int, values: dict[str, int | None]) -> None:
     for key, value in values.items():
         if value is not None and value < least:
             raise ValueError(f"{key} must be at least {least}, not {value}")

@@ -1,4 +1,4 @@
-"""The NeMo model class: a Megatron GPT whose training step is BRAIn's."""
+"""The NeMo model classes: a Megatron GPT over packed rows, and the one whose training step is BRAIn's."""
 
 from __future__ import annotations
 
@@ -10,29 +10,19 @@ from nemo_brain.lora import LoRA, load
 from nemo_brain.objectives import Objective
 
 
-class BRAInGPTModel(GPTModel):
-    """NeMo's GPTModel over packed rows of groups, trained by ``BRAInStrategy``.
+class PackedModel(GPTModel):
+    """NeMo's GPTModel over packed rows, trained by a ``PackedStrategy``.
 
     Args:
         config: builds this rank's chunks.
-        weights: what they are filled with: the start model, which is also the prior.
-        objective: makes the coefficients of a group's log-probs.
+        weights: what they are filled with: the start model.
         lora: the adapters to train in place of the weights; None: the weights are trained.
-        optim, tokenizer: as in NeMo's GPTModel; the tokenizer is a transformers one.
+        optim: as in NeMo's GPTModel.
     """
 
-    def __init__(
-        self,
-        config: PackedGPTConfig,
-        weights: Weights,
-        objective: Objective,
-        lora: LoRA | None = None,
-        optim=None,
-        tokenizer=None,
-    ):
-        super().__init__(config, optim=optim, tokenizer=tokenizer)
+    def __init__(self, config: PackedGPTConfig, weights: Weights, lora: LoRA | None = None, optim=None):
+        super().__init__(config, optim=optim, tokenizer=weights.tokenizer)
         self.weights = weights
-        self.objective = objective
         self.lora = lora
 
     def configure_model(self, vp_stage: int | None = None) -> None:
@@ -45,3 +35,23 @@ class BRAInGPTModel(GPTModel):
     def forward(self, *args, **kwargs):
         """One packed row through this chunk: see ``PackedGPTModel.forward``."""
         return self.module(*args, **kwargs)
+
+
+class BRAInGPTModel(PackedModel):
+    """``PackedModel`` trained by ``BRAInStrategy``; the start model is also the prior.
+
+    Args:
+        objective: makes the coefficients of a group's log-probs.
+        config, weights, lora, optim: as in ``PackedModel``.
+    """
+
+    def __init__(
+        self,
+        config: PackedGPTConfig,
+        weights: Weights,
+        objective: Objective,
+        lora: LoRA | None = None,
+        optim=None,
+    ):
+        super().__init__(config, weights, lora, optim)
+        self.objective = objective

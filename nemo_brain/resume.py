@@ -63,11 +63,8 @@ def candidates(config: Config) -> list[Path]:
         ended = read_status(run_dir)
         total = config.trainer.max_iterations * config.steps_per_iteration
         return [] if ended.get("state") == "finished" and ended.get("step", 0) >= total else found
-    path = Path(resume)
-    for place in (path, path / "checkpoints"):
-        found = [path] if (path / "manifest.json").is_file() else checkpoint.complete(place)
-        if found:
-            return found
+    if found := checkpoint.find(Path(resume)):
+        return found
     raise ValueError(f"checkpoint.resume={resume} is no checkpoint and holds none: give one, auto or never")
 
 

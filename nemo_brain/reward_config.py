@@ -7,12 +7,7 @@ from typing import Any
 
 from omegaconf import MISSING, DictConfig
 
-from nemo_brain.config import CommonTrainerConfig, LoggerConfig, ModelConfig, TrainingConfig, check_common, typed
-
-
-@dataclass
-class RewardTrainerConfig(CommonTrainerConfig):
-    epochs: int = MISSING
+from nemo_brain.config import EpochTrainerConfig, LoggerConfig, ModelConfig, TrainingConfig, check_common, typed
 
 
 @dataclass
@@ -44,7 +39,7 @@ class RewardDataConfig:
 class RewardConfig(TrainingConfig):
     run_dir: str = MISSING
     seed: int = 0
-    trainer: RewardTrainerConfig = field(default_factory=RewardTrainerConfig)
+    trainer: EpochTrainerConfig = field(default_factory=EpochTrainerConfig)
     model: RewardModelConfig = field(default_factory=RewardModelConfig)
     train: RewardTrainConfig = field(default_factory=RewardTrainConfig)
     optim: dict[str, Any] = field(default_factory=dict)

@@ -93,7 +93,7 @@ def run(cfg: DictConfig, callbacks: list[pl.Callback] | None = None) -> BRAInGPT
         strategy = make_strategy(
             config, BRAInStrategy, prior_placement=config.prior.placement, async_save=config.checkpoint.in_background
         )
-        model = BRAInGPTModel(gpt, weights, objective, lora, optim=optim, tokenizer=weights.tokenizer)
+        model = BRAInGPTModel(gpt, weights, objective, lora, optim)
         strategy.resume_candidates = earlier
         max_steps = config.trainer.max_iterations * config.steps_per_iteration
         trainer = make_trainer(config, strategy, max_steps, [loop, *callbacks])

@@ -65,9 +65,10 @@ class PackedStrategy(MegatronStrategy):
             )
 
     def setup(self, trainer) -> None:
-        """NeMo's; ``chunks`` are this rank's part of the model from then on."""
+        """NeMo's; ``chunks`` are this rank's part of the model from then on, ``guards`` watch its optimizers."""
         super().setup(trainer)
         self.chunks = [module.module for module in self.megatron_parallel]
+        self.guards = [OptimizerGuard(optimizer.mcore_optimizer) for optimizer in self.optimizers]
 
     def settle(self) -> None:
         """Ends an overlapped gather of the weights: forward passes wait for it themselves, other readers do not."""
@@ -147,7 +148,6 @@ class BRAInStrategy(PackedStrategy):
             self._prior = OffloadedPrior(self.chunks)
         else:
             self._prior = ResidentPrior(self.more_chunks(model.config, model.weights))
-        self.guards = [OptimizerGuard(optimizer.mcore_optimizer) for optimizer in self.optimizers]
         self.prior_fingerprint = fingerprint(self.chunks, model.config.vocab_size)
         self.saver = InProcessSave(copy=self._async_save)
         save: SaveShardedStrategy = self.saver

@@ -16,8 +16,8 @@ from nemo_brain.groups import LAYOUTS
 from nemo_brain.rewards.server import ServeConfig, check_serve
 from nemo_brain.run import _data, _objective
 
-# Configurations of another kind: ServeConfig, and that of test_reward_model.py.
-OTHERS = {"serve_reward", "reward_model"}
+# Configurations of another kind: ServeConfig, and those of test_reward_model.py and test_sft.py.
+OTHERS = {"serve_reward", "reward_model", "sft"}
 CONFIGS = sorted({path.stem for path in (ROOT / "conf").glob("*.yaml")} - OTHERS)
 
 

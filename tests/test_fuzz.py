@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import GrammarParseError
 from test_data import TOKENIZERS
 
-from nemo_brain.checkpoint import groups_as_json, groups_from_json, read_json, write_json
+from nemo_brain.checkpoint import groups_as_json, groups_from_json, read_json, write_text
 from nemo_brain.config import Config, _keys, check
 from nemo_brain.data.preferences import load_preferences
 from nemo_brain.data.prompts import load_prompts
@@ -163,7 +163,7 @@ def test_any_prompt_file_is_taken_or_refused_with_its_line(scratch, content, tem
     groups = [Group(prompt, [Output([5], "a", False, 0.0), Output([6], "b", True, 1.0)]) for prompt in loaded.prompts]
     assert all(0 <= token < len(TOKENIZER) for group in groups for token in group.prompt.token_ids)
     # What was taken can be written, and read again: by checkpoints, reports and later runs.
-    write_json(scratch / "groups.json", groups_as_json(groups))
+    write_text(scratch / "groups.json", json.dumps(groups_as_json(groups)))
     assert groups_from_json(read_json(scratch / "groups.json")) == groups
     for name in ("r.jsonl", "samples.jsonl"):
         (scratch / name).unlink(missing_ok=True)

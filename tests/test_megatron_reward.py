@@ -21,7 +21,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Llam
 
 from nemo_brain.convert.reward import RewardExport
 from nemo_brain.convert.weights import open_weights
-from nemo_brain.data.preferences import split_preferences
+from nemo_brain.data.examples import split_conversations
 from nemo_brain.data.tokenizers import byte_tokenizer
 from nemo_brain.groups import Group, Output, Prompt
 from nemo_brain.rewards.megatron import MegatronReward, same_tokenizer
@@ -92,7 +92,7 @@ def transformers_reward(directory: Path, ids: list[int]) -> float:
 def test_rewards_are_those_of_the_training_and_of_transformers(trained, tmp_path):
     """Held-out pairs as groups sampled elsewhere: the rewards in the run, in the evaluation of the training, and in
     transformers on the same tokens, with end tokens and without."""
-    held_out = split_preferences(loaded(trained.pairs), 4, seed=0)[1]
+    held_out = split_conversations(loaded(trained.pairs), 4, seed=0)[1]
     lines = []
     for pair in held_out:
         texts = [output.text for output in pair.group.outputs]

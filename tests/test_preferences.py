@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nemo_brain.data.preferences import load_preferences, split_preferences
+from nemo_brain.data.examples import split_conversations
+from nemo_brain.data.preferences import load_preferences
 from nemo_brain.data.tokenizers import byte_tokenizer
 from nemo_brain.preference_metrics import preference_metrics, preference_summary
 
@@ -39,7 +40,7 @@ def chat_tokenizer():
 def texts(record: dict, template: str | None = None) -> tuple[str, str, str]:
     """Prompt, chosen and rejected as the model sees them, without the end tokens that both must have."""
     tokenizer = chat_tokenizer()
-    (pair,) = load([record], template, tokenizer).pairs
+    (pair,) = load([record], template, tokenizer).examples
     outputs = pair.group.outputs
     assert all(output.token_ids[-1] == END and output.ended for output in outputs)
     decoded = [tokenizer.decode(output.token_ids[:-1]) for output in outputs]
@@ -89,14 +90,14 @@ def test_transcripts_that_part_early_or_go_on():
 
 def test_margin_id_and_metadata():
     record = {"id": 7, "prompt": "x", "chosen": "a", "rejected": "b", "margin": 2, "source": "s"}
-    (pair,) = load([record]).pairs
+    (pair,) = load([record]).examples
     assert (pair.margin, pair.group.prompt.id, pair.group.prompt.metadata) == (2.0, "7", {"source": "s"})
-    assert load([{"prompt": "x", "chosen": "a", "rejected": "b"}]).pairs[0].margin == 0.0
+    assert load([{"prompt": "x", "chosen": "a", "rejected": "b"}]).examples[0].margin == 0.0
 
 
 def test_prompts_are_cut_on_the_left_and_outputs_on_the_right():
     loaded = load([{"prompt": "abcdef", "chosen": "123456", "rejected": "12"}], prompt=4, output=3)
-    group = loaded.pairs[0].group
+    group = loaded.examples[0].group
     assert group.prompt.token_ids == list(b"cdef") and (loaded.cut_prompts, loaded.cut_outputs) == (1, 1)
     assert [output.token_ids for output in group.outputs] == [list(b"123"), [*b"12", END]]
     assert [output.ended for output in group.outputs] == [False, True]
@@ -107,7 +108,7 @@ def test_compressed_files(tmp_path):
     plain, packed = tmp_path / "a.jsonl", tmp_path / "b.jsonl.gz"
     plain.write_text(line * 2)
     packed.write_bytes(gzip.compress((line * 2).encode()))
-    pairs = load([plain, packed]).pairs
+    pairs = load([plain, packed]).examples
     assert len(pairs) == 4
     broken = tmp_path / "c.jsonl.gz"
     for content in (packed.read_bytes()[:-9], line.encode()):
@@ -164,7 +165,7 @@ SIDES = VALUES | st.sampled_from([[USER, BLUE], [USER, RED], [BLUE], HH, HH + " 
 @given(st.dictionaries(st.sampled_from(["prompt", "chosen", "rejected", "margin", "id"]), SIDES))
 def test_any_record_is_read_or_refused_with_its_place(record):
     try:
-        (pair,) = load([record], "chat", chat_tokenizer(), prompt=500).pairs
+        (pair,) = load([record], "chat", chat_tokenizer(), prompt=500).examples
     except ValueError as error:
         assert str(error).startswith("data.train[0]: ")
     else:
@@ -180,13 +181,13 @@ def test_no_conversation_is_on_both_sides():
         }
         for i in range(5)
     ]
-    pairs = load(records).pairs
-    train, held_out = split_preferences(pairs, 3, seed=1)
+    pairs = load(records).examples
+    train, held_out = split_conversations(pairs, 3, seed=1)
     assert len(train) + len(held_out) == 26
     assert not {p.conversation for p in train} & {p.conversation for p in held_out}
     assert len({p.conversation for p in held_out}) == 3 and {p.conversation for p in pairs[21:]} == {"q"}
-    assert split_preferences(pairs[::-1], 3, seed=1)[1] == held_out[::-1]
-    assert split_preferences(pairs, 0.25, seed=2)[1] != held_out
+    assert split_conversations(pairs[::-1], 3, seed=1)[1] == held_out[::-1]
+    assert split_conversations(pairs, 0.25, seed=2)[1] != held_out
 
 
 def test_metrics_by_hand():
@@ -201,4 +202,4 @@ def test_metrics_by_hand():
     assert [(b["pairs"], b["accuracy"]) for b in bins] == [(1, 0.5), (2, 0.5), (1, 1.0)]
     assert [b["confidence"] for b in bins] == pytest.approx([0.5, 0.8, 27 / 28])
     assert record["eval/calibration_error"] == pytest.approx((0 + 2 * 0.3 + 1 / 28) / 4)
-    assert "62.5%" in preference_summary(record)[0]
+    assert "62.5%" in dict(preference_summary(record))["accuracy"]

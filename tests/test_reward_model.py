@@ -19,7 +19,8 @@ from test_config import file_keys, schema_keys
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, LlamaForSequenceClassification
 
 from nemo_brain.convert.reward import open_reward_model
-from nemo_brain.data.preferences import load_preferences, split_preferences
+from nemo_brain.data.examples import split_conversations
+from nemo_brain.data.preferences import load_preferences
 from nemo_brain.data.tokenizers import byte_tokenizer
 from nemo_brain.groups import Group, Output, Prompt, plan
 from nemo_brain.preference_loss import preference_losses
@@ -127,7 +128,7 @@ def test_the_comparison_can_fail(pairs, reference, tmp_path):
 def loaded(pairs: Path) -> list:
     return load_preferences(
         str(pairs), tokenizer=byte_tokenizer(), template=None, max_prompt_tokens=16, max_output_tokens=16
-    ).pairs
+    ).examples
 
 
 def test_loss_and_gradient_are_those_of_plain_torch(pairs, tmp_path):
@@ -181,7 +182,7 @@ def test_transformers_computes_the_exported_models_scores(pairs, reference):
     model = AutoModelForSequenceClassification.from_pretrained(directory)
     tokenizer = AutoTokenizer.from_pretrained(directory)
     assert tokenizer.pad_token_id == config["pad_token_id"] != tokenizer.eos_token_id
-    held_out = split_preferences(loaded(pairs), 4, seed=0)[1]
+    held_out = split_conversations(loaded(pairs), 4, seed=0)[1]
     rows = [pair.group.prompt.token_ids + output.token_ids for pair in held_out for output in pair.group.outputs]
     batch = tokenizer.pad({"input_ids": rows}, return_tensors="pt")
     with torch.no_grad():

@@ -45,7 +45,8 @@ def convert(
     Args:
         source: what ``open_weights`` opens.
         target: absent, or an empty directory.
-        dtype: of the written tensors; None keeps what the checkpoint has (a GGUF file is dequantised to fp32).
+        dtype: of the written tensors; None keeps what the checkpoint has (a GGUF file is dequantised to fp32, a run's
+            checkpoint has what the run trained in).
         max_shard_bytes: the largest safetensors file, and what is held in memory.
 
     Raises:
@@ -60,7 +61,7 @@ def convert(
         tokenizer = weights.tokenizer
     except ValueError as error:
         raise ValueError(f"from: {error}") from error
-    gpt = PackedGPTConfig(**weights.gpt_config, vocab_size=weights.vocab_size)
+    gpt = PackedGPTConfig(**{**weights.gpt_config, "vocab_size": weights.vocab_size})
     export = make_export(gpt, weights.vocab_size, tokenizer, "from")
     writer = Writer(export, target, max_shard_bytes, replaceable=False)
 

@@ -59,6 +59,7 @@ def build_tokenizer(file: GGUFFile) -> PreTrainedTokenizerFast:
         tokenizer_object=tokenizer,
         model_max_length=file.config["max_position_embeddings"],
         clean_up_tokenization_spaces=False,
+        model_input_names=["input_ids", "attention_mask"],  # all that a language model's forward takes
         **{name: tokens[index] for name, index in ids.items() if index is not None},
     )
     fast.chat_template = file.field("tokenizer.chat_template", None)

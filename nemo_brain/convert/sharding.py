@@ -104,7 +104,12 @@ def _global_name(chunk: GPTModel, name: str) -> str:
         return name
     index, rest = match.groups()
     rest = rest.replace(".to_wrap.", ".")  # what has an adapter is wrapped
+    return layer_tensor(chunk.decoder.layers[int(index)].layer_number - 1, rest)
+
+
+def layer_tensor(layer: int, name: str) -> str:
+    """The canonical name of one of a layer's tensors; ``layer``: counted from 0 over all pipeline stages."""
     for fused, separate in _FUSED_NORMS.items():
-        if rest.startswith(fused):
-            rest = separate + rest.removeprefix(fused)
-    return f"decoder.layers.{chunk.decoder.layers[int(index)].layer_number - 1}.{rest}"
+        if name.startswith(fused):
+            name = separate + name.removeprefix(fused)
+    return f"decoder.layers.{layer}.{name}"

@@ -17,12 +17,16 @@ import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
 from transformers import PreTrainedTokenizerFast
 
+from nemo_brain import checkpoint
 from nemo_brain.convert.gguf import GGUFFile
 from nemo_brain.convert.gpt2 import GPT2Weights
 from nemo_brain.convert.gpt_neox import GPTNeoXWeights
 from nemo_brain.convert.huggingface import HuggingFaceDirectory
 from nemo_brain.convert.llama import LlamaWeights
+from nemo_brain.convert.random import RandomWeights
+from nemo_brain.convert.run_checkpoint import RunWeights, newest_intact
 from nemo_brain.convert.sharding import VOCABULARY_TENSORS, global_parameters
+from nemo_brain.data.tokenizers import byte_tokenizer, load_tokenizer
 from nemo_brain.pulse import beat
 
 
@@ -67,8 +71,9 @@ def open_weights(path: str | Path) -> Weights:
     """Opens a checkpoint without reading its tensors.
 
     Args:
-        path: a Hugging Face directory (config.json and safetensors), a .gguf file, or ``package:NAME``: the GGUF file
-            inside the installed Python package NAME, which is not imported.
+        path: a Hugging Face directory (config.json and safetensors), a .gguf file, ``package:NAME`` (the GGUF file
+            inside the installed Python package NAME, which is not imported), a run's checkpoint, or a run's directory:
+            its newest intact checkpoint.
 
     Raises:
         ValueError: the path holds no such checkpoint, or one that cannot be represented exactly; says why.
@@ -76,17 +81,42 @@ def open_weights(path: str | Path) -> Weights:
     path = resolve(path)
     if path.is_file() and path.suffix == ".gguf":
         source: Source = GGUFFile(path)
+    elif checkpoint.find(path):
+        return _open_checkpoint(newest_intact(path))
     elif path.is_dir():
         source = HuggingFaceDirectory(path)
     else:
         raise ValueError(
-            f"{path} is neither a directory with config.json and safetensors nor a .gguf file; "
+            f"{path} is neither a directory with config.json and safetensors, a .gguf file, nor a run's checkpoint; "
             "a model of the Hugging Face hub is downloaded first: huggingface-cli download NAME --local-dir DIRECTORY"
         )
     architecture = source.config.get("model_type")
     if architecture not in ARCHITECTURES:
         raise ValueError(f"{path}: architecture {architecture!r} is not supported; known: {', '.join(ARCHITECTURES)}")
     return ARCHITECTURES[architecture](source)
+
+
+def start_weights(restore_from: str | None, gpt: dict | None, tokenizer: str | None, seed: int) -> Weights:
+    """The model that a run starts from, by the keys of its ``model`` section and its seed."""
+    if restore_from is not None:
+        return open_weights(restore_from)
+    found = byte_tokenizer() if tokenizer is None else load_tokenizer(tokenizer, key="model.tokenizer")
+    return RandomWeights(dict(gpt or {}), len(found), found, seed)
+
+
+def _open_checkpoint(path: Path) -> RunWeights:
+    configuration = checkpoint.read_json(path / "run.json")["configuration"]
+    if configuration["model"].get("peft") is not None:
+        raise ValueError(
+            f"{path} holds adapters alone (model.peft): go on with the run, which writes merged weights to "
+            "model.export_to at its end"
+        )
+    model = {name: configuration["model"][name] for name in ("restore_from", "gpt", "tokenizer")}
+    try:
+        start = start_weights(**model, seed=configuration["seed"])
+    except ValueError as error:
+        raise ValueError(f"{path}: architecture and tokenizer are those of its run's start model: {error}") from error
+    return RunWeights(path, start)
 
 
 def resolve(path: str | Path) -> Path:

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerFast
 
-from nemo_brain.data.prompts import parse_prompt, split_holdout
+from nemo_brain.data.examples import ExampleSet
+from nemo_brain.data.prompts import parse_prompt
 from nemo_brain.data.records import Record, Source, kind, read_records
 from nemo_brain.data.templates import Template
 from nemo_brain.data.tokenizers import encode
 from nemo_brain.groups import Group, Output
 
+OWN = ("prompt", "messages", "chosen", "rejected", "margin")  # keys of a record that are no metadata of its prompt
 _TURN = re.compile(r"\n\n(Human|Assistant):")
 _TRANSCRIPT = re.compile(r"\n\nHuman:")
 _ROLES = {"Human": "user", "Assistant": "assistant"}
@@ -31,15 +31,6 @@ class Preference:
     conversation: str
 
 
-@dataclass
-class PreferenceSet:
-    """Pairs, and how many prompts and outputs were cut to ``data.max_prompt_tokens`` and ``data.max_output_tokens``."""
-
-    pairs: list[Preference]
-    cut_prompts: int
-    cut_outputs: int
-
-
 def load_preferences(
     source: Source,
     *,
@@ -48,7 +39,7 @@ def load_preferences(
     max_prompt_tokens: int,
     max_output_tokens: int,
     key: str = "data.train",
-) -> PreferenceSet:
+) -> ExampleSet[Preference]:
     """Reads preference pairs.
 
     A record has ``chosen`` and ``rejected``, and may have ``prompt``, ``margin`` (default 0) and ``id``:
@@ -73,7 +64,7 @@ def load_preferences(
     cut_prompts = cut_outputs = 0
     for record in read_records(source, key):
         prompt, answers = _split(record, rendering.chat)
-        parsed = parse_prompt(_with_prompt(record, prompt), rendering, max_prompt_tokens)
+        parsed = parse_prompt(record.with_prompt(prompt, OWN), rendering, max_prompt_tokens)
         outputs = []
         for text in answers:
             ids = [*encode(tokenizer, text), tokenizer.eos_token_id]
@@ -83,35 +74,16 @@ def load_preferences(
         if outputs[0].token_ids == outputs[1].token_ids:
             raise record.error("chosen and rejected are the same", "remove the line, or raise data.max_output_tokens")
         margin = record.number("margin", record.fields.get("margin", 0.0))
-        pairs.append(Preference(Group(parsed, outputs), margin, _conversation(prompt)))
+        pairs.append(Preference(Group(parsed, outputs), margin, conversation_of(prompt)))
         cut_prompts += parsed.truncated
-    return PreferenceSet(pairs, cut_prompts, cut_outputs)
+    return ExampleSet(pairs, cut_prompts, cut_outputs)
 
 
-def split_preferences(
-    pairs: Sequence[Preference], holdout: float, seed: int
-) -> tuple[list[Preference], list[Preference]]:
-    """Training and held-out pairs, by a hash of (seed, conversation), so that no prompt is on both sides.
-
-    Args, Raises: as ``split_holdout``; what is counted are conversations.
-    """
-    conversations = list(dict.fromkeys(pair.conversation for pair in pairs))
-    _, held = split_holdout(conversations, holdout, seed)
-    names = {conversations[index] for index in held}
-    return [p for p in pairs if p.conversation not in names], [p for p in pairs if p.conversation in names]
-
-
-def _conversation(prompt: str | list[dict]) -> str:
-    """What pairs are held out by: a plain prompt, or the conversation's first user message."""
+def conversation_of(prompt: str | list[dict]) -> str:
+    """What examples are held out by: a plain prompt, or the conversation's first user message."""
     if isinstance(prompt, str):
         return _messages(prompt)[0]["content"] if _TRANSCRIPT.match(prompt) else prompt
     return next((message["content"] for message in prompt if message["role"] == "user"), "")
-
-
-def _with_prompt(record: Record, prompt: str | list[dict]) -> Record:
-    """The record as one of a prompt file."""
-    fields = {k: v for k, v in record.fields.items() if k not in ("chosen", "rejected", "prompt", "messages", "margin")}
-    return dataclasses.replace(record, fields={**fields, "prompt" if isinstance(prompt, str) else "messages": prompt})
 
 
 def _split(record: Record, chat: bool) -> tuple[str | list[dict], list[str]]:

@@ -116,7 +116,10 @@ def check_prompt(record: Record, template: Template) -> str:
         both = "neither prompt nor messages" if prompt is None else "both prompt and messages"
         raise record.error(both, "give exactly one of them")
     if messages is not None:
-        _check_messages(record, messages)
+        if parse_messages(record, "messages", messages)[-1]["role"] == "assistant":
+            raise record.error(
+                "the last message is the assistant's", "end with the message to answer; move it to reference"
+            )
         if not template.chat:
             raise record.error("messages need a chat template", f"set {KEY}=chat, or give a plain prompt")
     elif not record.text("prompt", prompt):
@@ -166,21 +169,18 @@ def prompt_reference(record: Record) -> str | None:
     return None if value is None else record.text("reference", value)
 
 
-def _check_messages(record: Record, messages: object) -> None:
+def parse_messages(record: Record, name: str, messages: object) -> list[dict[str, str]]:
+    """``messages``, which must be a non-empty list of them; ``name``: the key that errors name."""
     example = 'write [{"role": "user", "content": "..."}]'
     if not isinstance(messages, list) or not messages:
-        raise record.error(f"messages is {kind(messages) if messages != [] else 'empty'}, not a list of them", example)
+        raise record.error(f"{name} is {kind(messages) if messages != [] else 'empty'}, not a list of them", example)
     for index, message in enumerate(messages):
-        name = f"messages[{index}]"
         if not isinstance(message, dict) or message.keys() != {"role", "content"}:
-            raise record.error(f"{name} does not have role and content, and these alone", example)
+            raise record.error(f"{name}[{index}] does not have role and content, and these alone", example)
         if message["role"] not in ROLES:
-            raise record.error(f"{name}.role is {message['role']!r}", f"use {', '.join(ROLES)}")
-        record.text(f"{name}.content", message["content"])
-    if messages[-1]["role"] == "assistant":
-        raise record.error(
-            "the last message is the assistant's", "end with the message to answer; move it to reference"
-        )
+            raise record.error(f"{name}[{index}].role is {message['role']!r}", f"use {', '.join(ROLES)}")
+        record.text(f"{name}[{index}].content", message["content"])
+    return messages
 
 
 def split_holdout(ids: Iterable[str], holdout: float, seed: int) -> tuple[np.ndarray, np.ndarray]:

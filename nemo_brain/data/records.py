@@ -7,8 +7,8 @@ import gzip
 import json
 import os
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO
 
@@ -30,6 +30,11 @@ class Record:
     def error(self, what: str, remedy: str) -> ValueError:
         """The error to raise about this record."""
         return ValueError(f"{self.where}: {what} ({remedy})")
+
+    def with_prompt(self, prompt: str | list[dict], own: Collection[str]) -> Record:
+        """A prompt file's record at the same place, without the keys ``own``; the prompt is text or messages."""
+        fields = {name: value for name, value in self.fields.items() if name not in own}
+        return replace(self, fields={**fields, "prompt" if isinstance(prompt, str) else "messages": prompt})
 
     def text(self, name: str, value: object) -> str:
         """``value``, which must be text."""

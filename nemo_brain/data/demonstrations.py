@@ -1,0 +1,114 @@
+"""Demonstration files: prompts with the completion to imitate, as text or as messages, in the formats of TRL."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerFast
+
+from nemo_brain.data.examples import ExampleSet
+from nemo_brain.data.preferences import conversation_of
+from nemo_brain.data.prompts import parse_messages, parse_prompt
+from nemo_brain.data.records import Record, Source, kind, read_records
+from nemo_brain.data.templates import Template
+from nemo_brain.data.tokenizers import encode
+from nemo_brain.groups import Group, Output
+
+TURNS = ("all", "last")
+_OWN = ("prompt", "completion", "messages")
+_EXAMPLE = 'write {"prompt": ..., "completion": ...} or {"messages": [...]}'
+
+
+@dataclass
+class Demonstration:
+    """A group with one output: the completion, ended unless it was cut. Those of one ``conversation`` are not held out
+    from each other."""
+
+    group: Group
+    conversation: str
+
+
+def load_demonstrations(
+    source: Source,
+    *,
+    tokenizer: PreTrainedTokenizerFast,
+    template: str | None,
+    max_prompt_tokens: int,
+    max_output_tokens: int,
+    assistant_turns: str = "all",
+    key: str = "data.train",
+) -> ExampleSet[Demonstration]:
+    """Reads demonstrations.
+
+    A record has one of these, and may have ``id``:
+
+    - ``prompt`` and ``completion``, both text;
+    - ``prompt`` and ``completion``, both messages;
+    - ``messages``: a conversation.
+
+    Messages end with one of the assistant. Each message of the assistant in ``completion`` or ``messages`` is a
+    demonstration of its own: its prompt is all that precedes it, rendered as when the model is asked to answer, and the
+    completion is its text and the end token.
+
+    Args:
+        source: a JSONL file (.gz: compressed), a list of them, or an iterable of records.
+        tokenizer, template, max_prompt_tokens, key: as in ``load_prompts``.
+        max_output_tokens: longer completions lose tokens on the right, the end token among them.
+        assistant_turns: ``all``, or ``last``: of a record's messages of the assistant only the last one.
+
+    Raises:
+        ValueError: naming ``path:line`` or the key, what is wrong and the remedy.
+    """
+    rendering = Template(tokenizer, template)
+    demonstrations: list[Demonstration] = []
+    cut_prompts = cut_outputs = 0
+    for record in read_records(source, key):
+        turns = list(_turns(record))
+        for prompt, text in turns if assistant_turns == "all" else turns[-1:]:
+            if not text:
+                raise record.error("a completion is empty", "write it, or remove the line")
+            parsed = parse_prompt(record.with_prompt(prompt, _OWN), rendering, max_prompt_tokens)
+            ids = [*encode(tokenizer, text), tokenizer.eos_token_id]
+            ended = len(ids) <= max_output_tokens
+            output = Output(ids[:max_output_tokens], text, ended)
+            demonstrations.append(Demonstration(Group(parsed, [output]), conversation_of(prompt)))
+            cut_prompts += parsed.truncated
+            cut_outputs += not ended
+    return ExampleSet(demonstrations, cut_prompts, cut_outputs)
+
+
+def _turns(record: Record) -> Iterator[tuple[str | list[dict[str, str]], str]]:
+    """The prompts and completions of a record."""
+    prompt, completion, messages = (record.fields.get(name) for name in _OWN)
+    if messages is not None:
+        if prompt is not None or completion is not None:
+            raise record.error("both messages and prompt or completion", _EXAMPLE)
+        yield from _assistant_turns(record, parse_messages(record, "messages", messages), 0)
+    elif prompt is None or completion is None:
+        raise record.error(f"no {'completion' if completion is None else 'prompt'}", _EXAMPLE)
+    elif isinstance(prompt, list) and isinstance(completion, list):
+        before = parse_messages(record, "prompt", prompt)
+        yield from _assistant_turns(record, [*before, *parse_messages(record, "completion", completion)], len(before))
+    elif isinstance(prompt, str) and isinstance(completion, str):
+        yield prompt, completion
+    else:
+        kinds = f"prompt is {kind(prompt)}, completion is {kind(completion)}"
+        raise record.error(kinds, "make both text, or both lists of messages")
+
+
+def _assistant_turns(
+    record: Record, messages: list[dict[str, str]], start: int
+) -> Iterator[tuple[list[dict[str, str]], str]]:
+    """What the assistant says from the message ``start`` on, each with all that precedes it."""
+    roles = [message["role"] for message in messages]
+    if roles[-1] != "assistant":
+        raise record.error(f"the last message is the {roles[-1]}'s", "end with the assistant's answer to train on")
+    for index in range(start, len(messages)):
+        if roles[index] != "assistant":
+            continue
+        if index == 0:
+            raise record.error("the first message is the assistant's", "begin with the message that it answers")
+        if roles[index - 1] == "assistant":
+            raise record.error("two messages of the assistant in a row", "join them, or remove the line")
+        yield messages[:index], messages[index]["content"]

@@ -1,0 +1,65 @@
+"""Examples for a training by epochs: what their files gave, and which of them are held out."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar
+
+from nemo_brain.data.prompts import split_holdout
+from nemo_brain.data.records import Source
+
+
+class Example(Protocol):
+    """Examples of one ``conversation`` are not held out from each other."""
+
+    conversation: str
+
+
+T = TypeVar("T", bound=Example)
+
+
+@dataclass
+class ExampleSet(Generic[T]):
+    """Examples, and how many of their prompts and outputs were cut to ``data.max_prompt_tokens`` and
+    ``data.max_output_tokens``."""
+
+    examples: list[T]
+    cut_prompts: int
+    cut_outputs: int
+
+
+def split_conversations(examples: Sequence[T], holdout: float, seed: int) -> tuple[list[T], list[T]]:
+    """Training and held-out examples, by a hash of (seed, conversation), so that no prompt is on both sides.
+
+    Args, Raises: as ``split_holdout``; what is counted are conversations.
+    """
+    conversations = list(dict.fromkeys(example.conversation for example in examples))
+    _, held = split_holdout(conversations, holdout, seed)
+    names = {conversations[index] for index in held}
+    return [e for e in examples if e.conversation not in names], [e for e in examples if e.conversation in names]
+
+
+def read_examples(data: Any, seed: int, load: Callable[[Source, str], ExampleSet[T]]) -> tuple[list[T], list[T]]:
+    """Training and held-out examples, all read and checked; rank 0 says how many were cut.
+
+    Args:
+        data: a configuration's ``data`` section.
+        load: reads a source; its second argument is the key that errors name.
+    """
+
+    def read(source: Source, key: str) -> list[T]:
+        loaded = load(source, key)
+        if (loaded.cut_prompts or loaded.cut_outputs) and int(os.environ.get("RANK", 0)) == 0:
+            prompts = f"{loaded.cut_prompts} prompts were cut to {data.max_prompt_tokens} tokens"
+            outputs = f"{loaded.cut_outputs} outputs to {data.max_output_tokens}"
+            print(f"{key}: of {len(loaded.examples)} examples {prompts}, {outputs}")
+        return loaded.examples
+
+    train = read(data.train, "data.train")
+    if data.validation is not None:
+        return train, read(data.validation, "data.validation")
+    if not data.holdout:
+        return train, []
+    return split_conversations(train, int(data.holdout) if data.holdout >= 1 else data.holdout, seed)
