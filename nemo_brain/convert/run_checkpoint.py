@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch.distributed.checkpoint import FileSystemReader
@@ -18,6 +19,9 @@ from transformers import PreTrainedTokenizerFast
 
 from nemo_brain import checkpoint
 from nemo_brain.convert.sharding import VOCABULARY_TENSORS, layer_tensor
+
+if TYPE_CHECKING:
+    from nemo_brain.convert.weights import Weights
 
 _MODEL = "module."  # what precedes the model's tensors in the checkpoint; the optimizer's have another beginning
 _STACKED = re.compile(r"decoder\.layers\.(\D.*)")  # Megatron keeps the same tensor of all layers as one
@@ -31,7 +35,7 @@ class RunWeights:
         start: the weights of the run's start model.
     """
 
-    def __init__(self, path: Path, start):
+    def __init__(self, path: Path, start: Weights):
         self.gpt_config, self.vocab_size, self._start = start.gpt_config, start.vocab_size, start
         self._reader = FileSystemReader(path / "weights")
         index = checkpoint.read_index(path)
@@ -103,4 +107,4 @@ def newest_intact(path: Path) -> Path:
         if problem is None:
             return found
         problems.append(problem)
-    raise ValueError(f"no intact checkpoint: {'; '.join(problems)}")
+    raise ValueError(f"no intact checkpoint: {'; '.join(problems)} (name another one)")
