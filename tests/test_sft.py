@@ -186,6 +186,19 @@ def test_training_lowers_the_held_out_loss_which_transformers_computes_from_the_
     assert AutoTokenizer.from_pretrained(directory)("Say 1").input_ids == list(b"Say 1")
 
 
+def test_adapters_are_trained_and_merged_into_the_export(demonstrations, tmp_path):
+    options = ("trainer.epochs=8", "data.holdout=4", "model.peft={dim: 4, alpha: 8}", "optim.lr=0.1")
+    (result,) = run_ranks(recorded, 1, demonstrations, tmp_path / "run", *options)
+    assert {name for name in result["gradients"][0] if "adapter" not in name} == set()
+    start, *_, last = (record for record in result["metrics"] if record["kind"] == "eval")
+    assert last["eval/loss"] < start["eval/loss"] - 0.1
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
+    with torch.no_grad():
+        loss = transformers_loss(model, groups_of(demonstrations)[1]).item()
+    # The merged weights are rounded once.
+    assert loss == pytest.approx(last["eval/loss"], rel=1e-4)
+
+
 def test_cuts_are_counted_and_the_end_is_summed_up(demonstrations, tmp_path, capfd):
     run_ranks(recorded, 2, demonstrations, tmp_path / "run", *RUN, "trainer.epochs=1", "data.max_prompt_tokens=5")
     lines = capfd.readouterr().out.splitlines()
