@@ -26,6 +26,7 @@ from nemo_brain.groups import Group, Output, Rollout
 from nemo_brain.metrics import read_samples, write_samples
 from nemo_brain.reward_config import RewardConfig, check_reward_config
 from nemo_brain.rewards.server import ServeConfig, check_serve
+from nemo_brain.sft_config import SFTConfig, check_sft_config
 
 fuzzed = settings(derandomize=True, deadline=None, database=None, max_examples=150)
 TOKENIZER = TOKENIZERS["chatml"]
@@ -194,7 +195,7 @@ def test_any_preference_file_is_taken_or_refused_with_its_line(scratch, content,
         return load_preferences(path, template=template, max_output_tokens=4, **OPTIONS)
 
     loaded = taken(scratch / "pairs.jsonl", content, read)
-    for pair in loaded.pairs if loaded else ():
+    for pair in loaded.examples if loaded else ():
         assert math.isfinite(pair.margin)
         assert len(pair.group.outputs) == 2 and all(1 <= len(output.token_ids) <= 4 for output in pair.group.outputs)
 
@@ -262,7 +263,7 @@ def composed(name: str, *overrides: str) -> dict:
 
 
 configured = settings(fuzzed, max_examples=40)
-BRAIN, REWARD, SERVE = (sorted(_keys(kind)) for kind in (Config, RewardConfig, ServeConfig))
+BRAIN, REWARD, SFT, SERVE = (sorted(_keys(kind)) for kind in (Config, RewardConfig, SFTConfig, ServeConfig))
 
 
 @configured
@@ -278,6 +279,12 @@ def test_any_configuration_is_taken_or_refused_with_its_key(content):
 @given(content=spoiled(composed("reward_model", "data.train=x", "model.restore_from=x"), REWARD))
 def test_any_configuration_of_a_reward_model_is_taken_or_refused_with_its_key(content):
     accepted(content, set(REWARD), check_reward_config)
+
+
+@configured
+@given(content=spoiled(composed("sft", "data.train=x", "model.restore_from=x"), SFT))
+def test_any_configuration_of_fine_tuning_is_taken_or_refused_with_its_key(content):
+    accepted(content, set(SFT), check_sft_config)
 
 
 @configured
