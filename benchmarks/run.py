@@ -1,7 +1,7 @@
 """Measures the tables that are named, or all of them, and rewrites docs/benchmarks.md.
 
 python benchmarks/run.py step            # one table
-python benchmarks/run.py all             # every table, in about 50 minutes
+python benchmarks/run.py all             # every table, in about an hour
 python benchmarks/run.py page            # only the page, from the results that are there
 python benchmarks/run.py step --profile  # also where the time goes, operation by operation
 """
