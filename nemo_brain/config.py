@@ -193,6 +193,30 @@ class TrainingConfig:
 
 
 @dataclass
+class EpochDataConfig:
+    """The ``data`` section where a training goes over its examples in epochs."""
+
+    train: Any = MISSING
+    validation: Any = None
+    holdout: float = 0.1
+    max_prompt_tokens: int = MISSING
+    max_output_tokens: int = MISSING
+    template: str | None = None
+
+
+@dataclass
+class EpochConfig(TrainingConfig):
+    """What the configurations of trainings by epochs have in common; each adds ``model``, ``train`` and ``data``."""
+
+    run_dir: str = MISSING
+    seed: int = 0
+    trainer: EpochTrainerConfig = field(default_factory=EpochTrainerConfig)
+    optim: dict[str, Any] = field(default_factory=dict)
+    ddp: dict[str, Any] = field(default_factory=dict)
+    logger: LoggerConfig = field(default_factory=LoggerConfig)
+
+
+@dataclass
 class Config(TrainingConfig):
     run_dir: str = MISSING
     seed: int = 0
@@ -518,5 +542,5 @@ def among(key: str, value: Any, known: tuple) -> None:
 
 def at_least(least: int, values: dict[str, int | None]) -> None:
     for key, value in values.items():
-        if value is not None and value < least:
+        if value is not None and not value >= least:
             raise ValueError(f"{key} must be at least {least}, not {value}")

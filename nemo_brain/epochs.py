@@ -6,7 +6,6 @@ done, as ``loop.BRAInLoop`` is for iterations. Every rank holds all examples.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,6 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from nemo_brain.build import make_trainer
 from nemo_brain.config import TrainingConfig
 from nemo_brain.convert.export import Export, export_model, make_export
+from nemo_brain.data.order import shuffled
 from nemo_brain.metrics import MetricsWriter, prepare_run_dir
 from nemo_brain.progress import duration, number, progress
 from nemo_brain.strategy import PackedStrategy
@@ -86,7 +86,7 @@ class EpochLoop(pl.Callback):
             self._evaluate(None)
         count, steps = len(self.examples), self.steps_per_epoch
         for epoch in range(self.config.trainer.epochs):
-            order = _shuffled(count, f"{self.config.seed}/{epoch}")
+            order = shuffled(count, f"{self.config.seed}/{epoch}")
             with progress(steps, f"epoch {epoch}: training", "steps") as self._bar:
                 for index in range(steps):
                     members = order[index * count // steps : (index + 1) * count // steps]
@@ -170,7 +170,3 @@ def train_epochs(
     make_trainer(loop.config, strategy, steps, [loop, *callbacks]).fit(model, train_dataloaders=loop)
     if rank_zero:
         print("\n".join(loop.summary))
-
-
-def _shuffled(size: int, key: str) -> list[int]:
-    return sorted(range(size), key=lambda i: hashlib.sha256(f"{key}/{i}".encode()).digest())

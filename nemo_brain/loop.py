@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import resource
 import time
 import warnings
@@ -21,7 +20,7 @@ import torch
 
 from nemo_brain.checkpoint import groups_from_json, read_json
 from nemo_brain.config import Config
-from nemo_brain.data.order import prompts_of_iteration, visits
+from nemo_brain.data.order import prompts_of_iteration, shuffled, visits
 from nemo_brain.data.rollouts import write_rollout
 from nemo_brain.evaluate import evaluate, rollout_metrics
 from nemo_brain.groups import Group, Prompt, Rollout, output_matrix
@@ -212,7 +211,7 @@ class BRAInLoop(pl.Callback):
             self._bar.update(done)
             size = self.config.train.global_batch_size
             for epoch in range(self.config.train.epochs_per_iteration):
-                order = _shuffled(len(groups), f"{self.config.seed}/{iteration}/{epoch}")
+                order = shuffled(len(groups), f"{self.config.seed}/{iteration}/{epoch}")
                 for start in range(0, len(groups), size):
                     if done:
                         done -= 1
@@ -374,10 +373,6 @@ def _on_every_rank(work: Callable):
         if failure is not None:
             raise failure
     return result
-
-
-def _shuffled(size: int, key: str) -> list[int]:
-    return sorted(range(size), key=lambda i: hashlib.sha256(f"{key}/{i}".encode()).digest())
 
 
 def _peak_memory() -> float:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 from omegaconf import MISSING, DictConfig
 
-from nemo_brain.config import EpochTrainerConfig, LoggerConfig, ModelConfig, TrainingConfig, check_common, typed
+from nemo_brain.config import EpochConfig, EpochDataConfig, ModelConfig, at_least, check_common, typed
 
 
 @dataclass
@@ -26,26 +25,10 @@ class RewardTrainConfig:
 
 
 @dataclass
-class RewardDataConfig:
-    train: Any = MISSING
-    validation: Any = None
-    holdout: float = 0.1
-    max_prompt_tokens: int = MISSING
-    max_output_tokens: int = MISSING
-    template: str | None = None
-
-
-@dataclass
-class RewardConfig(TrainingConfig):
-    run_dir: str = MISSING
-    seed: int = 0
-    trainer: EpochTrainerConfig = field(default_factory=EpochTrainerConfig)
+class RewardConfig(EpochConfig):
     model: RewardModelConfig = field(default_factory=RewardModelConfig)
     train: RewardTrainConfig = field(default_factory=RewardTrainConfig)
-    optim: dict[str, Any] = field(default_factory=dict)
-    ddp: dict[str, Any] = field(default_factory=dict)
-    data: RewardDataConfig = field(default_factory=RewardDataConfig)
-    logger: LoggerConfig = field(default_factory=LoggerConfig)
+    data: EpochDataConfig = field(default_factory=EpochDataConfig)
 
 
 def check_reward_config(cfg: DictConfig) -> RewardConfig:
@@ -57,15 +40,16 @@ def check_reward_config(cfg: DictConfig) -> RewardConfig:
     config: RewardConfig = typed(RewardConfig, cfg, "conf/reward_model.yaml")
     check_common(config)
     model, train, data = config.model, config.train, config.data
-    for key, value, least in (
-        ("trainer.epochs", config.trainer.epochs, 1),
-        ("data.max_output_tokens", data.max_output_tokens, 2),
-        ("model.frozen_layers", model.frozen_layers, 0),
-        ("model.head_std", model.head_std, 0),
-        ("train.centering", train.centering, 0),
-    ):
-        if not value >= least:
-            raise ValueError(f"{key} must be at least {least}, not {value}")
+    at_least(1, {"trainer.epochs": config.trainer.epochs})
+    at_least(2, {"data.max_output_tokens": data.max_output_tokens})
+    at_least(
+        0,
+        {
+            "model.frozen_layers": model.frozen_layers,
+            "model.head_std": model.head_std,
+            "train.centering": train.centering,
+        },
+    )
     if model.virtual_pipeline_model_parallel_size is not None:
         # Seen once in many runs of the tests: rows of two micro-batches exchanged between the stages. Not understood.
         raise ValueError(

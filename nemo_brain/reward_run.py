@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 
 import lightning.pytorch as pl
 from omegaconf import DictConfig
@@ -19,9 +18,8 @@ from nemo_brain.build import (
     world_size,
 )
 from nemo_brain.convert.reward import RewardWeights, is_reward_model, new_head, open_reward_model
-from nemo_brain.data.examples import ExampleSet, read_examples
-from nemo_brain.data.preferences import Preference, load_preferences
-from nemo_brain.data.records import Source
+from nemo_brain.data.examples import read_examples
+from nemo_brain.data.preferences import load_preferences
 from nemo_brain.epochs import train_epochs
 from nemo_brain.reward_config import RewardConfig, check_reward_config
 from nemo_brain.reward_model import RewardGPTConfig, RewardModel
@@ -47,7 +45,7 @@ def train_reward_model(cfg: DictConfig, callbacks: Sequence[pl.Callback] = ()) -
         raise ValueError(f"model.frozen_layers is {config.model.frozen_layers}, the model has {gpt.num_layers} layers")
     check_export(config, gpt, weights)
     optim = make_optimizer(config)
-    pairs, held_out = read_examples(config.data, config.seed, partial(_load, config, weights))
+    pairs, held_out = read_examples(config.data, config.seed, weights.tokenizer, load_preferences)
     model = RewardModel(gpt, weights, config.model.frozen_layers, make_lora(config), optim)
     strategy = make_strategy(config, PreferenceStrategy, centering=config.train.centering)
     train_epochs(cfg, model, strategy, PreferenceLoop(config, pairs, held_out), callbacks)
@@ -60,15 +58,3 @@ def _reward_weights(config: RewardConfig) -> RewardWeights:
     if model.restore_from is not None and not model.gpt and is_reward_model(model.restore_from):
         return open_reward_model(model.restore_from, "model.restore_from")
     return new_head(make_weights(config), model.head_std, config.seed)
-
-
-def _load(config: RewardConfig, weights: RewardWeights, source: Source, key: str) -> ExampleSet[Preference]:
-    data = config.data
-    return load_preferences(
-        source,
-        tokenizer=weights.tokenizer,
-        template=data.template,
-        max_prompt_tokens=data.max_prompt_tokens,
-        max_output_tokens=data.max_output_tokens,
-        key=key,
-    )

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 from omegaconf import MISSING, DictConfig
 
 from nemo_brain.config import (
-    EpochTrainerConfig,
-    LoggerConfig,
+    EpochConfig,
+    EpochDataConfig,
     ModelConfig,
-    TrainingConfig,
     among,
     at_least,
     check_common,
@@ -27,27 +25,15 @@ class SFTTrainConfig:
 
 
 @dataclass
-class SFTDataConfig:
-    train: Any = MISSING
-    validation: Any = None
-    holdout: float = 0.1
-    max_prompt_tokens: int = MISSING
-    max_output_tokens: int = MISSING
-    template: str | None = None
+class SFTDataConfig(EpochDataConfig):
     assistant_turns: str = "all"
 
 
 @dataclass
-class SFTConfig(TrainingConfig):
-    run_dir: str = MISSING
-    seed: int = 0
-    trainer: EpochTrainerConfig = field(default_factory=EpochTrainerConfig)
+class SFTConfig(EpochConfig):
     model: ModelConfig = field(default_factory=ModelConfig)
     train: SFTTrainConfig = field(default_factory=SFTTrainConfig)
-    optim: dict[str, Any] = field(default_factory=dict)
-    ddp: dict[str, Any] = field(default_factory=dict)
     data: SFTDataConfig = field(default_factory=SFTDataConfig)
-    logger: LoggerConfig = field(default_factory=LoggerConfig)
 
     @property
     def layout(self) -> str:

@@ -22,13 +22,11 @@ from nemo_brain.build import (
     quiet,
     world_size,
 )
-from nemo_brain.convert.weights import Weights
-from nemo_brain.data.demonstrations import Demonstration, load_demonstrations
-from nemo_brain.data.examples import ExampleSet, read_examples
-from nemo_brain.data.records import Source
+from nemo_brain.data.demonstrations import load_demonstrations
+from nemo_brain.data.examples import read_examples
 from nemo_brain.epochs import train_epochs
 from nemo_brain.model import PackedModel
-from nemo_brain.sft_config import SFTConfig, check_sft_config
+from nemo_brain.sft_config import check_sft_config
 from nemo_brain.sft_training import CompletionLoop, CompletionStrategy
 
 
@@ -49,21 +47,9 @@ def fine_tune(cfg: DictConfig, callbacks: Sequence[pl.Callback] = ()) -> PackedM
     gpt = make_gpt_config(config, weights, output_key="data.max_output_tokens")
     check_export(config, gpt, weights)
     optim = make_optimizer(config)
-    examples, held_out = read_examples(config.data, config.seed, partial(_load, config, weights))
+    load = partial(load_demonstrations, assistant_turns=config.data.assistant_turns)
+    examples, held_out = read_examples(config.data, config.seed, weights.tokenizer, load)
     loop = CompletionLoop(config, examples, held_out)
     model = PackedModel(gpt, weights, make_lora(config), optim)
     train_epochs(cfg, model, make_strategy(config, CompletionStrategy), loop, callbacks)
     return model
-
-
-def _load(config: SFTConfig, weights: Weights, source: Source, key: str) -> ExampleSet[Demonstration]:
-    data = config.data
-    return load_demonstrations(
-        source,
-        tokenizer=weights.tokenizer,
-        template=data.template,
-        max_prompt_tokens=data.max_prompt_tokens,
-        max_output_tokens=data.max_output_tokens,
-        assistant_turns=data.assistant_turns,
-        key=key,
-    )

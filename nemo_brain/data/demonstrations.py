@@ -7,13 +7,12 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerFast
 
-from nemo_brain.data.examples import ExampleSet
+from nemo_brain.data.examples import ExampleSet, given_output
 from nemo_brain.data.preferences import conversation_of
 from nemo_brain.data.prompts import parse_messages, parse_prompt
 from nemo_brain.data.records import Record, Source, kind, read_records
 from nemo_brain.data.templates import Template
-from nemo_brain.data.tokenizers import encode
-from nemo_brain.groups import Group, Output
+from nemo_brain.groups import Group
 
 TURNS = ("all", "last")
 _OWN = ("prompt", "completion", "messages")
@@ -69,12 +68,10 @@ def load_demonstrations(
             if not text:
                 raise record.error("a completion is empty", "write it, or remove the line")
             parsed = parse_prompt(record.with_prompt(prompt, _OWN), rendering, max_prompt_tokens)
-            ids = [*encode(tokenizer, text), tokenizer.eos_token_id]
-            ended = len(ids) <= max_output_tokens
-            output = Output(ids[:max_output_tokens], text, ended)
+            output = given_output(tokenizer, text, max_output_tokens)
             demonstrations.append(Demonstration(Group(parsed, [output]), conversation_of(prompt)))
             cut_prompts += parsed.truncated
-            cut_outputs += not ended
+            cut_outputs += not output.ended
     return ExampleSet(demonstrations, cut_prompts, cut_outputs)
 
 

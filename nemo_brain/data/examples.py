@@ -7,8 +7,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
+from transformers import PreTrainedTokenizerFast
+
 from nemo_brain.data.prompts import split_holdout
 from nemo_brain.data.records import Source
+from nemo_brain.data.tokenizers import encode
+from nemo_brain.groups import Output
 
 
 class Example(Protocol):
@@ -41,16 +45,31 @@ def split_conversations(examples: Sequence[T], holdout: float, seed: int) -> tup
     return [e for e in examples if e.conversation not in names], [e for e in examples if e.conversation in names]
 
 
-def read_examples(data: Any, seed: int, load: Callable[[Source, str], ExampleSet[T]]) -> tuple[list[T], list[T]]:
+def given_output(tokenizer: PreTrainedTokenizerFast, text: str, max_output_tokens: int) -> Output:
+    """A text as an output with its end token, unless it is cut to ``max_output_tokens``."""
+    ids = [*encode(tokenizer, text), tokenizer.eos_token_id]
+    return Output(ids[:max_output_tokens], text, ended=len(ids) <= max_output_tokens)
+
+
+def read_examples(
+    data: Any, seed: int, tokenizer: PreTrainedTokenizerFast, load: Callable[..., ExampleSet[T]]
+) -> tuple[list[T], list[T]]:
     """Training and held-out examples, all read and checked; rank 0 says how many were cut.
 
     Args:
         data: a configuration's ``data`` section.
-        load: reads a source; its second argument is the key that errors name.
+        load: reads a source, as ``load_preferences`` and ``load_demonstrations`` do.
     """
 
     def read(source: Source, key: str) -> list[T]:
-        loaded = load(source, key)
+        loaded = load(
+            source,
+            tokenizer=tokenizer,
+            template=data.template,
+            max_prompt_tokens=data.max_prompt_tokens,
+            max_output_tokens=data.max_output_tokens,
+            key=key,
+        )
         if (loaded.cut_prompts or loaded.cut_outputs) and int(os.environ.get("RANK", 0)) == 0:
             prompts = f"{loaded.cut_prompts} prompts were cut to {data.max_prompt_tokens} tokens"
             outputs = f"{loaded.cut_outputs} outputs to {data.max_output_tokens}"

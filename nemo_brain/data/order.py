@@ -48,6 +48,11 @@ def visits(size: int, iteration: int, count: int, seed: int) -> list[tuple[int, 
     return order
 
 
+def shuffled(size: int, key: str) -> list[int]:
+    """The order of ``size`` items that ``key`` stands for: the same in every version of every library."""
+    return sorted(range(size), key=lambda index: hashlib.sha256(f"{key}/{index}".encode()).digest())
+
+
 @functools.lru_cache(maxsize=2)
 def _permutation(size: int, seed: int, epoch: int) -> np.ndarray:
     """The items of an epoch in its order, int64."""

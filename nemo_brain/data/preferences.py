@@ -8,12 +8,11 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerFast
 
-from nemo_brain.data.examples import ExampleSet
+from nemo_brain.data.examples import ExampleSet, given_output
 from nemo_brain.data.prompts import parse_prompt
 from nemo_brain.data.records import Record, Source, kind, read_records
 from nemo_brain.data.templates import Template
-from nemo_brain.data.tokenizers import encode
-from nemo_brain.groups import Group, Output
+from nemo_brain.groups import Group
 
 OWN = ("prompt", "messages", "chosen", "rejected", "margin")  # keys of a record that are no metadata of its prompt
 _TURN = re.compile(r"\n\n(Human|Assistant):")
@@ -65,12 +64,8 @@ def load_preferences(
     for record in read_records(source, key):
         prompt, answers = _split(record, rendering.chat)
         parsed = parse_prompt(record.with_prompt(prompt, OWN), rendering, max_prompt_tokens)
-        outputs = []
-        for text in answers:
-            ids = [*encode(tokenizer, text), tokenizer.eos_token_id]
-            ended = len(ids) <= max_output_tokens
-            outputs.append(Output(ids[:max_output_tokens], text, ended))
-            cut_outputs += not ended
+        outputs = [given_output(tokenizer, text, max_output_tokens) for text in answers]
+        cut_outputs += sum(not output.ended for output in outputs)
         if outputs[0].token_ids == outputs[1].token_ids:
             raise record.error("chosen and rejected are the same", "remove the line, or raise data.max_output_tokens")
         margin = record.number("margin", record.fields.get("margin", 0.0))
