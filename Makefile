@@ -16,7 +16,7 @@ SUITABLE := import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_inf
 help:
 	@echo "make demo     train the quickstart model on this machine's CPU (conf/quickstart.yaml)"
 	@echo "make test     lint, then the whole test suite"
-	@echo "make lint     ruff check and ruff format --check"
+	@echo "make lint     ruff, and which room may import which"
 	@echo "make install  only make .venv (the others do so by themselves)"
 	@echo "make clean    remove .venv, caches and build outputs; runs/ stays"
 
@@ -30,6 +30,7 @@ test: lint
 lint: $(STAMP)
 	@$(RUN) -m ruff check .
 	@$(RUN) -m ruff format --check .
+	@$(VENV)/bin/lint-imports --no-cache --no-logo
 
 install: $(STAMP)
 

@@ -53,6 +53,6 @@ setup(
         "uvicorn>=0.30,<1",
     ],
     extras_require={
-        "test": ["hypothesis", "peft", "pytest", "pytest-timeout", "ruff"],
+        "test": ["hypothesis", "import-linter", "peft", "pytest", "pytest-timeout", "ruff"],
     },
 )

@@ -15,11 +15,13 @@ from transformers import PreTrainedTokenizerFast
 
 from benchmarks import common, models
 from benchmarks.sampling import sampled_groups, text_prompts, transformers_model
-from nemo_brain.groups import Group, Output, Prompt, chunk_tokens
+from nemo_brain.core.groups import Group, Output, Prompt
+from nemo_brain.core.packing import chunk_tokens
+from nemo_brain.model.passes import GroupPasses
 from nemo_brain.objectives import make_objective
-from nemo_brain.passes import GroupPasses, Scores
-from nemo_brain.prior import ResidentPrior
-from nemo_brain.sampling import Sampler, SamplingOptions
+from nemo_brain.sampling.sampler import Sampler, SamplingOptions
+from nemo_brain.training.brain.passes import Scores
+from nemo_brain.training.brain.prior import ResidentPrior
 
 PYTHON = common.ROOT / "benchmarks" / ".venv-trl" / "bin" / "python"
 TITLE = "Training step and iteration, against TRL"

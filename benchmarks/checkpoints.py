@@ -13,14 +13,14 @@ from hydra import compose, initialize_config_dir
 
 from benchmarks import common
 from benchmarks.guards import RUNS
-from nemo_brain import checkpoint
-from nemo_brain.metrics import read_metrics
-from nemo_brain.run import run
-from nemo_brain.saving import Checkpointer
+from nemo_brain.durability import checkpoint
+from nemo_brain.durability.saving import Checkpointer
+from nemo_brain.report.metrics import read_metrics
+from nemo_brain.training.brain.run import run
 
 TITLE = "Checkpoints"
 METHOD = """
-A run by `nemo_brain.run.run` that saves after every second step: weights, fp32 Adam states, the rollout, random states,
+A run that saves after every second step: weights, fp32 Adam states, the rollout, random states,
 synced to the disk and checksummed. Runs without checkpoints, with `checkpoint.async_save=false` and with `true` took
 turns in fresh processes; the first save of each is left out. Training stands still for the whole of a save, or, with
 `async_save`, for the copy, and for what is left of the checkpoint before. Steps are counted without their saves; in the

@@ -13,16 +13,16 @@ from hydra import compose, initialize_config_dir
 from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketGroup
 
 from benchmarks import common
-from nemo_brain import loop
-from nemo_brain.loop import BRAInLoop
-from nemo_brain.metrics import MetricsWriter
-from nemo_brain.passes import GroupPasses
-from nemo_brain.run import run
-from nemo_brain.strategy import BRAInStrategy
+from nemo_brain.report.metrics import MetricsWriter
+from nemo_brain.training.brain import loop
+from nemo_brain.training.brain.loop import BRAInLoop
+from nemo_brain.training.brain.passes import BRAInPasses
+from nemo_brain.training.brain.run import run
+from nemo_brain.training.brain.strategy import BRAInStrategy
 
 TITLE = "Guards, metrics and reporting"
 METHOD = """
-A whole run by `nemo_brain.run.run`, TensorBoard included, with timers around what is neither forward, backward nor
+A whole run, TensorBoard included, with timers around what is neither forward, backward nor
 optimizer: the check of all gradients for NaN and infinities, metrics of a step (metrics.jsonl, TensorBoard, progress
 bar). The share is of the wall time of the training steps, from Lightning's start of a batch to the end of its
 callbacks; sampling and scoring are outside. What NeMo and Lightning do around a step is a line of its own.
@@ -113,7 +113,7 @@ def _run(overrides: list[str]) -> tuple[dict[str, float], int]:
         watch.watch(loop, "write_samples", _GUARDS[2])
         watch.watch(BRAInLoop, "_sample", _OUTSIDE)
         watch.watch(BRAInLoop, "_score", _OUTSIDE)
-        watch.watch(GroupPasses, "train", "planning, forward, objective, backward")
+        watch.watch(BRAInPasses, "train", "planning, forward, objective, backward")
         watch.watch(BRAInStrategy, "training_step", "clearing of gradients")
         clock = _Clock(watch)
         with contextlib.redirect_stdout(io.StringIO()):

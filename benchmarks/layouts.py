@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 
 from benchmarks import common, models
-from nemo_brain.groups import LAYOUTS, chunk_tokens
+from nemo_brain.core.packing import LAYOUTS, chunk_tokens
 
 TITLE = "One row per group, against one row per output"
 METHOD = """

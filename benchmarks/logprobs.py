@@ -10,7 +10,7 @@ from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 
 from benchmarks import common, models
 from nemo_brain.logprobs import vocab_parallel_logprobs
-from nemo_brain.output_layer import linear_logprobs
+from nemo_brain.model.output_layer import linear_logprobs
 
 TITLE = "Log-probs of targets"
 _SHAPE = (4, 512)

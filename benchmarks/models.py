@@ -25,12 +25,14 @@ from nemo.collections.llm.gpt.model.base import GPTConfig, gpt_data_step, gpt_fo
 from nemo.lightning.megatron_parallel import MaskedTokenLossReduction
 from torch.nn.functional import scaled_dot_product_attention
 
-from nemo_brain.convert.random import RandomWeights
-from nemo_brain.convert.weights import Weights, load_weights, open_weights
-from nemo_brain.gpt import PackedGPTConfig
-from nemo_brain.groups import Group, Output, Prompt
+from nemo_brain.convert.open import open_weights
+from nemo_brain.core.groups import Group, Output, Prompt
+from nemo_brain.model.gpt import PackedGPTConfig
+from nemo_brain.model.passes import GroupPasses
+from nemo_brain.model.random_weights import RandomWeights
+from nemo_brain.model.weights import Weights, load_weights
 from nemo_brain.objectives import make_objective
-from nemo_brain.passes import GroupPasses, Scores
+from nemo_brain.training.brain.passes import Scores
 
 SMOLLM2 = "SmolLM2-135M"
 _LLAMA = dict(

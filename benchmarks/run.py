@@ -79,7 +79,7 @@ def _prepare() -> None:
     """Megatron's CPU meaning before anything imports Megatron, and silence."""
     import torch
 
-    from nemo_brain import cpu
+    from nemo_brain.host import cpu
 
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     cpu.enable()

@@ -10,8 +10,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks import common, models
-from nemo_brain.groups import Group, Prompt
-from nemo_brain.sampling import Sampler, SamplingOptions
+from nemo_brain.core.groups import Group, Prompt
+from nemo_brain.sampling.sampler import Sampler, SamplingOptions
 
 TITLE = "Sampling, against transformers"
 METHOD = """

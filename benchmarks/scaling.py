@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 
 from benchmarks import common, models
-from nemo_brain.groups import chunk_tokens
+from nemo_brain.core.packing import chunk_tokens
 
 TITLE = "Scaling"
 METHOD = """

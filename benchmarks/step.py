@@ -8,8 +8,8 @@ from collections.abc import Callable
 from megatron.core.pipeline_parallel import schedules
 
 from benchmarks import common, models
-from nemo_brain import passes
-from nemo_brain.groups import Chunk, chunk_tokens, pack
+from nemo_brain.core.packing import Chunk, chunk_tokens, pack
+from nemo_brain.training.nemo_model import passes
 
 TITLE = "One training step, against NeMo's own"
 METHOD = """

@@ -12,7 +12,7 @@ import sys
 
 
 def main() -> None:
-    from nemo_brain import cpu
+    from nemo_brain.host import cpu
 
     cpu.enable()
 

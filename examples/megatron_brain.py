@@ -13,12 +13,12 @@ from pathlib import Path
 
 def main() -> None:
     # Megatron's checkpoint writer starts processes that import this file: the heavy imports are theirs to skip.
-    from nemo_brain import cpu
+    from nemo_brain.host import cpu
 
     cpu.enable()
 
-    from nemo_brain.entry import launch
-    from nemo_brain.run import run
+    from nemo_brain.training.brain.run import run
+    from nemo_brain.training.entry import launch
 
     launch(Path(__file__).resolve().parent.parent / "conf", "brain", run)
 

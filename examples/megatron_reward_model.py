@@ -12,12 +12,12 @@ from pathlib import Path
 
 def main() -> None:
     # Megatron's checkpoint writer starts processes that import this file: the heavy imports are theirs to skip.
-    from nemo_brain import cpu
+    from nemo_brain.host import cpu
 
     cpu.enable()
 
-    from nemo_brain.entry import launch
-    from nemo_brain.reward_run import train_reward_model
+    from nemo_brain.training.entry import launch
+    from nemo_brain.training.reward_model.run import train_reward_model
 
     launch(Path(__file__).resolve().parent.parent / "conf", "reward_model", train_reward_model)
 

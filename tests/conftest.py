@@ -7,7 +7,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 
-from nemo_brain import cpu
+from nemo_brain.host import cpu
 
 torch.set_num_threads(1)
 cpu.enable()

@@ -13,8 +13,8 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig
 from toy_runs import QUIET, ROOT, GradientRecorder
 
-from nemo_brain.metrics import read_metrics
-from nemo_brain.reward_run import train_reward_model
+from nemo_brain.report.metrics import read_metrics
+from nemo_brain.training.reward_model.run import train_reward_model
 
 # As in conf/toy.yaml.
 TOY = (

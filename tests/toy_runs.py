@@ -15,9 +15,9 @@ from hydra.core.global_hydra import GlobalHydra
 from megatron.core import parallel_state
 from omegaconf import DictConfig
 
-from nemo_brain.convert.sharding import VOCABULARY_TENSORS, global_parameters
-from nemo_brain.metrics import read_metrics
-from nemo_brain.run import run
+from nemo_brain.model.parameters import VOCABULARY_TENSORS, global_parameters
+from nemo_brain.report.metrics import read_metrics
+from nemo_brain.training.brain.run import run
 
 ROOT = Path(__file__).resolve().parent.parent
 QUIET = ("logger.tensorboard=false",)

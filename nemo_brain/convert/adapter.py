@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 
 from nemo_brain.convert.export import DirectoryWriter, write_parameters
 from nemo_brain.convert.mapping import MappedExport, Mapping
-from nemo_brain.convert.sharding import global_parameters, is_adapter, unwrap
-from nemo_brain.lora import LoRA
+from nemo_brain.model.lora import LoRA
+from nemo_brain.model.parameters import global_parameters, is_adapter, unwrap
 
 _MATRICES = {"linear_in.weight": "lora_A", "linear_out.weight": "lora_B"}
 

@@ -13,10 +13,10 @@ from pathlib import Path
 import torch
 
 from nemo_brain.convert.export import MAX_SHARD_BYTES, Writer, make_export
-from nemo_brain.convert.sharding import VOCABULARY_TENSORS
-from nemo_brain.convert.weights import open_weights
-from nemo_brain.gpt import PackedGPTConfig
-from nemo_brain.progress import progress
+from nemo_brain.convert.open import open_weights
+from nemo_brain.model.gpt import PackedGPTConfig
+from nemo_brain.model.parameters import VOCABULARY_TENSORS
+from nemo_brain.report.progress import progress
 
 USAGE = "python examples/convert.py from=SOURCE to=DIRECTORY [dtype=fp32|bf16] [max_shard_size=5GB]"
 _KEYS = ("from", "to", "dtype", "max_shard_size")

@@ -21,10 +21,10 @@ from nemo_brain.convert.gpt2 import GPT2Export
 from nemo_brain.convert.gpt_neox import GPTNeoXExport
 from nemo_brain.convert.llama import LlamaExport
 from nemo_brain.convert.mapping import MappedExport
-from nemo_brain.convert.sharding import VOCABULARY_TENSORS, GlobalParameter, unwrap
-from nemo_brain.gpt import PackedGPTConfig
-from nemo_brain.lora import merged_parameters
-from nemo_brain.pulse import beat
+from nemo_brain.core.heartbeat import beat
+from nemo_brain.model.gpt import PackedGPTConfig
+from nemo_brain.model.lora import merged_parameters
+from nemo_brain.model.parameters import VOCABULARY_TENSORS, GlobalParameter, unwrap
 
 MAX_SHARD_BYTES = 5 * 10**9  # what one safetensors file holds, and what rank 0 holds in host memory
 _MARK = ".nemo_brain_export"  # only a directory with this file is ever replaced

@@ -10,8 +10,8 @@ from nemo_brain.convert.fields import PLAIN, activation_fields, activation_name,
 from nemo_brain.convert.mapping import Heads, MappedExport, MappedWeights, Mapping, Module
 
 if TYPE_CHECKING:
-    from nemo_brain.convert.weights import Source
-    from nemo_brain.gpt import PackedGPTConfig
+    from nemo_brain.convert.source import Source
+    from nemo_brain.model.gpt import PackedGPTConfig
 
 _PREFIX = "transformer."
 _REQUIRED = {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False}

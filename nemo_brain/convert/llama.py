@@ -11,8 +11,8 @@ from nemo_brain.convert.mapping import Heads, MappedExport, MappedWeights, Mappi
 from nemo_brain.convert.rope import rope_fields, rope_scaling
 
 if TYPE_CHECKING:
-    from nemo_brain.convert.weights import Source
-    from nemo_brain.gpt import PackedGPTConfig
+    from nemo_brain.convert.source import Source
+    from nemo_brain.model.gpt import PackedGPTConfig
 
 _CONFIGS: dict[str, type[PretrainedConfig]] = {
     "llama": LlamaConfig,

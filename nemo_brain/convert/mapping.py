@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-    from nemo_brain.convert.weights import Source
+    from nemo_brain.convert.source import Source
 
 _LAYER_NAME = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 

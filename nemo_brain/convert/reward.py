@@ -16,9 +16,10 @@ from transformers import PreTrainedTokenizerFast
 
 from nemo_brain.convert.export import Export
 from nemo_brain.convert.huggingface import HuggingFaceDirectory
-from nemo_brain.convert.random import normal
-from nemo_brain.convert.weights import ARCHITECTURES, Weights, open_weights, resolve
-from nemo_brain.reward_model import HEAD
+from nemo_brain.convert.open import ARCHITECTURES, open_weights, resolve
+from nemo_brain.model.random_weights import normal
+from nemo_brain.model.reward_head import HEAD
+from nemo_brain.model.weights import Weights
 
 SCORE = "score.weight"
 

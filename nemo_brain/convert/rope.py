@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from nemo_brain.gpt import PackedGPTConfig
+    from nemo_brain.model.gpt import PackedGPTConfig
 
 # Fields of PackedGPTConfig by the keys of rope_scaling of type llama3.
 _LLAMA3 = {

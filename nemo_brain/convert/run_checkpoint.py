@@ -17,11 +17,11 @@ from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 from transformers import PreTrainedTokenizerFast
 
-from nemo_brain import checkpoint
-from nemo_brain.convert.sharding import VOCABULARY_TENSORS, layer_tensor
+from nemo_brain.durability import checkpoint
+from nemo_brain.model.parameters import VOCABULARY_TENSORS, layer_tensor
 
 if TYPE_CHECKING:
-    from nemo_brain.convert.weights import Weights
+    from nemo_brain.model.weights import Weights
 
 _MODEL = "module."  # what precedes the model's tensors in the checkpoint; the optimizer's have another beginning
 _STACKED = re.compile(r"decoder\.layers\.(\D.*)")  # Megatron keeps the same tensor of all layers as one

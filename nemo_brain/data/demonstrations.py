@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerFast
 
+from nemo_brain.core.groups import Group
 from nemo_brain.data.examples import ExampleSet, given_output
 from nemo_brain.data.preferences import conversation_of
 from nemo_brain.data.prompts import parse_messages, parse_prompt
 from nemo_brain.data.records import Record, Source, kind, read_records
 from nemo_brain.data.templates import Template
-from nemo_brain.groups import Group
 
 TURNS = ("all", "last")
 _OWN = ("prompt", "completion", "messages")

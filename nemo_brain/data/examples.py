@@ -9,10 +9,10 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from transformers import PreTrainedTokenizerFast
 
+from nemo_brain.core.groups import Output
 from nemo_brain.data.prompts import split_holdout
 from nemo_brain.data.records import Source
 from nemo_brain.data.tokenizers import encode
-from nemo_brain.groups import Output
 
 
 class Example(Protocol):

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from nemo_brain.groups import Prompt
+from nemo_brain.core.groups import Prompt
 
 
 def prompts_of_iteration(prompts: Sequence[Prompt], iteration: int, count: int, seed: int) -> list[Prompt]:

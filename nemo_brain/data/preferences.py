@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerFast
 
+from nemo_brain.core.groups import Group
 from nemo_brain.data.examples import ExampleSet, given_output
 from nemo_brain.data.prompts import parse_prompt
 from nemo_brain.data.records import Record, Source, kind, read_records
 from nemo_brain.data.templates import Template
-from nemo_brain.groups import Group
 
 OWN = ("prompt", "messages", "chosen", "rejected", "margin")  # keys of a record that are no metadata of its prompt
 _TURN = re.compile(r"\n\n(Human|Assistant):")

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
+from nemo_brain.core.groups import Prompt
 from nemo_brain.data.records import Record, Source, kind
 from nemo_brain.data.stored import StoredRecords
 from nemo_brain.data.templates import KEY, Template
-from nemo_brain.groups import Prompt
 
 ROLES = ("system", "user", "assistant")
 # Prompts that are tokenised before a run begins: all of them, but of a file whose tokenising would take minutes.

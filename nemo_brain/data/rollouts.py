@@ -8,11 +8,11 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerFast
 
+from nemo_brain.core.groups import Group, Output, Prompt, Rollout
 from nemo_brain.data.prompts import parse_prompt, prompt_id, prompt_reference
 from nemo_brain.data.records import Record, Source, kind, read_records
 from nemo_brain.data.templates import Template
 from nemo_brain.data.tokenizers import encode
-from nemo_brain.groups import Group, Output, Prompt, Rollout
 
 SCORES = ("reward", "prior_logprob", "proposal_logprob")
 OWN_KEYS = ("id", "prompt", "prompt_token_ids", "reference", "iteration", "outputs")

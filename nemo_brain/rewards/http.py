@@ -10,7 +10,7 @@ from typing import Any
 
 import httpx
 
-from nemo_brain.http_client import BadAnswer, HTTPClient, ServerError, excerpt
+from nemo_brain.core.http import BadAnswer, HTTPClient, ServerError, excerpt
 from nemo_brain.rewards.protocol import OutputError
 
 _LARGEST = sys.float_info.max

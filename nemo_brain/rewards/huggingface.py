@@ -16,9 +16,9 @@ import transformers
 from packaging.version import Version
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
+from nemo_brain.core.heartbeat import beat
 from nemo_brain.data.templates import FormatString, render_chat
 from nemo_brain.data.tokenizers import load_tokenizer, protect, start_tokens
-from nemo_brain.pulse import beat
 from nemo_brain.rewards.protocol import messages_of
 
 _UNLIMITED = 10**9  # tokenizers without a limit name a far larger one

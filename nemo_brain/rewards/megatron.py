@@ -9,19 +9,30 @@ import contextlib
 import dataclasses
 import json
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from transformers import PreTrainedTokenizerFast
 
 from nemo_brain.convert.reward import open_reward_model
+from nemo_brain.core.groups import Group, Output
 from nemo_brain.data.templates import Template
 from nemo_brain.data.tokenizers import encode
-from nemo_brain.groups import Group, Output
-from nemo_brain.reward_model import RewardGPTConfig, RewardPasses
+from nemo_brain.model.gpt import PackedGPTConfig
+from nemo_brain.model.reward_head import RewardGPTConfig
+from nemo_brain.model.reward_passes import RewardPasses
+from nemo_brain.model.weights import Weights
 
-if TYPE_CHECKING:
-    from nemo_brain.strategy import PackedStrategy
+
+class ModelOfTheRanks(Protocol):
+    """What the strategy of the policy offers to a model that stands beside it; see ``training.strategy``."""
+
+    layout: str
+    micro_batch_tokens: int
+
+    def connected(self, config: PackedGPTConfig) -> PackedGPTConfig: ...
+
+    def more_chunks(self, config: PackedGPTConfig, weights: Weights) -> list[torch.nn.Module]: ...
 
 
 class MegatronReward:
@@ -66,7 +77,7 @@ class MegatronReward:
                 "with both, or data.template=null"
             )
 
-    def setup(self, strategy: PackedStrategy) -> None:
+    def setup(self, strategy: ModelOfTheRanks) -> None:
         """Builds this rank's chunks."""
         self._chunks = strategy.more_chunks(strategy.connected(self._gpt), self.weights)
         self._passes = RewardPasses(self._gpt, strategy.layout, strategy.micro_batch_tokens)

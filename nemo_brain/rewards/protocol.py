@@ -9,8 +9,8 @@ import numbers
 from collections.abc import Sequence
 from typing import Protocol
 
-from nemo_brain.groups import Group
-from nemo_brain.pulse import beat
+from nemo_brain.core.groups import Group
+from nemo_brain.core.heartbeat import beat
 
 SHOWN = 200  # characters of a prompt or an output in an error
 

@@ -20,8 +20,8 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from nemo_brain.config import typed
-from nemo_brain.http_client import environment_key
+from nemo_brain.config.brain import typed
+from nemo_brain.core.http import environment_key
 from nemo_brain.rewards.batching import Items, RewardBatcher
 from nemo_brain.rewards.build import make_reward
 from nemo_brain.rewards.protocol import RewardError

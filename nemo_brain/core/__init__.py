@@ -1,0 +1,1 @@
+"""What all rooms speak of: groups and their rows, ranks, interruptions, requests."""

@@ -1,0 +1,67 @@
+"""What keeps a run from going on with numbers that are none, or with weights that say nothing."""
+
+from __future__ import annotations
+
+import json
+import math
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from types import MethodType
+
+from nemo_brain.core.groups import Group
+from nemo_brain.durability.checkpoint import groups_as_json
+
+
+class OptimizerGuard:
+    """Keeps an optimizer from stepping where the gradient's norm is not finite: weights and states stay as they were.
+
+    It takes the norm that Megatron's ``ChainedOptimizer.step`` computes for clipping, the same on every rank, and costs
+    a comparison. ``skipped`` is the number of steps so far that were left out.
+    """
+
+    def __init__(self, optimizer):
+        self.skipped = 0
+        self._finite = True
+        norm, step = optimizer.get_grad_norm, optimizer.step_with_ready_grads
+
+        def get_grad_norm(_) -> float:
+            value = norm()
+            self._finite = math.isfinite(float(value))
+            return value
+
+        def step_with_ready_grads(_) -> bool:
+            if self._finite:
+                return step()
+            self.skipped += 1
+            return True
+
+        optimizer.get_grad_norm = MethodType(get_grad_norm, optimizer)
+        optimizer.step_with_ready_grads = MethodType(step_with_ready_grads, optimizer)
+
+
+def write_groups(path: Path, groups: Sequence[Group]) -> None:
+    """One group per line, with all scores."""
+    path.write_text("".join(json.dumps(item) + "\n" for item in groups_as_json(groups)), encoding="utf-8")
+
+
+def nonfinite_rewards(groups: Sequence[Group]) -> list[Group]:
+    """The groups in which an output's reward is not finite."""
+    return [group for group in groups if not all(math.isfinite(output.reward) for output in group.outputs)]
+
+
+def nonfinite_message(step: int) -> str:
+    return (
+        f"the gradient of step {step} is not finite; the weights are those before it, its groups are in "
+        f"run_dir/nonfinite_step_{step}.jsonl. Lower optim.lr, or leave such steps out with train.on_nonfinite=skip"
+    )
+
+
+def warn_of_collapse(ess_alpha: float, bound: float, outputs: int) -> None:
+    """Warns where the weights of an iteration's groups rest on hardly more than one output each."""
+    if ess_alpha < bound:
+        warnings.warn(
+            f"the posterior's weights rest on {ess_alpha:.2f} of {outputs} outputs per group (effective sample size, "
+            f"train.min_ess={bound:g}): raise objective.gamma or rollout.outputs_per_prompt",
+            stacklevel=2,
+        )

@@ -1,0 +1,161 @@
+"""Ends every rank when one of them cannot go on: the first failure ends them all, and so does a standstill.
+
+A thread on each rank looks once a second into a store that all of them share, so a rank learns of it whatever its main
+thread waits in: a collective of NCCL or gloo, the pipeline, a file system.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import json
+import os
+import sys
+import threading
+import time
+import traceback
+from pathlib import Path
+from typing import NoReturn
+
+import lightning.pytorch as pl
+import torch.distributed as dist
+
+from nemo_brain.core.heartbeat import beats
+from nemo_brain.core.interruption import Interrupted
+
+_POLL_SECONDS = 1.0
+# Ranks end so much later than the one that failed: launchers take the first that ends for the cause.
+_GRACE_SECONDS = 3.0
+_LAST_SECONDS = 30.0  # so long the rank that failed may take to end, and ranks whose store has gone with rank 0
+_VERDICT, _HEARD, _PROGRESS = "verdict", "heard", "progress"
+
+
+class Supervisor(pl.Callback):
+    """Watches over a trainer's ranks, from the moment on at which they have met.
+
+    - An exception on one rank ends all of them within seconds, with its traceback as the last thing that they print:
+      in full on the first rank of each node, in one line on the others.
+    - Where no rank has had a ``pulse.beat`` for ``hang_minutes``, every rank prints its threads' stacks, writes them to
+      ``directory``/stacks/rank_00000.txt, and ends.
+
+    Exit codes are 1. What all ranks raise alike, such as a user's mistake, and ``Interrupted`` end them by themselves.
+    """
+
+    def __init__(self, hang_minutes: float, directory: Path):
+        self._seconds = 60 * hang_minutes
+        self._hang_minutes = hang_minutes
+        self._directory = directory
+        self._thread: threading.Thread | None = None
+
+    def setup(self, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:
+        self._rank, self._size = dist.get_rank(), dist.get_world_size()
+        self._store = _shared_store(self._rank)
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="supervisor", daemon=True)
+        self._thread.start()
+
+    def on_exception(self, trainer: pl.Trainer, module: pl.LightningModule, exception: BaseException) -> None:
+        if self._thread is None:
+            return  # the ranks have not met yet
+        if isinstance(exception, Interrupted):
+            self._done.set()
+            return
+        error = f"{type(exception).__name__}: {exception}"
+        text = "".join(traceback.format_exception(exception))
+        try:
+            verdict = self._judge({"kind": "failure", "rank": self._rank, "error": error, "text": text})
+            if verdict["rank"] == self._rank:
+                if self._rank == 0:
+                    self._await_hearing(_GRACE_SECONDS, self._size - 1)  # the store ends with this rank
+            elif verdict["error"] == error:  # as on all ranks: this one ends by itself
+                self._store.add(_HEARD, 1)
+                self._done.set()
+            else:  # a consequence: the thread ends this process
+                self._thread.join()
+        except RuntimeError:
+            pass  # rank 0 has gone, and the store with it
+
+    def teardown(self, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:
+        """After a run that nothing happened to; the store is not to end before all ranks have got here."""
+        dist.barrier()
+        self._done.set()
+
+    def _watch(self) -> None:
+        counted, total, since = beats(), None, time.monotonic()
+        while not self._done.wait(_POLL_SECONDS):
+            count = beats()
+            try:
+                everyones = self._store.add(_PROGRESS, int(count != counted))
+                if everyones != total:
+                    total, since = everyones, time.monotonic()
+                elif time.monotonic() - since > self._seconds:
+                    self._judge({"kind": "hang", "rank": self._rank, "error": ""})
+                verdict = json.loads(self._store.get(_VERDICT)) if self._store.check([_VERDICT]) else None
+            except RuntimeError:
+                if not self._done.wait(_LAST_SECONDS):
+                    self._end("rank 0 has gone: what it says is the cause")
+                return
+            counted = count
+            if verdict is not None:
+                self._obey(verdict)
+                return
+
+    def _judge(self, verdict: dict) -> dict:
+        """Says what ends the run; returns what does: the first that any rank has said."""
+        return json.loads(self._store.compare_set(_VERDICT, "", json.dumps(verdict)))
+
+    def _obey(self, verdict: dict) -> None:
+        """Ends this process, in the supervisor's thread."""
+        if verdict["kind"] == "hang":
+            self._show_stacks()
+        elif verdict["rank"] == self._rank:
+            time.sleep(_LAST_SECONDS)  # the main thread raises, and need not be waited for longer than this
+            self._end("this rank has failed, and does not end by itself")
+        with contextlib.suppress(RuntimeError):
+            self._store.add(_HEARD, 1)
+        if verdict["kind"] == "hang":
+            self._await_hearing(_LAST_SECONDS, self._size)
+            self._end(
+                f"no rank has got any further for {self._hang_minutes:g} minutes (trainer.hang_timeout_minutes). All "
+                f"ranks' stacks are above, and in {self._directory / 'stacks'}"
+            )
+        if self._done.wait(_GRACE_SECONDS):
+            return
+        first = f"rank {verdict['rank']} has failed, which ends this one: "
+        whole = int(os.environ.get("LOCAL_RANK", 0)) == 0
+        self._end(first + (f"\n{verdict['text'].rstrip()}" if whole else verdict["error"]))
+
+    def _await_hearing(self, seconds: float, count: int) -> None:
+        """Until so many ranks know how the run ends."""
+        ended = time.monotonic() + seconds
+        with contextlib.suppress(RuntimeError):
+            while self._store.add(_HEARD, 0) < count and time.monotonic() < ended:
+                time.sleep(0.1)
+
+    def _show_stacks(self) -> None:
+        path = self._directory / "stacks" / f"rank_{self._rank:05d}.txt"
+        with contextlib.suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("w") as file:
+                faulthandler.dump_traceback(file)
+            self._print(f"stacks:\n{path.read_text()}")
+            return
+        faulthandler.dump_traceback(sys.__stderr__)  # no place to write to
+
+    def _print(self, text: str) -> None:
+        print(f"[rank {self._rank}] {text}", file=sys.stderr, flush=True)
+
+    def _end(self, text: str) -> NoReturn:
+        self._print(text)
+        os._exit(1)
+
+
+def _shared_store(rank: int) -> dist.TCPStore:
+    """A store of this run's own on rank 0's machine: others outlive a restart, or are waited in by the main thread."""
+    address: list = [None]
+    if rank == 0:
+        host = os.environ.get("MASTER_ADDR", "127.0.0.1")
+        store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
+        address = [(host, store.port)]
+    dist.broadcast_object_list(address, src=0)
+    return store if rank == 0 else dist.TCPStore(*address[0], is_master=False, wait_for_workers=False)

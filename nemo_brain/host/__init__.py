@@ -1,0 +1,1 @@
+"""What is private, patched or version-dependent in NeMo, Lightning, Megatron and torch."""

@@ -1,0 +1,1 @@
+"""The Megatron GPT over packed rows: layers, heads, weights, passes."""

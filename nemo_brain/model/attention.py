@@ -1,0 +1,129 @@
+"""Attention over packed rows of groups.
+
+Shapes: S positions of a row, N outputs of a group, H query heads and K key-value heads of this tensor-parallel rank, D
+head width.
+
+``GroupAttention`` is the core attention of every layer. What a row looks like reaches it through Megatron's
+``attention_mask`` argument: the row's ``layout`` tensor in training and scoring (see groups.py; a tensor, so that it
+travels with the micro-batch through pipeline stages and activation recompute), a ``kv_cache.KVCache`` in sampling.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from megatron.core.transformer.module import MegatronModule
+from torch.nn.functional import scaled_dot_product_attention
+
+from nemo_brain.model.varlen import find_kernel, sequences, varlen_attention
+
+
+class GroupAttention(MegatronModule):
+    """Core attention for Megatron layer specs, exact for every layout and without an S x S mask.
+
+    Raises:
+        ValueError: for attention features that packed groups do not support.
+    """
+
+    def __init__(
+        self,
+        config,
+        layer_number: int,
+        attn_mask_type=None,
+        attention_type=None,
+        attention_dropout=None,
+        softmax_scale: float | None = None,
+        cp_comm_type=None,
+        pg_collection=None,
+    ):
+        super().__init__(config=config)
+        if config.context_parallel_size != 1:
+            raise ValueError("model.context_parallel_size must be 1: packed groups do not support context parallelism")
+        if config.window_size is not None:
+            raise ValueError("model.gpt.window_size is not supported with packed groups")
+        self.layer_number = layer_number
+        self.scale = softmax_scale
+
+    def forward(
+        self, query, key, value, attention_mask, attn_mask_type=None, attention_bias=None, packed_seq_params=None
+    ):
+        """query [S, 1, H, D], key and value [S, 1, K, D] -> [S, 1, H * D]; attention_mask: layout tensor or KVCache."""
+        positions, _, heads, width = query.shape
+        q_HSD, k_KSD, v_KSD = (tensor[:, 0].transpose(0, 1) for tensor in (query, key, value))
+        if isinstance(attention_mask, torch.Tensor):
+            out_HSD = packed_attention(q_HSD, k_KSD, v_KSD, attention_mask, self.scale)
+        else:
+            out_HSD = attention_mask.attend(self.layer_number, q_HSD, k_KSD, v_KSD, self.scale)
+        return out_HSD.transpose(0, 1).reshape(positions, 1, heads * width)
+
+
+def packed_attention(q_HSD, k_KSD, v_KSD, layout: torch.Tensor, scale: float | None = None) -> torch.Tensor:
+    """Attention of a packed row: each block's prefix is causal, each segment sees the prefix and itself. [H, S, D]."""
+    blocks = _blocks(tuple(map(tuple, layout.tolist())))
+    if (kernel := find_kernel(q_HSD)) is not None:
+        return varlen_attention(q_HSD, k_KSD, v_KSD, sequences(blocks, q_HSD.device), scale, kernel)
+    return _cascade(q_HSD, k_KSD, v_KSD, blocks, scale)
+
+
+def _cascade(q_HSD, k_KSD, v_KSD, blocks, scale: float | None) -> torch.Tensor:
+    """Block by block: one call for the prefix, one in which the segments are a batch."""
+    sdpa = functools.partial(scaled_dot_product_attention, scale=scale, enable_gqa=q_HSD.shape[0] != k_KSD.shape[0])
+    outs = []
+    for start, prefix, segments in blocks:
+        middle, end = start + prefix, start + prefix + sum(segments)
+        if prefix:
+            # Queries, keys and values of the prefix: lower-right and upper-left causality coincide.
+            outs.append(sdpa(*(tensor[None, :, start:middle] for tensor in (q_HSD, k_KSD, v_KSD)), is_causal=True)[0])
+        if not segments:
+            continue
+        # The segments become a batch: [N, heads, longest, D], shorter ones padded with a repeat of any valid position,
+        # whose result is dropped and whose keys the causal mask hides from the valid ones.
+        gather, scatter, mask = _segment_plan(segments, prefix, q_HSD.device)
+        q_N, k_N, v_N = (_batch(tensor[:, middle:end], gather, segments) for tensor in (q_HSD, k_KSD, v_KSD))
+        if prefix:
+            shape = (len(segments), -1, -1, -1)
+            k_N = torch.cat([k_KSD[None, :, start:middle].expand(shape), k_N], dim=2)
+            v_N = torch.cat([v_KSD[None, :, start:middle].expand(shape), v_N], dim=2)
+            out = sdpa(q_N, k_N, v_N, attn_mask=mask)
+        else:
+            out = sdpa(q_N, k_N, v_N, is_causal=True)
+        out = out.transpose(0, 1).flatten(1, 2)
+        outs.append(out if scatter is None else out.index_select(1, scatter))
+    return torch.cat(outs, dim=1)
+
+
+def _batch(tensor_HSD: torch.Tensor, gather: torch.Tensor | None, segments: tuple[int, ...]) -> torch.Tensor:
+    """Segments lying one after another, [heads, sum, D] -> [N, heads, longest, D]."""
+    heads, _, width = tensor_HSD.shape
+    if gather is not None:
+        tensor_HSD = tensor_HSD.index_select(1, gather)
+    return tensor_HSD.reshape(heads, len(segments), -1, width).transpose(0, 1)
+
+
+@functools.lru_cache(maxsize=64)
+def _blocks(layout: tuple[tuple[int, ...], ...]) -> tuple[tuple[int, int, tuple[int, ...]], ...]:
+    """(start, prefix length, segment lengths) of each block of the row."""
+    blocks = []
+    start = 0
+    for prefix, *segments in layout:
+        present = tuple(length for length in segments if length)
+        blocks.append((start, prefix, present))
+        start += prefix + sum(present)
+    return tuple(blocks)
+
+
+@functools.lru_cache(maxsize=1024)
+def _segment_plan(segments: tuple[int, ...], prefix: int, device: torch.device):
+    """Index that pads the segments to equal length, index that undoes it (None, None if equal already), and the mask
+    [longest, prefix + longest] by which position i of a segment sees the prefix and the segment up to i."""
+    longest = max(segments)
+    mask = torch.ones(longest, prefix + longest, dtype=torch.bool, device=device).tril(prefix)
+    if min(segments) == longest:
+        return None, None, mask
+    lengths = torch.tensor(segments)
+    starts = lengths.cumsum(0) - lengths
+    steps = torch.arange(longest)
+    gather = (starts[:, None] + steps).clamp(max=int(lengths.sum()) - 1).flatten()
+    scatter = torch.cat([index * longest + steps[:length] for index, length in enumerate(segments)])
+    return gather.to(device), scatter.to(device), mask

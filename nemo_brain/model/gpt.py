@@ -1,0 +1,206 @@
+"""The Megatron GPT that BRAIn trains: a megatron-core GPTModel over packed rows, and the NeMo config that builds it.
+
+Shapes: S positions of a row, T positions with a target, E temperatures, V vocabulary columns of this rank, H hidden.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.fp8_utils import get_fp8_align_size
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.models.gpt.gpt_model import GPTModel as MCoreGPTModel
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from nemo.collections.llm.gpt.model.base import GPTConfig
+from nemo.collections.llm.gpt.model.llama import apply_rope_scaling
+from nemo.lightning.base import get_vocab_size
+
+from nemo_brain.model.attention import GroupAttention
+from nemo_brain.model.output_layer import linear_logprobs
+from nemo_brain.model.parallel_residual import ParallelResidualLayer
+from nemo_brain.model.parameters import is_adapter
+
+try:
+    import transformer_engine  # noqa: F401
+
+    HAVE_TRANSFORMER_ENGINE = True
+except ImportError:
+    HAVE_TRANSFORMER_ENGINE = False
+
+
+class PackedGPTModel(MCoreGPTModel):
+    """GPTModel over packed rows: positions are given, and the output layer sees only the positions asked for.
+
+    Args:
+        real_vocab_size: columns from there on are padding and have no probability.
+        **options: MCoreGPTModel's own.
+    """
+
+    def __init__(self, *, real_vocab_size: int, **options):
+        super().__init__(**options)
+        self.real_vocab_size = real_vocab_size
+        if self.post_process:
+            # Called through its module, so that hooks on the module run: Megatron's overlapped parameter gather waits
+            # for the weight in one.
+            self.output_layer.forward = self._output
+            # With sequence parallelism the row is gathered before it (see forward).
+            self.output_layer.sequence_parallel = False
+
+    def forward(
+        self,
+        tokens_1S: torch.Tensor,
+        positions_1S: torch.Tensor,
+        attention,
+        select_T: torch.Tensor,
+        targets_T: torch.Tensor | None = None,
+        temperatures: tuple[float, ...] = (1.0,),
+    ) -> torch.Tensor:
+        """One chunk's forward pass over one packed row.
+
+        Args:
+            tokens_1S, positions_1S: the row.
+            attention: the row's layout tensor, or a KVCache.
+            select_T: the positions whose next-token distribution is wanted.
+            targets_T: the tokens predicted there.
+            temperatures: the log-probs are returned at each of these.
+
+        Returns:
+            On the last stage log-probs [E, T] (fp32) of the targets, or logits [T, V] without targets; elsewhere the
+            hidden states for the next stage.
+        """
+        hidden = self.trunk(tokens_1S, positions_1S, attention)
+        if not self.post_process:
+            return hidden
+        return self.output_layer(hidden[:, 0].index_select(0, select_T), targets_T, temperatures)
+
+    def trunk(self, tokens_1S: torch.Tensor, positions_1S: torch.Tensor, attention) -> torch.Tensor:
+        """The row's hidden states [S, 1, H]; on the last stage normalised and, under sequence parallelism, gathered."""
+        hidden = self.embedding(input_ids=tokens_1S, position_ids=positions_1S) if self.pre_process else None
+        if hidden is not None and torch.is_grad_enabled() and self.config.recompute_granularity == "full":
+            # Megatron recomputes a layer in the backward pass of its input, which that of a frozen embedding lacks.
+            hidden.requires_grad_()
+        rotary = None
+        if self.position_embedding_type == "rope":
+            rotary = self.rotary_pos_emb(self.max_sequence_length)[positions_1S[0]]
+        hidden = self.decoder(hidden_states=hidden, attention_mask=attention, rotary_pos_emb=rotary)
+        if self.post_process and self.config.sequence_parallel:
+            # The selection needs the whole row; from here on the output layer is plainly tensor-parallel.
+            hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
+        return hidden
+
+    def sharded_state_dict(self, *args, **kwargs) -> dict:
+        """Megatron's; of a model with adapters their part alone, because all else stays the start model's."""
+        state = super().sharded_state_dict(*args, **kwargs)
+        return {key: value for key, value in state.items() if is_adapter(key)} or state
+
+    def _output(self, hidden_TH, targets_T, temperatures) -> torch.Tensor:
+        """What ``output_layer`` computes: log-probs [E, T] of the targets, or logits [T, V] without targets."""
+        if self.share_embeddings_and_output_weights:
+            weight_VH = self.shared_embedding_or_output_weight()
+        else:
+            weight_VH = self.output_layer.weight
+        if targets_T is None:
+            return type(self.output_layer).forward(self.output_layer, hidden_TH, weight=weight_VH)[0]
+        group = parallel_state.get_tensor_model_parallel_group()
+        return linear_logprobs(hidden_TH, weight_VH, targets_T, group, temperatures, self.real_vocab_size)
+
+
+class Norm(torch.nn.Module):
+    """LayerNorm or RMSNorm without Apex or Transformer Engine, also under sequence parallelism.
+
+    Megatron-core's own torch norm refuses sequence parallelism; all it takes is the mark on the weights, by which their
+    gradients are summed over the tensor-parallel ranks.
+    """
+
+    def __init__(self, config, hidden_size: int, eps: float = 1e-5, **_):
+        super().__init__()
+        self.eps = eps
+        self.hidden_size = hidden_size
+        device = None if config.use_cpu_initialization else torch.cuda.current_device()
+        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=device))
+        self.weight.sequence_parallel = config.sequence_parallel
+        self.bias = None
+        if config.normalization == "LayerNorm":
+            self.bias = torch.nn.Parameter(torch.zeros_like(self.weight))
+            self.bias.sequence_parallel = config.sequence_parallel
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        if self.bias is None:
+            return torch.nn.functional.rms_norm(hidden, (self.hidden_size,), self.weight, self.eps)
+        return torch.nn.functional.layer_norm(hidden, (self.hidden_size,), self.weight, self.bias, self.eps)
+
+
+def layer_spec(config: PackedGPTConfig, vp_stage: int | None = None):
+    """Transformer Engine's layers where it is installed, Megatron-core's own otherwise; with our core attention."""
+    if HAVE_TRANSFORMER_ENGINE:
+        spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+    else:
+        spec = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization=config.normalization)
+    attention = spec.submodules.self_attention.submodules
+    attention.core_attention = GroupAttention
+    if config.parallel_residual:
+        spec.module = ParallelResidualLayer
+    if HAVE_TRANSFORMER_ENGINE:
+        return spec
+    spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = Norm
+    if config.qk_layernorm:
+        attention.q_layernorm = attention.k_layernorm = Norm
+    layers = get_num_layers_to_build(config, vp_stage=vp_stage)
+    return TransformerBlockSubmodules(layer_specs=[spec] * layers, layer_norm=Norm)
+
+
+@dataclass
+class PackedGPTConfig(GPTConfig):
+    """A NeMo GPTConfig that builds a ``PackedGPTModel``. ``vocab_size`` is the real, unpadded one.
+
+    parallel_residual: attention and MLP of a layer both read its input, as in GPT-NeoX.
+    scale_factor: rotary frequencies are scaled as in Llama 3.1, by this factor; the next three fields are read with it
+        only. Their names and defaults are those of NeMo's Llama31Config.
+    """
+
+    model_class: ClassVar[type[PackedGPTModel]] = PackedGPTModel
+    transformer_layer_spec: object = layer_spec
+    parallel_residual: bool = False
+    scale_factor: float | None = None
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    old_context_len: int = 8192
+
+    @property
+    def row_multiple(self) -> int:
+        """Rows are padded to a multiple of this many positions: for sequence parallelism, and for FP8 products."""
+        shards = self.tensor_model_parallel_size if self.sequence_parallel else 1
+        return shards * (get_fp8_align_size(self.fp8_recipe) if self.fp8 else 1)
+
+    def configure_model(self, tokenizer=None, pre_process=None, post_process=None, vp_stage=None) -> PackedGPTModel:
+        """Builds this rank's (virtual) pipeline chunk; arguments as in NeMo's GPTConfig."""
+        stage = dict(ignore_virtual=False, vp_stage=vp_stage or 0)
+        model = self.model_class(
+            config=self,
+            transformer_layer_spec=self.transformer_layer_spec(self, vp_stage=vp_stage or 0),
+            vocab_size=get_vocab_size(self, self.vocab_size, self.make_vocab_size_divisible_by),
+            real_vocab_size=self.vocab_size,
+            max_sequence_length=self.seq_length,
+            parallel_output=True,
+            share_embeddings_and_output_weights=self.share_embeddings_and_output_weights,
+            position_embedding_type=self.position_embedding_type,
+            rotary_percent=self.rotary_percent,
+            rotary_base=self.rotary_base,
+            seq_len_interpolation_factor=self.seq_len_interpolation_factor,
+            pre_process=parallel_state.is_pipeline_first_stage(**stage) if pre_process is None else pre_process,
+            post_process=parallel_state.is_pipeline_last_stage(**stage) if post_process is None else post_process,
+            scatter_embedding_sequence_parallel=self.scatter_embedding_sequence_parallel,
+            vp_stage=vp_stage or 0,
+        )
+        if self.position_embedding_type == "rope" and self.scale_factor is not None:
+            rotary = model.rotary_pos_emb
+            scaling = (self.scale_factor, self.low_freq_factor, self.high_freq_factor, self.old_context_len)
+            rotary.inv_freq = apply_rope_scaling(rotary.inv_freq, *scaling)
+        return model

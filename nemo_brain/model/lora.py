@@ -1,0 +1,144 @@
+"""LoRA: NeMo's adapters beside the linear layers of a Megatron GPT, whose own weights stay as they are.
+
+With an adapter a layer computes W x + (alpha / dim) B A x. A, [dim, in], starts at random, B, [out, dim], at zero: the
+start model is the model as it was.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.tensor_parallel import RowParallelLinear
+from nemo.collections.llm.peft.lora import LoRALinear
+from nemo.collections.llm.peft.utils import ParallelLinearAdapter, get_adapter_attributes_from_linear
+from transformers import PreTrainedTokenizerFast
+
+from nemo_brain.model.gpt import HAVE_TRANSFORMER_ENGINE
+from nemo_brain.model.parameters import GlobalParameter, global_parameters, is_adapter
+from nemo_brain.model.random_weights import normal
+from nemo_brain.model.weights import Weights, load_weights
+
+
+@dataclass(frozen=True)
+class LoRA:
+    """``model.peft``, and the seed that A is drawn from."""
+
+    dim: int
+    alpha: int
+    target_modules: tuple[str, ...]
+    seed: int
+
+
+class SwitchedLoRALinear(LoRALinear):
+    """NeMo's LoRALinear. Switched off it is the layer that it wraps, to the last bit."""
+
+    on = True
+
+    def forward(self, x, *args, **kwargs):
+        if self.on:
+            return super().forward(x, *args, **kwargs)
+        output, bias, _ = self.base_linear_forward(x, *args, **kwargs)
+        return output, bias
+
+
+def load(chunk: GPTModel, weights: Weights, lora: LoRA | None) -> None:
+    """Fills a new, unwrapped chunk; with ``lora`` it is frozen then, and has adapters, which are all that trains."""
+    if lora is not None:
+        chunk.requires_grad_(False)
+        for layer in chunk.decoder.layers:
+            for owner in (layer.self_attention, layer.mlp):
+                for name in lora.target_modules:
+                    if hasattr(owner, name):
+                        setattr(owner, name, _adapted(getattr(owner, name), name, lora))
+        weights = _WithAdapters(weights, lora.seed)
+    load_weights([chunk], weights)
+
+
+def _adapted(linear: torch.nn.Module, name: str, lora: LoRA) -> SwitchedLoRALinear:
+    # What NeMo's LoRA.transform builds for a parallel layer. Itself it compares the layer with Transformer Engine's
+    # classes, and raises where there are none; so does the function that describes the layer.
+    if HAVE_TRANSFORMER_ENGINE:
+        row_parallel, inputs, outputs, no_gather, parallel = get_adapter_attributes_from_linear(linear)
+    else:
+        row_parallel, parallel = isinstance(linear, RowParallelLinear), True
+        inputs, outputs, no_gather = linear.input_size, linear.output_size, not linear.config.sequence_parallel
+    adapter = ParallelLinearAdapter(
+        inputs,
+        outputs,
+        lora.dim,
+        # By this name NeMo's checkpoints take B for [gate; up]. Where there is no gate that would permute its rows as
+        # soon as another tensor-parallel size reads them.
+        base_linear_name=name if linear.config.gated_linear_unit else "",
+        activation="identity",
+        input_is_parallel=row_parallel,
+        model_parallel_config=linear.config,
+        alpha=lora.alpha,
+        disable_sequence_parallel_comm=no_gather,
+        base_linear_is_parallel=parallel,
+    )
+    return SwitchedLoRALinear(linear, adapter)
+
+
+class _WithAdapters:
+    """``Weights`` of a model with new adapters: A is normal with Xavier's deviation, as NeMo's, but drawn by seed and
+    name, so that it is the same in every layout; B is zero."""
+
+    def __init__(self, weights: Weights, seed: int):
+        self.weights, self.seed = weights, seed
+        self.gpt_config, self.vocab_size = weights.gpt_config, weights.vocab_size
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerFast:
+        return self.weights.tokenizer
+
+    def tensor(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        if not is_adapter(name):
+            return self.weights.tensor(name, shape)
+        if name.endswith("linear_out.weight"):
+            return torch.zeros(shape)
+        return math.sqrt(2 / sum(shape)) * normal(self.seed, name, shape)
+
+
+@contextlib.contextmanager
+def switched_off(chunks: Sequence[torch.nn.Module]) -> Iterator[None]:
+    """While the context lasts, the chunks (wrapped or not) are the model without its adapters."""
+    layers = [layer for chunk in chunks for layer in chunk.modules() if isinstance(layer, SwitchedLoRALinear)]
+    for layer in layers:
+        layer.on = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.on = True
+
+
+def merged_parameters(chunk: GPTModel) -> Iterator[GlobalParameter]:
+    """The parameters of an unwrapped chunk but for the adapters', which are part of the ``full`` tensors instead."""
+    parameters = {id(parameter.parameter): parameter for parameter in global_parameters(chunk)}
+    adapters = {id(layer.to_wrap.weight): layer.adapter for layer in chunk.modules() if isinstance(layer, LoRALinear)}
+    for key, parameter in parameters.items():
+        if key in adapters:
+            adapter = adapters[key]
+            a, b = (parameters[id(linear.weight)] for linear in (adapter.linear_in, adapter.linear_out))
+            yield _Merged(**vars(parameter), a=a, b=b, scale=adapter.alpha / adapter.dim)
+        elif not is_adapter(parameter.name):
+            yield parameter
+
+
+@dataclass(frozen=True)
+class _Merged(GlobalParameter):
+    """A weight with its adapter; ``parameter`` is the weight without."""
+
+    a: GlobalParameter
+    b: GlobalParameter
+    scale: float
+
+    def full(self) -> torch.Tensor:
+        """W + (alpha / dim) B A, computed in fp32 and rounded once."""
+        weight = super().full()
+        return weight.float().addmm(self.b.full().float(), self.a.full().float(), alpha=self.scale).to(weight.dtype)

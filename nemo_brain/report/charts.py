@@ -1,0 +1,211 @@
+"""The charts of the report: curves, the KL-reward frontier and the time split, as inline SVG in the page's theme."""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import Any
+
+import matplotlib
+import numpy as np
+from markupsafe import Markup
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
+
+from nemo_brain.report.progress import number
+
+# Colours that stand for CSS variables: matplotlib draws with the key, the page shows the variable.
+COLOURS = {"#010101": "ink-soft", "#020202": "line", "#030301": "c1", "#030302": "c2", "#030303": "c3"}
+_DRAWN = {variable: colour for colour, variable in COLOURS.items()}
+CURVE_POINTS = 400  # longer curves are averaged down to this many
+Records = Sequence[Mapping[str, Any]]
+
+
+_STYLE = {
+    "svg.fonttype": "none",  # text stays text, in the page's font
+    "svg.hashsalt": "nemo_brain",
+    "font.size": 9,
+    "text.color": _DRAWN["ink-soft"],
+    "axes.labelcolor": _DRAWN["ink-soft"],
+    "axes.edgecolor": _DRAWN["line"],
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.spines.left": False,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.axisbelow": True,
+    "grid.color": _DRAWN["line"],
+    "grid.linewidth": 0.7,
+    "xtick.color": _DRAWN["line"],
+    "ytick.color": _DRAWN["line"],
+    "xtick.labelcolor": _DRAWN["ink-soft"],
+    "ytick.labelcolor": _DRAWN["ink-soft"],
+    "ytick.major.size": 0,
+    "lines.linewidth": 1.5,
+}
+
+
+@dataclass
+class Series:
+    """A curve: x and y (None where unknown), perhaps a band; without x, a level across the chart.
+
+    ``colour`` is a CSS variable, ``style`` matplotlib's.
+    """
+
+    label: str
+    x: Sequence[float]
+    y: Sequence[float | None]
+    colour: str
+    style: str = "-"
+    low: Sequence[float | None] | None = None
+    high: Sequence[float | None] | None = None
+
+    def known(self) -> list[float]:
+        return [v for v in self.y if v is not None]
+
+
+@dataclass
+class Panel:
+    """A chart with its words. ``svg`` is None without data; ``needs`` then says what is missing."""
+
+    title: str
+    caption: str
+    needs: str
+    series: list[Series]
+    svg: Markup | None
+
+
+def line_chart(title: str, xlabel: str, series: Sequence[Series], zero: bool = False, percents: bool = False) -> Markup:
+    with matplotlib.rc_context(_STYLE):
+        figure, ax = _figure(xlabel)
+        for s in series:
+            colour, y = _DRAWN[s.colour], _floats(s.y)
+            if not s.x:
+                ax.axhline(y[0], color=colour, linestyle=s.style, linewidth=1.2)
+                continue
+            # A curve of one point would not be seen without its marker.
+            ax.plot(s.x, y, s.style if len(s.x) > 1 else "o", color=colour, markersize=3.5)
+            if s.low is not None and s.high is not None:
+                ax.fill_between(s.x, _floats(s.low), _floats(s.high), color=colour, alpha=0.15, linewidth=0)
+        xs = {x for s in series for x in s.x}
+        if len(xs) == 1:
+            ax.set_xlim(min(xs) - 1, min(xs) + 1)
+        ax.xaxis.set_major_locator(_ticks(integer=True))
+        if percents:
+            ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        if zero:
+            ax.set_ylim(0, 1.1 * max((v for s in series for v in s.known()), default=1) or 1)
+        return _svg(figure, title, "; ".join(map(_spoken, series)))
+
+
+def frontier(evals: Records) -> Panel:
+    title, caption = "KL-reward frontier", "Each evaluation: reward against distance from the prior, 95% CI."
+    points = [r for r in evals if r.get("eval/kl_to_prior") is not None and r.get("eval/reward") is not None]
+    if not points:
+        return Panel(title, caption, needs("eval"), [], None)
+    x, y = ([r[name] for r in points] for name in ("eval/kl_to_prior", "eval/reward"))
+    with matplotlib.rc_context(_STYLE):
+        figure, ax = _figure("KL to prior (nats per output)", "held-out reward")
+        for axis, name in (("xerr", "eval/kl_to_prior"), ("yerr", "eval/reward")):
+            ends = (_floats([r.get(f"{name}_ci_{side}") for r in points]) for side in ("low", "high"))
+            sides = np.abs(np.array([end - [r[name] for r in points] for end in ends]))
+            ax.errorbar(x, y, **{axis: sides}, fmt="none", ecolor=_DRAWN["c1"], alpha=0.35, elinewidth=1)
+        ax.plot(x, y, "o-", color=_DRAWN["c1"], markersize=4, linewidth=0.8)
+        for i in sorted({0, len(points) - 1}):
+            text = f"iteration {number(points[i].get('iteration'))}"
+            offset, side = ((8, -10), "left") if i == 0 else ((-8, 8), "right")
+            ax.annotate(text, (x[i], y[i]), xytext=offset, textcoords="offset points", ha=side)
+        spoken = f"From {number(x[0])} nats at reward {number(y[0])} to {number(x[-1])} at {number(y[-1])}"
+        return Panel(title, caption, "", [], _svg(figure, title, spoken))
+
+
+def time_split(iterations: Records) -> Panel:
+    title, caption = "Where the time goes", "Seconds per iteration."
+    x = [r.get("iteration") for r in iterations]
+    parts = [
+        Series(label, *thinned(x, [r.get(f"{key}_seconds") for r in iterations], 100), colour, "s")
+        for label, key, colour in (
+            ("sampling", "sample", "c1"),
+            ("scoring", "score", "c2"),
+            ("training", "train", "c3"),
+        )
+    ]
+    if not any(part.known() for part in parts):
+        return Panel(title, caption, needs("iteration"), [], None)
+    with matplotlib.rc_context(_STYLE):
+        figure, ax = _figure("iteration")
+        x = parts[0].x
+        width = 0.8 * (x[1] - x[0] if len(x) > 1 else 1)
+        bottom = np.zeros(len(x))
+        for part in parts:
+            height = np.nan_to_num(_floats(part.y))
+            ax.bar(x, height, width, bottom=bottom, color=_DRAWN[part.colour])
+            bottom += height
+        ax.xaxis.set_major_locator(_ticks(integer=True))
+        return Panel(title, caption, "", parts, _svg(figure, title, "; ".join(map(_spoken, parts))))
+
+
+def needs(kind: str) -> str:
+    return f"metrics.jsonl has no {kind} record with it yet"
+
+
+def thinned(x: Sequence[Any], y: Sequence[Any], points: int = CURVE_POINTS) -> tuple[list[float], list[float | None]]:
+    """A curve as it is up to ``points`` points, else the means of that many runs of neighbours."""
+    pairs = list(zip(x, y, strict=True))
+    size = max(1, math.ceil(len(pairs) / points))
+    runs = [pairs[start : start + size] for start in range(0, len(pairs), size)]
+    return [mean([a for a, _ in run]) for run in runs], [mean([b for _, b in run]) for run in runs]
+
+
+def mean(values: Sequence[float | None]) -> float | None:
+    """The mean of the values that are known, None without any."""
+    known = [v for v in values if v is not None]
+    return sum(known) / len(known) if known else None
+
+
+def _figure(xlabel: str, ylabel: str = "") -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(5.6, 2.9), layout="constrained")
+    ax = figure.add_subplot()
+    ax.set_xlabel(xlabel)
+    ax.set_ylabel(ylabel)
+    ax.yaxis.set_major_locator(_ticks())
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+    return figure, ax
+
+
+def _ticks(integer: bool = False) -> MaxNLocator:
+    return MaxNLocator(6, steps=[1, 2, 2.5, 5, 10], integer=integer)
+
+
+def _svg(figure: Figure, title: str, description: str) -> Markup:
+    """The figure as an inline SVG element: theme colours, no clashing ids, no addresses, a label for screen readers."""
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", transparent=True)
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.S)
+    svg = re.sub(r'<g id="[^"]*"', "<g", svg)
+    label = escape(f"{title}. {description}")
+    svg = re.sub(r'<svg [^>]*?viewBox="([^"]*)"[^>]*>', rf'<svg role="img" aria-label="{label}" viewBox="\1">', svg)
+    # Charts of one page share markers and clips: each gets ids of its own.
+    slug = re.sub(r"\W+", "-", title.lower())
+    svg = re.sub(r' id="', f' id="{slug}-', svg)
+    svg = re.sub(r'xlink:href="#', f'href="#{slug}-', svg)
+    svg = svg.replace("url(#", f"url(#{slug}-")
+    for colour, variable in COLOURS.items():
+        svg = svg.replace(colour, f"var(--{variable})")
+    return Markup(svg)
+
+
+def _spoken(series: Series) -> str:
+    known = series.known()
+    return f"{series.label}: {number(known[0])} to {number(known[-1])}" if known else f"{series.label}: no data"
+
+
+def _floats(values: Sequence[float | None]) -> np.ndarray:
+    return np.array([math.nan if v is None else v for v in values], dtype=float)

@@ -1,0 +1,182 @@
+"""The key-value cache of sampling: prompts are held once per group, outputs once per row.
+
+Shapes: R rows (outputs in flight), G groups, P prompt positions, T output positions, H query heads and K key-value
+heads of this tensor-parallel rank, M = H / K, D head width, S positions of a packed row.
+
+Groups come and rows go at any time: one pass may hold new prompts and one token of every row. Rows and groups lie
+without gaps; the place of one that leaves is taken by the last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from nemo_brain.model.attention import packed_attention
+
+_BLOCK = 64  # positions, rows or groups by which the buffers grow
+
+
+def vacate(count: int, leaving: Sequence[int]) -> tuple[list[int], list[int]]:
+    """Which places of ``count`` become empty and which of the last ones move there: (places, movers), pairwise."""
+    left = set(leaving)
+    rest = count - len(left)
+    return [place for place in sorted(left) if place < rest], [i for i in range(rest, count) if i not in left]
+
+
+class KVCache:
+    """Keys and values of all layers of this rank, for one lane of rows.
+
+    Before each forward pass ``plan`` says what it holds; it serves as every layer's attention mask in that pass;
+    ``advance`` ends the pass. Between passes ``drop`` takes rows out.
+    """
+
+    def __init__(self, device: torch.device | str):
+        self.device = device
+        self.prompt_lengths = np.zeros(0, dtype=np.int64)  # [G]
+        self.group_of_row = np.zeros(0, dtype=np.int64)  # [R]
+        self.length_of_row = np.zeros(0, dtype=np.int64)  # [R] output positions held
+        self._prompt: dict[int, list[torch.Tensor]] = {}  # by layer: keys and values, at least [G, K, P, D]
+        self._output: dict[int, list[torch.Tensor]] = {}  # by layer: keys and values, at least [R, K, T, D]
+
+    def plan(self, prompt_lengths: Sequence[int] = (), outputs: int = 0) -> None:
+        """The next pass: these prompts one after another, then one token of every row, then padding if need be.
+
+        Afterwards each of the prompts is a group with ``outputs`` rows behind the others, which hold nothing yet.
+        """
+        self._new, self._outputs = np.array(prompt_lengths, dtype=np.int64), outputs
+        # Where each position of the new prompts goes: its group's place and its position there.
+        places = len(self.prompt_lengths) + np.arange(len(self._new))
+        self._new_places = self._tensor(places.repeat(self._new))
+        self._new_positions = self._tensor(np.concatenate([np.arange(n) for n in self._new] or [np.zeros(0, int)]))
+        self._new_layout = torch.from_numpy(self._new[:, None])
+        if not len(self.group_of_row):
+            return
+        # A query's place among its group's: [G, slots], the rest left empty.
+        counts = np.bincount(self.group_of_row, minlength=len(self.prompt_lengths))
+        order = self.group_of_row.argsort(kind="stable")
+        slots = np.empty_like(order)
+        slots[order] = np.arange(len(order)) - (counts.cumsum() - counts).repeat(counts)
+        self._slots = int(counts.max())
+        self._slot_of_row = self._tensor(self.group_of_row * self._slots + slots)
+        self._lengths = self._tensor(self.length_of_row)
+        self._rows = torch.arange(len(order), device=self.device)
+        self._longest_prompt, self._longest_output = int(self.prompt_lengths.max()), int(self.length_of_row.max()) + 1
+        prompts = self._tensor(self.prompt_lengths[self.group_of_row])
+        self._absent_R11T = torch.cat(
+            [
+                torch.arange(self._longest_prompt, device=self.device) >= prompts[:, None],
+                torch.arange(self._longest_output, device=self.device) > self._lengths[:, None],
+            ],
+            dim=1,
+        )[:, None, None]
+
+    def attend(self, layer: int, q_HSD, k_KSD, v_KSD, scale: float | None) -> torch.Tensor:
+        """Adds the pass's keys and values to the layer's cache; attention output [H, S, D], zeros for padding."""
+        prompts, rows = len(self._new_places), len(self.group_of_row)
+        outs = []
+        if prompts:
+            outs.append(self._prefill(layer, *(t[:, :prompts] for t in (q_HSD, k_KSD, v_KSD)), scale))
+        if rows:
+            row_tokens = (t[:, prompts : prompts + rows].transpose(0, 1) for t in (q_HSD, k_KSD, v_KSD))
+            outs.append(self._decode(layer, *row_tokens, scale).transpose(0, 1))
+        padding = q_HSD.shape[1] - prompts - rows
+        if padding:
+            outs.append(q_HSD.new_zeros(len(q_HSD), padding, q_HSD.shape[2]))
+        return torch.cat(outs, dim=1)
+
+    def advance(self) -> None:
+        """After the pass: its tokens are held, and its prompts have rows."""
+        self.length_of_row = np.concatenate([self.length_of_row + 1, np.zeros(len(self._new) * self._outputs, int)])
+        groups = len(self.prompt_lengths) + np.arange(len(self._new))
+        self.group_of_row = np.concatenate([self.group_of_row, groups.repeat(self._outputs)])
+        self.prompt_lengths = np.concatenate([self.prompt_lengths, self._new])
+
+    def drop(self, rows: Sequence[int]) -> None:
+        """Takes rows out, and the groups that have none left; others move as ``vacate`` says."""
+        places, movers = vacate(len(self.group_of_row), rows)
+        self.group_of_row, self.length_of_row = (
+            _fill(array, places, movers, len(rows)) for array in (self.group_of_row, self.length_of_row)
+        )
+        _move(self._output, places, movers)
+        present = set(self.group_of_row.tolist())
+        gone = [group for group in range(len(self.prompt_lengths)) if group not in present]
+        places, movers = vacate(len(self.prompt_lengths), gone)
+        self.prompt_lengths = _fill(self.prompt_lengths, places, movers, len(gone))
+        for place, mover in zip(places, movers, strict=True):
+            self.group_of_row[self.group_of_row == mover] = place
+        _move(self._prompt, places, movers)
+
+    def _tensor(self, array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(array).to(self.device, non_blocking=True)
+
+    def _prefill(self, layer, q_HSD, k_KSD, v_KSD, scale):
+        groups = len(self.prompt_lengths) + len(self._new)
+        buffers = _grown(self._prompt, layer, groups, int(self._new.max()), k_KSD)
+        for buffer, new_KSD in zip(buffers, (k_KSD, v_KSD), strict=True):
+            buffer[self._new_places, :, self._new_positions] = new_KSD.transpose(0, 1)
+        return packed_attention(q_HSD, k_KSD, v_KSD, self._new_layout, scale)
+
+    def _decode(self, layer, q_RHD, k_RKD, v_RKD, scale):
+        rows, heads, width = q_RHD.shape
+        kv_heads = k_RKD.shape[1]
+        buffers = _grown(self._output, layer, rows, self._longest_output, k_RKD.transpose(0, 1))
+        for buffer, new_RKD in zip(buffers, (k_RKD, v_RKD), strict=True):
+            buffer[self._rows, :, self._lengths] = new_RKD
+        keys_RKTD, values_RKTD = (buffer[:rows, :, : self._longest_output] for buffer in buffers)
+        groups = len(self.prompt_lengths)
+        prompt_keys_GKPD, prompt_values_GKPD = (
+            buffer[:groups, :, : self._longest_prompt] for buffer in self._prompt[layer]
+        )
+        q_RKMD = q_RHD.reshape(rows, kv_heads, heads // kv_heads, width) * (width**-0.5 if scale is None else scale)
+        # All queries of a group meet its prompt's keys in one product: the prompt's cache is read once per group.
+        scores_prompt = self._to_rows(self._to_groups(q_RKMD) @ prompt_keys_GKPD.transpose(2, 3), q_RKMD.shape[2])
+        scores = torch.cat([scores_prompt, q_RKMD @ keys_RKTD.transpose(2, 3)], dim=-1)
+        weights = scores.masked_fill_(self._absent_R11T, float("-inf")).float().softmax(dim=-1).to(q_RHD.dtype)
+        weights_prompt, weights_own = weights.split([self._longest_prompt, self._longest_output], dim=-1)
+        out = self._to_rows(self._to_groups(weights_prompt) @ prompt_values_GKPD, q_RKMD.shape[2])
+        return (out + weights_own @ values_RKTD).reshape(rows, heads, width)
+
+    def _to_groups(self, tensor_RKMX: torch.Tensor) -> torch.Tensor:
+        """[R, K, M, X] -> [G, K, slots * M, X]; empty slots are zero."""
+        groups = len(self.prompt_lengths)
+        _, kv_heads, per_kv, last = tensor_RKMX.shape
+        slots = tensor_RKMX.new_zeros(groups * self._slots, kv_heads, per_kv, last)
+        slots[self._slot_of_row] = tensor_RKMX
+        return slots.view(groups, self._slots, kv_heads, per_kv, last).transpose(1, 2).flatten(2, 3)
+
+    def _to_rows(self, tensor_GKYX: torch.Tensor, per_kv: int) -> torch.Tensor:
+        """The inverse of ``_to_groups``."""
+        groups, kv_heads, _, last = tensor_GKYX.shape
+        slots = tensor_GKYX.view(groups, kv_heads, self._slots, per_kv, last).transpose(1, 2)
+        return slots.reshape(groups * self._slots, kv_heads, per_kv, last)[self._slot_of_row]
+
+
+def _fill(array: np.ndarray, places: list[int], movers: list[int], leaving: int) -> np.ndarray:
+    """The array without ``leaving`` elements, ``vacate``'s places filled."""
+    array = array.copy()
+    array[places] = array[movers]
+    return array[: len(array) - leaving]
+
+
+def _move(buffers: dict[int, list[torch.Tensor]], places: list[int], movers: list[int]) -> None:
+    if places:
+        for pair in buffers.values():
+            for buffer in pair:
+                buffer[places] = buffer[movers]
+
+
+def _grown(buffers: dict[int, list[torch.Tensor]], layer: int, rows: int, positions: int, new_KSD) -> list:
+    """The layer's two buffers, enlarged where they hold fewer rows or positions. Zeros, because what a row does not
+    use is multiplied by weights of zero."""
+    pair = buffers.get(layer)
+    held = (0, 0) if pair is None else (pair[0].shape[0], pair[0].shape[2])
+    if rows > held[0] or positions > held[1]:
+        sizes = [max(old, -(-need // _BLOCK) * _BLOCK) for need, old in zip((rows, positions), held, strict=True)]
+        grown = [new_KSD.new_zeros(sizes[0], len(new_KSD), sizes[1], new_KSD.shape[2]) for _ in range(2)]
+        for new, old in zip(grown, pair or (), strict=False):
+            new[: held[0], :, : held[1]] = old
+        buffers[layer] = grown
+    return buffers[layer]

@@ -1,0 +1,273 @@
+"""Outputs sampled by an OpenAI-compatible inference server: vLLM, SGLang or TensorRT-LLM's trtllm-serve.
+
+Nothing here is distributed: one process asks one server. What was read in the servers' sources (main branches of 2026,
+see docs/remote_sampling.md) and decides how they are asked:
+
+- All of them take a prompt as token ids and keep the end token in ``token_ids`` and ``logprobs``; TensorRT-LLM drops a
+  token of ``stop_token_ids`` unless ``include_stop_str_in_output`` is set. vLLM (``return_token_ids``, 0.10.2; before
+  that ``return_tokens_as_token_ids``: "token_id:123" for every token) and SGLang (``return_token_ids``) return ids on
+  request, TensorRT-LLM with ``detokenize: false``; it refuses fields it does not know.
+- vLLM and TensorRT-LLM may take defaults of sampling from the model's generation_config.json: every parameter that
+  changes the law is therefore sent.
+- Each output is a request of its own. vLLM splits a request with ``n`` into such requests anyway; SGLang's
+  deterministic mode would give all n outputs of a request the same draws.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import math
+import queue
+import re
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers import PreTrainedTokenizerFast
+
+from nemo_brain.config.brain import RemoteConfig
+from nemo_brain.core.groups import Group, Output, Prompt
+from nemo_brain.core.http import BadAnswer
+from nemo_brain.sampling.server import Server
+
+if TYPE_CHECKING:
+    from nemo_brain.sampling.sampler import SamplingOptions
+
+# What each server is told beyond what all of them are: no top-k, and token ids in the answer.
+_DIALECTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "vllm": (-1, {"return_token_ids": True, "return_tokens_as_token_ids": True}),
+    "sglang": (-1, {"return_token_ids": True}),
+    "trtllm": (0, {"detokenize": False}),
+}
+_TOKEN_ID = re.compile(r"token_id:(\d+)")
+_ROUNDING = 1e-3  # a log-prob may exceed 0 by this: fp32, or bf16 on the server
+_IMPOSSIBLE = -9999.0  # how servers write minus infinity in JSON
+
+
+def request_seed(seed: int, iteration: int, prompt_id: str, output: int) -> int:
+    """The seed of one output's request: 53 bits, which every JSON library keeps."""
+    key = hashlib.blake2b(f"{seed}\x1f{iteration}\x1f{output}\x1f{prompt_id}".encode(), digest_size=8).digest()
+    return int.from_bytes(key, "little") >> 11
+
+
+class RemoteSampler:
+    """Samples groups from the model that ``rollout.remote`` serves.
+
+    Args:
+        config: where and how to ask.
+        options: what to sample; ``rows_in_flight`` is not used, ``config.concurrency`` is.
+        tokenizer: gives the end token and turns ids into text.
+        vocab_size: the model's, without padding; the server may not return other ids.
+
+    Raises:
+        ValueError: the environment variable of the API key is not set.
+    """
+
+    def __init__(
+        self, config: RemoteConfig, options: SamplingOptions, tokenizer: PreTrainedTokenizerFast, vocab_size: int
+    ):
+        self.config = config
+        self.options = options
+        self.tokenizer = tokenizer
+        self.end = tokenizer.eos_token_id
+        self.vocab_size = vocab_size
+        self._server = Server(config)
+
+    def refresh(self, directory: str | Path | None = None) -> None:
+        """Makes the server load the model in ``directory`` (None: what it has), and waits until it serves it.
+
+        Carries out ``rollout.remote.reload``, then polls the server for up to ``timeout_seconds``.
+
+        Raises:
+            ValueError: a step failed, or the server does not come back, or without ``rollout.remote.model``.
+        """
+
+        async def work() -> None:
+            async with self._server.client() as client:
+                if directory is not None:
+                    await self._server.reload(client, Path(directory).resolve())
+                await self._server.wait_until_served(client)
+
+        outcome: queue.SimpleQueue = queue.SimpleQueue()
+        with _in_background(work, outcome):
+            if (error := outcome.get()) is not None:
+                raise error
+
+    def sample(
+        self,
+        prompts: Sequence[Prompt],
+        seed: int,
+        iteration: int,
+        on_outputs: Callable[[int], None] = lambda count: None,
+    ) -> Iterator[tuple[int, Group]]:
+        """n outputs for each prompt, as they are finished: pairs of a prompt's index and its group.
+
+        Requests go on in the background while the caller works on a group; closing the iterator cancels them. The
+        same seed, iteration and prompt id ask for the same draws, whatever the other prompts are. ``on_outputs`` is
+        told how many outputs have come since its last call, in the caller's thread. ``proposal_logprob`` is the sum of
+        the server's log-probs, and ``policy_logprob`` too where that law is the model's own (temperature 1, no
+        truncation); None otherwise.
+
+        Raises:
+            ValueError: the server gives no usable answer within the limits of the configuration; names the prompt.
+        """
+        n = self.options.outputs
+        jobs = iter([(p, i) for p in range(len(prompts)) for i in range(n)])
+        finished: queue.SimpleQueue = queue.SimpleQueue()
+
+        async def worker(client) -> None:
+            for p, i in jobs:
+                finished.put((p, i, await self._output(client, prompts[p], i, seed, iteration)))
+
+        async def work() -> None:
+            async with self._server.client() as client:
+                workers = [
+                    asyncio.create_task(worker(client)) for _ in range(min(self.config.concurrency, len(prompts) * n))
+                ]
+                try:
+                    await asyncio.gather(*workers)
+                finally:
+                    for task in workers:
+                        task.cancel()
+                    await asyncio.gather(*workers, return_exceptions=True)
+
+        outputs: list[dict[int, Output]] = [{} for _ in prompts]
+        with _in_background(work, finished):
+            for _ in range(len(prompts) * n):
+                item = finished.get()
+                if isinstance(item, BaseException):
+                    raise item
+                p, i, output = item
+                outputs[p][i] = output
+                on_outputs(1)
+                if len(outputs[p]) == n:
+                    yield p, Group(prompts[p], [outputs[p].pop(index) for index in range(n)])
+
+    async def _output(self, client, prompt: Prompt, index: int, seed: int, iteration: int) -> Output:
+        body = self._body(prompt, request_seed(seed, iteration, prompt.id, index))
+        what = f"prompt {prompt.id!r}, output {index}"
+        return await self._server.ask(
+            client, "POST", "/v1/completions", what, lambda answer: self._read(answer, prompt), body
+        )
+
+    def _body(self, prompt: Prompt, seed: int) -> dict[str, Any]:
+        every_token, dialect = _DIALECTS[self.config.server]
+        return {
+            "model": self.config.model,
+            "prompt": prompt.token_ids,
+            "n": 1,
+            "max_tokens": self.options.max_new_tokens,
+            "min_tokens": 0,
+            "seed": seed,
+            "temperature": self.options.temperature,
+            "top_k": self.options.top_k or every_token,
+            "top_p": self.options.top_p,
+            "min_p": 0.0,
+            "repetition_penalty": 1.0,
+            "presence_penalty": 0.0,
+            "frequency_penalty": 0.0,
+            "stop": [],
+            "stop_token_ids": [self.end],
+            "include_stop_str_in_output": True,
+            "ignore_eos": False,
+            "add_special_tokens": False,
+            "skip_special_tokens": False,
+            "logprobs": 1,
+            "echo": False,
+            "stream": False,
+            **dialect,
+        }
+
+    def _read(self, answer: Any, prompt: Prompt) -> Output:
+        """The output in an answer; BadAnswer where anything about it cannot be."""
+        try:
+            (choice,) = answer["choices"]
+            logprobs = choice["logprobs"]
+            values = logprobs["token_logprobs"]
+            reason = choice["finish_reason"]
+            ids = choice.get("token_ids")
+            if ids is None:
+                ids = [int(_TOKEN_ID.fullmatch(token)[1]) for token in logprobs["tokens"]]
+            lengths = len(ids), len(values)
+        except (KeyError, TypeError, ValueError, AttributeError):
+            raise BadAnswer(_malformed(answer)) from None
+        if choice.get("prompt_token_ids") not in (None, prompt.token_ids):
+            raise BadAnswer("the server sampled from another prompt: its prompt_token_ids are not those that were sent")
+        if lengths[0] != lengths[1] or not 1 <= lengths[0] <= self.options.max_new_tokens:
+            raise BadAnswer(
+                f"{lengths[0]} token ids and {lengths[1]} log-probs; as many of both are expected, between 1 and "
+                f"rollout.max_new_tokens={self.options.max_new_tokens}"
+            )
+        for token in ids:
+            if type(token) is not int or not 0 <= token < self.vocab_size:
+                raise BadAnswer(f"token id {token!r} is not in the vocabulary of {self.vocab_size} tokens")
+        for value in values:
+            if type(value) not in (int, float) or not _IMPOSSIBLE < value <= _ROUNDING:
+                raise BadAnswer(f"{value!r} is not the log-prob of a sampled token")
+        ended = ids[-1] == self.end
+        if self.end in ids[:-1]:
+            raise BadAnswer(f"the end token {self.end} stands before the end of the output {ids}")
+        if reason not in ("stop", "length"):
+            raise BadAnswer(f"finish_reason is {reason!r}, neither 'stop' nor 'length'")
+        if reason == "stop" and not ended:
+            raise BadAnswer(
+                f"the server stopped at token {ids[-1]}, which is not the tokenizer's end token {self.end}: it stops "
+                "at other tokens too (eos_token_id in the served config.json or generation_config.json)"
+            )
+        if reason == "length" and not ended and len(ids) < self.options.max_new_tokens:
+            raise BadAnswer(
+                f"the output was cut after {len(ids)} of rollout.max_new_tokens={self.options.max_new_tokens} tokens: "
+                "the server's context is too short"
+            )
+        text = self.tokenizer.decode(ids[: len(ids) - ended], skip_special_tokens=False)
+        logprob = math.fsum(values)
+        plain = self.options.temperature == 1.0 and not self.options.truncated
+        return Output(ids, text, ended, proposal_logprob=logprob, policy_logprob=logprob if plain else None)
+
+
+def _malformed(answer: Any) -> str:
+    """What an answer of another form lacks."""
+    choices = answer.get("choices") if isinstance(answer, dict) else None
+    if not isinstance(choices, list):
+        return f"no choices in {str(answer)[:200]}"
+    if len(choices) != 1:
+        return f"{len(choices)} choices, 1 was asked for"
+    return (
+        f"no token ids with log-probs in {str(choices[0])[:200]} (rollout.remote.server says which server it is; "
+        "older versions of it may lack them)"
+    )
+
+
+@contextlib.contextmanager
+def _in_background(work: Callable, outcome: queue.SimpleQueue) -> Iterator[None]:
+    """Runs the coroutine function in a thread of its own; its error, or None at its end, is put into ``outcome``.
+
+    Leaving the context cancels it and waits for that: no request outlives it.
+    """
+    loop = asyncio.new_event_loop()
+    task = loop.create_task(work())
+
+    def run() -> None:
+        try:
+            loop.run_until_complete(task)
+            outcome.put(None)
+        except asyncio.CancelledError:
+            pass
+        except BaseException as error:  # the caller raises it
+            outcome.put(error)
+        finally:
+            loop.run_until_complete(loop.shutdown_default_executor())
+            loop.close()
+
+    # A daemon: whatever happens here does not keep a failed process alive.
+    thread = threading.Thread(target=run, name="rollout.remote", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        with contextlib.suppress(RuntimeError):  # it has ended by itself
+            loop.call_soon_threadsafe(task.cancel)
+        thread.join()

@@ -1,0 +1,294 @@
+"""Sampling n outputs per prompt from a Megatron GPT on tensor- and pipeline-parallel ranks, with continuous batching.
+
+Shapes: R rows (outputs in flight), G new prompts, V vocabulary columns of this rank, S positions of a row.
+
+A prompt is computed once for its n outputs. When rows end, the next prompt's rows take their places at once: one pass
+computes its prompt and a token of every other row together. With pipeline parallelism the rows are divided into as many
+lanes as there are ranks in the pipeline, and each rank works on another lane, so that none waits.
+
+Every draw is one uniform number keyed by (seed, iteration, prompt id, output index, position) and turned into a token
+by the inverse of the cumulative distribution over the whole vocabulary, so every layout samples the same outputs.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from nemo_brain.core.groups import Group, Output, Prompt
+from nemo_brain.core.heartbeat import beat
+from nemo_brain.logprobs import vocab_parallel_logprobs
+from nemo_brain.model.parameters import unwrap
+from nemo_brain.sampling.draws import draw_tokens, gather, truncate, uniforms
+from nemo_brain.sampling.kv_cache import KVCache, vacate
+
+_STOP_TICKS = 16  # between two questions whether to stop
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """What is sampled: ``top_k`` (0: all) and ``top_p`` (1: all) truncate the law; log q' is then that law's.
+
+    How: ``rows_in_flight`` outputs at a time (at least one group's, for each lane), of which new prompts bring at most
+    ``prefill_tokens`` positions into one pass (or one prompt).
+    """
+
+    outputs: int
+    max_new_tokens: int
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    rows_in_flight: int = 256
+    prefill_tokens: int = 4096
+
+    @property
+    def truncated(self) -> bool:
+        return self.top_k > 0 or self.top_p < 1.0
+
+
+@dataclass
+class _Group:
+    """A group in flight: the prompt, its place in the caller's list, and the outputs that have ended."""
+
+    index: int
+    prompt: Prompt
+    outputs: dict[int, Output] = field(default_factory=dict)
+
+
+@dataclass
+class _Row:
+    """An output in flight; its log-probs are the sums so far."""
+
+    group: _Group
+    output: int
+    draws: np.ndarray
+    tokens: list[int] = field(default_factory=list)
+    proposal_logprob: float = 0.0
+    policy_logprob: float = 0.0
+
+
+class _Lane:
+    """Rows that go through the pipeline together, in the order of this rank's cache of them.
+
+    ``stage``: the virtual pipeline stage that the pass is at; None between passes. ``hidden``: what it got there.
+    """
+
+    def __init__(self, cache: KVCache):
+        self.cache = cache
+        self.rows: list[_Row] = []
+        self.new: list[_Group] = []
+        self.stage: int | None = None
+        self.hidden: torch.Tensor | None = None
+
+    def begin(self, admitted: list[_Group], outputs: int, multiple: int) -> None:
+        """Prepares a pass, if there is anything for one: the admitted prompts, then the last token of every row."""
+        self.new = admitted
+        if not admitted and not self.rows:
+            return
+        lengths = [len(group.prompt.token_ids) for group in admitted]
+        tokens = [token for group in admitted for token in group.prompt.token_ids]
+        positions = [position for length in lengths for position in range(length)]
+        select = list(np.cumsum(lengths, dtype=int) - 1) + list(range(len(tokens), len(tokens) + len(self.rows)))
+        tokens += [row.tokens[-1] for row in self.rows]
+        positions += [len(row.group.prompt.token_ids) + len(row.tokens) - 1 for row in self.rows]
+        padding = [0] * (-len(tokens) % multiple)
+        self.tokens_1S = torch.tensor([tokens + padding], device=self.cache.device)
+        self.positions_1S = torch.tensor([positions + padding], device=self.cache.device)
+        self.select_T = torch.tensor(select, device=self.cache.device)
+        self.cache.plan(lengths, outputs)
+        self.stage = 0
+
+    def end(self, new_rows: list[_Row]) -> None:
+        """The pass has gone through all stages: the new rows take part from now on."""
+        self.stage = self.hidden = None
+        self.cache.advance()
+        self.rows += new_rows
+
+    def drop(self, places: list[int]) -> None:
+        """Takes rows out."""
+        holes, movers = vacate(len(self.rows), places)
+        for hole, mover in zip(holes, movers, strict=True):
+            self.rows[hole] = self.rows[mover]
+        del self.rows[len(self.rows) - len(places) :]
+        self.cache.drop(places)
+
+
+class Sampler:
+    """Samples groups from the model as it stands.
+
+    Args:
+        chunks: this rank's model chunks as Megatron's schedules take them (DDP-wrapped or not), one per virtual stage.
+        config: the model's config.
+        tokenizer: gives the end token and turns ids into text.
+        options: what to sample.
+    """
+
+    def __init__(self, chunks: Sequence[torch.nn.Module], config, tokenizer, options: SamplingOptions):
+        self.chunks = chunks
+        self.config = config
+        self.tokenizer = tokenizer
+        self.options = options
+        self.end = tokenizer.eos_token_id
+        self.device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else "cpu"
+        self._pipeline = parallel_state.get_pipeline_model_parallel_group()
+        self._rank, self._size = self._pipeline.rank(), self._pipeline.size()
+        self._last_stage = len(chunks) * self._size - 1
+        tensor_parallel = parallel_state.get_tensor_model_parallel_group()
+        self._tensor_parallel = tensor_parallel if tensor_parallel.size() > 1 else None
+
+    @torch.no_grad()
+    def sample(
+        self,
+        prompts: Sequence[Prompt],
+        seed: int,
+        iteration: int,
+        on_outputs: Callable[[int], None] = lambda count: None,
+        stop: Callable[[], bool] = lambda: False,
+    ) -> Iterator[tuple[int, Group]]:
+        """n outputs for each prompt, with ``proposal_logprob`` and ``policy_logprob`` filled in.
+
+        All ranks of a model-parallel group call it with the same prompts and go through it to the end; they get the
+        same groups in the same order.
+
+        Args:
+            on_outputs: is told how many outputs have ended since its last call.
+            stop: asked now and then, on all ranks at the same point; where it says so, sampling ends there, with groups
+                missing.
+
+        Yields:
+            The place of a prompt in ``prompts`` and its group, as soon as the group's last output has ended.
+        """
+        modes = [chunk.training for chunk in self.chunks]
+        for chunk in self.chunks:
+            chunk.eval()
+        try:
+            waiting = deque(_Group(index, prompt) for index, prompt in enumerate(prompts))
+            for tick, ended in enumerate(self._ticks(waiting, seed, iteration)):
+                beat()
+                on_outputs(len(ended))
+                if tick % _STOP_TICKS == 0 and stop():
+                    return
+                for row in ended:
+                    outputs = row.group.outputs
+                    outputs[row.output] = self._output(row)
+                    if len(outputs) == self.options.outputs:
+                        yield row.group.index, Group(row.group.prompt, [outputs[i] for i in range(len(outputs))])
+        finally:
+            for chunk, mode in zip(self.chunks, modes, strict=True):
+                chunk.train(mode)
+
+    def _ticks(self, waiting: deque[_Group], seed: int, iteration: int) -> Iterator[list[_Row]]:
+        """Every rank's clock: in one tick each rank runs one chunk on one lane. Yields the rows that ended in it."""
+        lanes = [_Lane(KVCache(self.device)) for _ in range(self._size)]
+        groups = max(1, self.options.rows_in_flight // self.options.outputs)
+        # A few prompts are divided evenly over the lanes.
+        rows = self.options.outputs * max(1, min(groups // self._size, -(-len(waiting) // self._size)))
+        tick = 0
+        while waiting or any(lane.rows or lane.stage is not None for lane in lanes):
+            # Passes of lane i start at ticks i, i + size, ...: so two lanes never meet on a rank.
+            lane = lanes[tick % self._size]
+            if lane.stage is None:
+                lane.begin(self._admit(lane, waiting, rows), self.options.outputs, self.config.row_multiple)
+            yield self._tick(lanes, seed, iteration)
+            tick += 1
+
+    def _admit(self, lane: _Lane, waiting: deque[_Group], rows: int) -> list[_Group]:
+        """Takes prompts from those that wait, as long as the lane has places for all outputs of one."""
+        admitted, positions = [], 0
+        while waiting and len(lane.rows) + (len(admitted) + 1) * self.options.outputs <= rows:
+            positions += len(waiting[0].prompt.token_ids)
+            if admitted and positions > self.options.prefill_tokens:
+                break
+            admitted.append(waiting.popleft())
+        return admitted
+
+    def _tick(self, lanes: list[_Lane], seed: int, iteration: int) -> list[_Row]:
+        running = [lane for lane in lanes if lane.stage is not None]
+        mine = next((lane for lane in running if lane.stage % self._size == self._rank), None)
+        out = None
+        if mine is not None:
+            chunk = self.chunks[mine.stage // self._size]
+            if mine.stage > 0:
+                unwrap(chunk).set_input_tensor(mine.hidden)
+            out = chunk(mine.tokens_1S, mine.positions_1S, mine.cache, mine.select_T)
+        self._exchange(running, mine, out)
+        ended = []
+        for lane in running:
+            if lane.stage == self._last_stage:
+                ended = self._end(lane, out if lane is mine else None, seed, iteration)
+            else:
+                lane.stage += 1
+        return ended
+
+    def _exchange(self, running: list[_Lane], mine: _Lane | None, out: torch.Tensor | None) -> None:
+        """Hidden states go on to the next rank, each rank sending and receiving at the same time."""
+        ranks = dist.get_process_group_ranks(self._pipeline)
+        operations = []
+        if mine is not None and mine.stage < self._last_stage:
+            following = ranks[(self._rank + 1) % self._size]
+            operations.append(dist.P2POp(dist.isend, out.contiguous(), following, self._pipeline))
+        for lane in running:
+            if lane.stage < self._last_stage and (lane.stage + 1) % self._size == self._rank:
+                shards = self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1
+                shape = (lane.tokens_1S.shape[1] // shards, 1, self.config.hidden_size)
+                lane.hidden = torch.empty(shape, dtype=self.config.pipeline_dtype, device=self.device)
+                operations.append(dist.P2POp(dist.irecv, lane.hidden, ranks[self._rank - 1], self._pipeline))
+        if operations:
+            for request in dist.batch_isend_irecv(operations):
+                request.wait()
+
+    def _end(self, lane: _Lane, logits: torch.Tensor | None, seed: int, iteration: int) -> list[_Row]:
+        """A token for each of the lane's rows, from the logits on the last stage. Returns the rows that ended."""
+        options = self.options
+        new_rows = [
+            _Row(group, i, uniforms(seed, iteration, group.prompt.id, i, options.max_new_tokens))
+            for group in lane.new
+            for i in range(options.outputs)
+        ]
+        rows = [*lane.rows, *new_rows]
+        drawn_3R = torch.empty(3, len(rows), dtype=torch.float64, device=self.device)
+        if logits is not None:
+            if new_rows:
+                # The prompts' logits come first; each serves all of its group's rows.
+                news = torch.arange(len(lane.new)).repeat_interleave(options.outputs)
+                places = torch.cat([torch.arange(len(lane.rows)) + len(lane.new), news])
+                logits = logits.index_select(0, places.to(self.device))
+            uniforms_R = torch.tensor([row.draws[len(row.tokens)] for row in rows], dtype=torch.float64)
+            drawn_3R = self._draw(logits, uniforms_R.to(self.device))
+        if self._size > 1:
+            dist.broadcast(drawn_3R, dist.get_process_group_ranks(self._pipeline)[-1], group=self._pipeline)
+        lane.end(new_rows)
+        ended = []
+        for place, (row, token, sampled, plain) in enumerate(zip(rows, *drawn_3R.tolist(), strict=True)):
+            row.tokens.append(int(token))
+            row.proposal_logprob += sampled
+            row.policy_logprob += plain
+            if token == self.end or len(row.tokens) == options.max_new_tokens:
+                ended.append(place)
+        lane.drop(ended)
+        return [rows[place] for place in ended]
+
+    def _draw(self, logits_RV: torch.Tensor, uniforms_R: torch.Tensor) -> torch.Tensor:
+        """Tokens, and their log-probs under the sampled law and under the model at temperature 1: [3, R] float64."""
+        options, group, vocab_size = self.options, self._tensor_parallel, self.config.vocab_size
+        if options.truncated:
+            whole_RV = torch.cat(list(gather(logits_RV, group)), dim=-1)[:, :vocab_size] / options.temperature
+            law_RV = truncate(whole_RV, options.top_k, options.top_p)
+            tokens_R, sampled_R = draw_tokens(law_RV, uniforms_R, vocab_size)
+        else:
+            tokens_R, sampled_R = draw_tokens(logits_RV, uniforms_R, vocab_size, group, options.temperature)
+            if options.temperature == 1.0:
+                return torch.stack([tokens_R.double(), sampled_R, sampled_R])
+        plain_R = vocab_parallel_logprobs(logits_RV, tokens_R, tp_group=group, real_vocab_size=vocab_size)
+        return torch.stack([tokens_R.double(), sampled_R, plain_R.double()])
+
+    def _output(self, row: _Row) -> Output:
+        ended = row.tokens[-1] == self.end
+        text = self.tokenizer.decode(row.tokens[: len(row.tokens) - ended], skip_special_tokens=False)
+        return Output(row.tokens, text, ended, proposal_logprob=row.proposal_logprob, policy_logprob=row.policy_logprob)

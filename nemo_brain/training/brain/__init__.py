@@ -1,0 +1,1 @@
+"""BRAIn: iterations of sampling, scoring and steps."""

@@ -1,0 +1,124 @@
+"""Groups from an inference server for all ranks of a run: new weights for the server, its answers for the ranks.
+
+The first rank of each data-parallel replica asks the server for the replica's share. While the server works on the
+rest, the replica's ranks score what has come with the prior.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch.distributed as dist
+from megatron.core import parallel_state
+from nemo.collections.llm.gpt.model.base import GPTConfig
+
+from nemo_brain.config.brain import Config
+from nemo_brain.convert.export import check_target, export_model, make_export
+from nemo_brain.core.groups import Group, Prompt
+from nemo_brain.core.packing import chunk_tokens
+from nemo_brain.model.weights import Weights
+from nemo_brain.sampling.remote import RemoteSampler
+from nemo_brain.sampling.sampler import SamplingOptions
+from nemo_brain.sampling.server import Server
+from nemo_brain.training.brain.strategy import BRAInStrategy
+
+_EXPORT_KEY = "rollout.remote.export_to"
+
+
+class RemoteRollout:
+    """Samples from the server of ``rollout.remote``.
+
+    Raises:
+        ValueError: the model cannot be exported for the server, the directory for it is taken, or the API key is not
+            set.
+    """
+
+    def __init__(self, config: Config, gpt: GPTConfig, weights: Weights):
+        self.config = config.rollout.remote
+        # As many positions as fill the pipeline are scored at a time.
+        self._block = config.train.micro_batch_tokens * config.model.pipeline_model_parallel_size
+        self._layout = config.layout
+        self._weights = weights
+        self._export = None
+        self._served: int | None = None
+        Server(self.config)
+        if self.config.export_to is not None:
+            self._export = make_export(gpt, weights.vocab_size, weights.tokenizer, _EXPORT_KEY)
+            check_target(self.config.export_to, _EXPORT_KEY)
+
+    def refresh(self, strategy: BRAInStrategy, step: int, options: SamplingOptions) -> None:
+        """Gives the server the policy as it stands after ``step`` optimizer steps. A collective of all ranks.
+
+        Raises:
+            ValueError, OSError: on every rank, when the export or the server's reload failed.
+        """
+        if step == self._served:
+            return
+        if self._export is not None:
+            strategy.settle()
+            export_model(strategy.chunks, self._export, self.config.export_to)
+        outcome: list[ValueError | None] = [None]
+        if dist.get_rank() == 0:
+            try:
+                self._sampler(options).refresh(self.config.export_to)
+            except ValueError as error:
+                outcome = [error]
+        dist.broadcast_object_list(outcome, src=0)
+        if outcome[0] is not None:
+            raise outcome[0]
+        self._served = step
+
+    def sample(
+        self,
+        strategy: BRAInStrategy,
+        prompts: Sequence[Prompt],
+        options: SamplingOptions,
+        seed: int,
+        iteration: int,
+        on_outputs: Callable[[int], None],
+        stop: Callable[[], bool],
+    ) -> Iterator[tuple[int, Group]]:
+        """As ``Sampler.sample``, with ``prior_logprob`` filled in too.
+
+        Raises:
+            ValueError: on every rank of the replica, when the server gave no usable answer.
+        """
+        members = parallel_state.get_model_parallel_group()
+        first = members.rank() == 0
+        blocks = self._blocks(prompts, options, seed, iteration, on_outputs) if first else None
+        with strategy.prior(alone=True) as score:
+            while True:
+                message: list = [None]
+                if first:
+                    try:
+                        message = [next(blocks, None)]
+                    except ValueError as error:
+                        message = [error]
+                if members.size() > 1:
+                    dist.broadcast_object_list(message, dist.get_process_group_ranks(members)[0], group=members)
+                (block,) = message
+                if block is None or stop():
+                    return
+                if isinstance(block, ValueError):
+                    raise block
+                logprobs_GN = score([group for _, group in block], lambda tokens: None)
+                for (_, group), values in zip(block, logprobs_GN.tolist(), strict=True):
+                    for output, value in zip(group.outputs, values, strict=True):
+                        output.prior_logprob = value
+                yield from block
+
+    def _blocks(self, prompts, options, seed, iteration, on_outputs) -> Iterator[list[tuple[int, Group]]]:
+        """What the server has finished, enough for a scoring pass at a time."""
+        block: list[tuple[int, Group]] = []
+        positions = 0
+        for index, group in self._sampler(options).sample(prompts, seed, iteration, on_outputs):
+            block.append((index, group))
+            positions += chunk_tokens(group, range(len(group.outputs)), self._layout)
+            if positions >= self._block:
+                yield block
+                block, positions = [], 0
+        if block:
+            yield block
+
+    def _sampler(self, options: SamplingOptions) -> RemoteSampler:
+        return RemoteSampler(self.config, options, self._weights.tokenizer, self._weights.vocab_size)

@@ -1,0 +1,41 @@
+"""What the scripts in ``examples/`` share: Hydra's command line around a training, and how it ends."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+from nemo.core.config import hydra_runner
+from omegaconf import DictConfig
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler, record
+
+from nemo_brain.core.interruption import EXIT_CODE, Interrupted
+
+
+def launch(configurations: Path, name: str, train: Callable[[DictConfig], object]) -> None:
+    """Composes the configuration and trains. torchrun, where it started the process, learns of the error that ended it.
+
+    Args:
+        configurations: the directory of the YAML files.
+        name: the one taken unless the command line says ``--config-name``.
+        train: is given the composed configuration.
+    """
+
+    @record
+    def task(cfg: DictConfig) -> None:
+        try:
+            train(cfg)
+        except Interrupted as reason:
+            print(f"stopped: {reason}; saved. The same command goes on from there.", file=sys.stderr)
+            sys.exit(EXIT_CODE)
+        except ValueError as error:
+            # Ours name the key or the line and the remedy, and need no traceback. Those of libraries keep theirs.
+            *_, last = traceback.walk_tb(error.__traceback__)
+            if not last[0].f_globals["__name__"].startswith("nemo_brain."):
+                raise
+            get_error_handler().record_exception(error)
+            sys.exit(f"error: {error}")
+
+    hydra_runner(config_path=str(configurations), config_name=name)(task)()

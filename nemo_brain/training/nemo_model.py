@@ -1,0 +1,36 @@
+"""The NeMo model classes: a Megatron GPT over packed rows, and the one whose training step is BRAIn's."""
+
+from __future__ import annotations
+
+from nemo.collections.llm.gpt.model.base import GPTModel
+
+from nemo_brain.model.gpt import PackedGPTConfig
+from nemo_brain.model.lora import LoRA, load
+from nemo_brain.model.weights import Weights
+
+
+class PackedModel(GPTModel):
+    """NeMo's GPTModel over packed rows, trained by a ``PackedStrategy``.
+
+    Args:
+        config: builds this rank's chunks.
+        weights: what they are filled with: the start model.
+        lora: the adapters to train in place of the weights; None: the weights are trained.
+        optim: as in NeMo's GPTModel.
+    """
+
+    def __init__(self, config: PackedGPTConfig, weights: Weights, lora: LoRA | None = None, optim=None):
+        super().__init__(config, optim=optim, tokenizer=weights.tokenizer)
+        self.weights = weights
+        self.lora = lora
+
+    def configure_model(self, vp_stage: int | None = None) -> None:
+        """Builds this rank's (virtual) pipeline chunk and loads its share of the start weights; once."""
+        fresh = not hasattr(self, "module")
+        super().configure_model(vp_stage=vp_stage)
+        if fresh:
+            load(self.module, self.weights, self.lora)
+
+    def forward(self, *args, **kwargs):
+        """One packed row through this chunk: see ``PackedGPTModel.forward``."""
+        return self.module(*args, **kwargs)

@@ -1,0 +1,205 @@
+"""Preference files in every format, and what is wrong with a line; the hold-out split; metrics of rewards of pairs."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import math
+import string
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nemo_brain.data.examples import split_conversations
+from nemo_brain.data.preferences import load_preferences
+from nemo_brain.data.tokenizers import byte_tokenizer
+from nemo_brain.report.preferences import preference_metrics, preference_summary
+
+END = 256
+CHAT_TEMPLATE = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}[assistant] "
+
+
+def load(source, template=None, tokenizer=None, prompt=100, output=100):
+    return load_preferences(
+        source,
+        tokenizer=tokenizer or byte_tokenizer(),
+        template=template,
+        max_prompt_tokens=prompt,
+        max_output_tokens=output,
+    )
+
+
+def chat_tokenizer():
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def texts(record: dict, template: str | None = None) -> tuple[str, str, str]:
+    """Prompt, chosen and rejected as the model sees them, without the end tokens that both must have."""
+    tokenizer = chat_tokenizer()
+    (pair,) = load([record], template, tokenizer).examples
+    outputs = pair.group.outputs
+    assert all(output.token_ids[-1] == END and output.ended for output in outputs)
+    decoded = [tokenizer.decode(output.token_ids[:-1]) for output in outputs]
+    assert decoded == [output.text for output in outputs]
+    assert tokenizer.decode(pair.group.prompt.token_ids) == pair.group.prompt.text
+    return pair.group.prompt.text, *decoded
+
+
+USER = {"role": "user", "content": "What colour?"}
+BLUE, RED = ({"role": "assistant", "content": colour} for colour in ("Blue.", "Red."))
+HH = "\n\nHuman: Hi \n\nAssistant: Hello.\n\nHuman: What colour?\n\nAssistant:"
+
+
+def test_plain_prompt():
+    assert texts({"prompt": "What colour?", "chosen": "Blue.", "rejected": "Red."}) == ("What colour?", "Blue.", "Red.")
+
+
+def test_implicit_prompt_of_texts_ends_at_a_word():
+    """TRL's own example; and a beginning that ends within a word."""
+    assert texts({"chosen": "The sky is blue.", "rejected": "The sky is green."}) == ("The sky is", " blue.", " green.")
+    assert texts({"chosen": "The sky is blue.", "rejected": "The sky is bluish."})[1:] == (" blue.", " bluish.")
+
+
+def test_messages_with_and_without_a_prompt_are_the_same():
+    explicit = texts({"prompt": [USER], "chosen": [BLUE], "rejected": [RED]}, "chat")
+    implicit = texts({"chosen": [USER, BLUE], "rejected": [USER, RED]}, "chat")
+    assert explicit == implicit
+    assert explicit[1:] == ("Blue.", "Red.") and "What colour?" in explicit[0]
+
+
+def test_transcripts_are_messages_with_a_chat_template_and_text_without():
+    record = {"chosen": HH + " Blue.\n", "rejected": HH + " Red."}
+    assert texts(record) == (HH, " Blue.\n", " Red.")
+    turns = [("user", "Hi"), ("assistant", "Hello."), ("user", "What colour?")]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    assert texts(record, "chat") == texts({"prompt": messages, "chosen": [BLUE], "rejected": [RED]}, "chat")
+
+
+def test_transcripts_that_part_early_or_go_on():
+    """The outputs are all that follows the common beginning, whatever turns it has."""
+    early = {"chosen": HH + " Blue.", "rejected": "\n\nHuman: Hi \n\nAssistant: No.\n\nHuman: Why?\n\nAssistant: So."}
+    prompt, chosen, rejected = texts(early)
+    assert prompt == "\n\nHuman: Hi \n\nAssistant:"
+    assert chosen == " Hello.\n\nHuman: What colour?\n\nAssistant: Blue."
+    assert rejected == " No.\n\nHuman: Why?\n\nAssistant: So."
+
+
+def test_margin_id_and_metadata():
+    record = {"id": 7, "prompt": "x", "chosen": "a", "rejected": "b", "margin": 2, "source": "s"}
+    (pair,) = load([record]).examples
+    assert (pair.margin, pair.group.prompt.id, pair.group.prompt.metadata) == (2.0, "7", {"source": "s"})
+    assert load([{"prompt": "x", "chosen": "a", "rejected": "b"}]).examples[0].margin == 0.0
+
+
+def test_prompts_are_cut_on_the_left_and_outputs_on_the_right():
+    loaded = load([{"prompt": "abcdef", "chosen": "123456", "rejected": "12"}], prompt=4, output=3)
+    group = loaded.examples[0].group
+    assert group.prompt.token_ids == list(b"cdef") and (loaded.cut_prompts, loaded.cut_outputs) == (1, 1)
+    assert [output.token_ids for output in group.outputs] == [list(b"123"), [*b"12", END]]
+    assert [output.ended for output in group.outputs] == [False, True]
+
+
+def test_compressed_files(tmp_path):
+    line = json.dumps({"prompt": "x", "chosen": "a", "rejected": "b"}) + "\n"
+    plain, packed = tmp_path / "a.jsonl", tmp_path / "b.jsonl.gz"
+    plain.write_text(line * 2)
+    packed.write_bytes(gzip.compress((line * 2).encode()))
+    pairs = load([plain, packed]).examples
+    assert len(pairs) == 4
+    broken = tmp_path / "c.jsonl.gz"
+    for content in (packed.read_bytes()[:-9], line.encode()):
+        broken.write_bytes(content)
+        with pytest.raises(ValueError, match=r"data.train: cannot read .*c.jsonl.gz"):
+            load(broken)
+
+
+BAD = {
+    "no rejected": ({"prompt": "x", "chosen": "a"}, "no rejected"),
+    "null": ({"prompt": "x", "chosen": "a", "rejected": None}, "rejected is null"),
+    "number": ({"prompt": "x", "chosen": "a", "rejected": 3}, "rejected is a number"),
+    "mixed": ({"prompt": "x", "chosen": "a", "rejected": [RED]}, "rejected is a list"),
+    "prompt of another kind": ({"prompt": "x", "chosen": [BLUE], "rejected": [RED]}, "prompt is a string"),
+    "equal": ({"prompt": "x", "chosen": "a", "rejected": "a"}, "the same"),
+    "nothing in common": ({"chosen": "a b", "rejected": "c d"}, "no common beginning"),
+    "no word in common": ({"chosen": "abc", "rejected": "abd"}, "no common beginning"),
+    "no messages in common": ({"chosen": [BLUE], "rejected": [RED]}, "no common beginning"),
+    "no answer": ({"chosen": [USER], "rejected": [USER, RED]}, "chosen goes on with 0 messages"),
+    "two answers": ({"prompt": [USER], "chosen": [BLUE, RED], "rejected": [RED]}, "chosen goes on with 2 messages"),
+    "user answers": ({"prompt": [USER], "chosen": [USER], "rejected": [RED]}, "chosen goes on with 1 messages"),
+    "no content": ({"prompt": [USER], "chosen": [{"role": "assistant"}], "rejected": [RED]}, "chosen goes on with"),
+    "content": ({"prompt": [USER], "chosen": [{**BLUE, "content": 1}], "rejected": [RED]}, "content is a number"),
+    "role": ({"prompt": [{**USER, "role": "robot"}], "chosen": [BLUE], "rejected": [RED]}, "role is 'robot'"),
+    "margin": ({"prompt": "x", "chosen": "a", "rejected": "b", "margin": "1"}, "margin is a string"),
+    "empty prompt": ({"prompt": "", "chosen": "a", "rejected": "b"}, "prompt is empty"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_bad_line_is_named(case, tmp_path):
+    record, words = BAD[case]
+    file = tmp_path / "p.jsonl"
+    file.write_text(json.dumps({"prompt": "x", "chosen": "a", "rejected": "b"}) + "\n\n" + json.dumps(record) + "\n")
+    template = "chat" if isinstance(record["chosen"], list) else None
+    with pytest.raises(ValueError) as caught:
+        load(file, template, chat_tokenizer())
+    assert str(caught.value).startswith(f"{file}:3: ") and words in str(caught.value)
+
+
+def test_messages_without_a_chat_template_are_refused():
+    with pytest.raises(ValueError, match=r"data.train\[0\]: messages need a chat template"):
+        load([{"prompt": [USER], "chosen": [BLUE], "rejected": [RED]}])
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(string.printable, max_size=9),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["role", "content"]), inner),
+    max_leaves=6,
+)
+SIDES = VALUES | st.sampled_from([[USER, BLUE], [USER, RED], [BLUE], HH, HH + " a", "\n\nHuman: a", "\n\nAssistant:"])
+
+
+@given(st.dictionaries(st.sampled_from(["prompt", "chosen", "rejected", "margin", "id"]), SIDES))
+def test_any_record_is_read_or_refused_with_its_place(record):
+    try:
+        (pair,) = load([record], "chat", chat_tokenizer(), prompt=500).examples
+    except ValueError as error:
+        assert str(error).startswith("data.train[0]: ")
+    else:
+        assert all(output.token_ids[-1] == END or not output.ended for output in pair.group.outputs)
+
+
+def test_no_conversation_is_on_both_sides():
+    records = [{"prompt": f"p{i % 7}", "chosen": "a", "rejected": f"b{i}"} for i in range(21)]
+    records += [
+        {
+            "chosen": f"\n\nHuman: q\n\nAssistant: {i}\n\nHuman: r\n\nAssistant: a",
+            "rejected": f"\n\nHuman: q\n\nAssistant:{i}",
+        }
+        for i in range(5)
+    ]
+    pairs = load(records).examples
+    train, held_out = split_conversations(pairs, 3, seed=1)
+    assert len(train) + len(held_out) == 26
+    assert not {p.conversation for p in train} & {p.conversation for p in held_out}
+    assert len({p.conversation for p in held_out}) == 3 and {p.conversation for p in pairs[21:]} == {"q"}
+    assert split_conversations(pairs[::-1], 3, seed=1)[1] == held_out[::-1]
+    assert split_conversations(pairs, 0.25, seed=2)[1] != held_out
+
+
+def test_metrics_by_hand():
+    """Gaps 0 (a tie counts half), log 4 (p = 0.8), -log 4, and 3 log 3 (p = 27/28)."""
+    gaps = [0.0, math.log(4), -math.log(4), 3 * math.log(3)]
+    record = preference_metrics(np.array([[1 + gap, 1.0] for gap in gaps]))
+    assert record["eval/accuracy"] == 2.5 / 4 and record["eval/pairs"] == 4
+    assert record["eval/accuracy_ci_low"] < 0.3 < 0.85 < record["eval/accuracy_ci_high"]
+    assert record["eval/log_loss"] == pytest.approx(-np.mean(np.log([0.5, 0.8, 0.2, 27 / 28])))
+    assert record["eval/chosen_reward"] == pytest.approx(1 + sum(gaps) / 4) and record["eval/rejected_reward"] == 1.0
+    bins = record["eval/reliability"]
+    assert [(b["pairs"], b["accuracy"]) for b in bins] == [(1, 0.5), (2, 0.5), (1, 1.0)]
+    assert [b["confidence"] for b in bins] == pytest.approx([0.5, 0.8, 27 / 28])
+    assert record["eval/calibration_error"] == pytest.approx((0 + 2 * 0.3 + 1 / 28) / 4)
+    assert "62.5%" in dict(preference_summary(record))["accuracy"]

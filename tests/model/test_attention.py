@@ -1,0 +1,120 @@
+"""Attention over packed rows against one dense mask in float64.
+
+Shapes: H query heads, K key-value heads, S positions of a row, D head width.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from nemo_brain.model.attention import GroupAttention, packed_attention
+from nemo_brain.training.nemo_model import attention
+
+H, D = 4, 8
+LAYOUTS = {
+    "unequal segments": [[3, 2, 4, 1]],
+    "equal segments": [[2, 3, 3, 3]],
+    "no prefix": [[0, 5, 2, 3]],
+    "one segment": [[4, 6]],
+    "prefix of one": [[1, 1, 2]],
+    "only prefixes": [[5], [1], [7]],
+    "blocks and padding": [[3, 2, 4, 1], [0, 5, 2, 0], [2, 2, 2, 0], [4, 1, 0, 0], [3, 0, 0, 0]],
+}
+
+
+def visible(layout: list[list[int]]) -> torch.Tensor:
+    """The dense mask [S, S]: same block, not later, and in the prefix or in the own segment."""
+    block, segment = [], []
+    for index, lengths in enumerate(layout):
+        block += [index] * sum(lengths)
+        segment += [part for part, length in enumerate(lengths) for _ in range(length)]
+    block, segment = torch.tensor(block), torch.tensor(segment)
+    allowed = (block[:, None] == block) & ((segment[:, None] == segment) | (segment == 0))
+    return allowed & torch.ones_like(allowed).tril()
+
+
+def dense(q, k, v, mask, scale=D**-0.5) -> torch.Tensor:
+    k, v = (tensor.repeat_interleave(q.shape[0] // k.shape[0], dim=0) for tensor in (k, v))
+    scores = (q @ k.transpose(1, 2) * scale).masked_fill(~mask, float("-inf"))
+    return scores.softmax(-1) @ v
+
+
+def draw(positions: int, kv_heads: int, seed: int = 0) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(heads, positions, D) for heads in (H, kv_heads, kv_heads)]
+    return [torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True) for shape in shapes]
+
+
+def one_by_one(q_SHD, k_MKD, v_MKD, sequences, scale) -> torch.Tensor:
+    """What a variable-length flash-attention kernel promises: sequence by sequence, causal from the lower right."""
+    outs = []
+    queries, keys = sequences.query_ends.tolist(), sequences.key_ends.tolist()
+    assert sequences.query_ends.dtype == sequences.key_ends.dtype == torch.int32
+    for n in range(len(queries) - 1):
+        q, k, v = (
+            tensor[ends[n] : ends[n + 1]].transpose(0, 1)
+            for tensor, ends in ((q_SHD, queries), (k_MKD, keys), (v_MKD, keys))
+        )
+        assert q.shape[1] <= sequences.longest_query and k.shape[1] <= sequences.longest_key
+        mask = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool).tril(k.shape[1] - q.shape[1])
+        outs.append(dense(q, k, v, mask, scale or D**-0.5).transpose(0, 1))
+    return torch.cat(outs)
+
+
+@pytest.fixture(params=["cascade", "one variable-length call"])
+def kernel(request, monkeypatch):
+    """Both ways to compute a row: the second as with CUDA, but for the kernel itself."""
+    if request.param != "cascade":
+        monkeypatch.setattr(attention, "find_kernel", lambda q: one_by_one)
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_values_and_gradients_equal_the_dense_mask(name, kv_heads, kernel):
+    layout = LAYOUTS[name]
+    mask = visible(layout)
+    inputs = draw(len(mask), kv_heads)
+    weight = torch.randn(H, len(mask), D, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    for scale in (None, 0.7):
+        ours = packed_attention(*inputs, torch.tensor(layout, dtype=torch.int32), scale)
+        theirs = dense(*inputs, mask, scale or D**-0.5)
+        # float64: sums of tens of numbers of order one, in another order.
+        torch.testing.assert_close(ours, theirs, atol=1e-13, rtol=0)
+        for a, b in zip(*(torch.autograd.grad((out * weight).sum(), inputs) for out in (ours, theirs)), strict=True):
+            torch.testing.assert_close(a, b, atol=1e-12, rtol=0)
+
+
+def test_other_masks_differ(kernel):
+    """The comparison can fail: a causal row, prefixes without segments or segments without a prefix are far off."""
+    layout = LAYOUTS["blocks and padding"]
+    inputs = draw(sum(map(sum, layout)), 2)
+    ours = packed_attention(*inputs, torch.tensor(layout))
+    whole_blocks = [[sum(lengths)] for lengths in layout]
+    no_prefix = [[0, *filter(None, lengths)] for lengths in layout]
+    for wrong in ([[len(ours[0])]], whole_blocks, no_prefix):
+        assert (ours - dense(*inputs, visible(wrong))).abs().max() > 0.5
+
+
+def test_unsupported_attention_is_refused():
+    for field, message in (("context_parallel_size", "context_parallel_size"), ("window_size", "window_size")):
+        config = SimpleNamespace(**{"context_parallel_size": 1, "window_size": None, field: 2})
+        with pytest.raises(ValueError, match=message):
+            GroupAttention(config, layer_number=1)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+def test_the_cuda_kernel_equals_the_dense_mask(kv_heads):
+    layout = LAYOUTS["blocks and padding"]
+    mask = visible(layout)
+    exact = draw(len(mask), kv_heads)
+    fed = [tensor.detach().cuda().bfloat16().requires_grad_() for tensor in exact]
+    assert attention.find_kernel(fed[0]) is not None
+    ours, theirs = packed_attention(*fed, torch.tensor(layout)), dense(*exact, mask)
+    # bfloat16 keeps 8 bits; sums of tens of numbers of order one.
+    torch.testing.assert_close(ours.double().cpu(), theirs, atol=3e-2, rtol=0)
+    for a, b in zip(*(torch.autograd.grad(out.sum(), x) for out, x in ((ours, fed), (theirs, exact))), strict=True):
+        torch.testing.assert_close(a.double().cpu(), b, atol=1e-1, rtol=0)

@@ -1,0 +1,102 @@
+"""Draws are uniform, keyed, and become tokens of the law in question, however the vocabulary is split."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from laws import SIGNIFICANT, chi_square
+from ranks import run_ranks
+from scipy import stats
+
+from nemo_brain.sampling.draws import draw_tokens, uniforms
+
+
+def test_uniforms_are_uniform_and_keyed_by_every_part():
+    key = dict(seed=1, iteration=2, prompt_id="p", output=3, positions=100_000)
+    draws = uniforms(**key)
+    assert draws.dtype == np.float64 and draws.min() > 0 and draws.max() < 1
+    assert np.array_equal(draws, uniforms(**key))
+    # A draw does not depend on how many follow: max_new_tokens changes no output's beginning.
+    assert np.array_equal(draws[:7], uniforms(**{**key, "positions": 7}))
+    for change in (dict(seed=2), dict(iteration=3), dict(prompt_id="p2"), dict(prompt_id=""), dict(output=4)):
+        other = uniforms(**{**key, **change})
+        assert not np.isin(other, draws).any(), change
+        assert abs(np.corrcoef(draws, other)[0, 1]) < 4 / len(draws) ** 0.5, change  # four standard errors
+    # Parts do not run together: 1|23 is not 12|3.
+    assert not np.array_equal(uniforms(1, 23, "4", 5, 3), uniforms(12, 3, "4", 5, 3))
+    first = np.array([uniforms(0, 0, f"p{i // 8}", i % 8, 1)[0] for i in range(20_000)])
+    for sample in (draws, first):
+        assert stats.kstest(sample, "uniform").pvalue > SIGNIFICANT
+    pairs, *_ = np.histogram2d(draws[:-1], draws[1:], bins=10)
+    assert stats.chisquare(pairs.ravel()).pvalue > SIGNIFICANT
+    assert stats.kstest(first**1.05, "uniform").pvalue < SIGNIFICANT
+
+
+def drawn(cases: list[tuple[torch.Tensor, torch.Tensor, int]]) -> list[tuple[torch.Tensor, ...]]:
+    dist.init_process_group("gloo")
+    ranks, rank = dist.get_world_size(), dist.get_rank()
+    group = dist.group.WORLD if ranks > 1 else None
+    results = []
+    for law, draws, real in cases:
+        tokens, logprobs = draw_tokens(law.chunk(ranks, dim=1)[rank], draws, real, group)
+        warm, warm_logprobs = draw_tokens(law.chunk(ranks, dim=1)[rank], draws, real, group, temperature=1.7)
+        results.append((tokens, logprobs, warm, warm_logprobs))
+    return results
+
+
+def test_draw_tokens():
+    generator = torch.Generator().manual_seed(0)
+
+    def uniform(rows: int) -> torch.Tensor:
+        return torch.rand(rows, generator=generator, dtype=torch.float64)
+
+    # 48 columns, 25 real, enormous numbers in the padding: at TP4 the third rank has one real column, the fourth none.
+    padded = 3 * torch.randn(4000, 48, generator=generator)
+    padded[:, 25:] = 60.0
+    # Probability zero at the beginning, at every rank's end, and (underflow) on all of rank 1 of 2 or rank 0 of 4.
+    holes = 3 * torch.randn(4000, 48, generator=generator)
+    holes[:, [0, 5, 11, 23, 24, 35, 47]] = -torch.inf
+    holes[1000:2000, 24:47] -= 1e4
+    holes[2000:3000, :12] -= 1e4
+    probs = holes.double().softmax(-1)
+    extremes = torch.tensor([1e-300, 2.0**-53, 0.5, 1 - 2.0**-52, 1 - 2.0**-53], dtype=torch.float64).repeat(800)
+    # Draws within a few units of the last place of where two ranks' intervals meet.
+    edges = (
+        probs.cumsum(-1)[torch.arange(4000), torch.arange(4000) % 3 * 12 + 11] + (torch.arange(4000) % 9 - 4) * 2**-53
+    )
+    edges = edges.clamp(2**-53, 1 - 2**-53)
+    small = torch.linspace(-2, 1, 12).repeat(30_000, 1)
+    large = 2 * torch.randn(48, 131_072, generator=generator)
+    cases = [(padded, uniform(4000), 25), (padded, extremes, 25), (holes, uniform(4000), 48), (holes, extremes, 48)]
+    cases += [(holes, edges, 48), (small, uniform(30_000), 12), (large, uniform(48), 131_000)]
+    # Draws that equal a cumulative probability, with tokens of probability zero there.
+    exact = torch.tensor([[-torch.inf, 0.0] * 4]).repeat(3, 1)
+    cases.append((exact, torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64), 8))
+    one, two, four = (run_ranks(drawn, ranks, cases) for ranks in (1, 2, 4))
+    for name, results in (("TP2", two), ("TP4", four)):
+        for index in (0, 1, 2, 3, 5, 6, 7):
+            for result in results:
+                for ours, theirs in zip(result[index], one[0][index], strict=True):
+                    # fp32 exponentials, less each rank's own maximum.
+                    torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=0, msg=f"{name} {index}")
+    for results in (one, two, four):
+        for result, (law, _, real) in zip(results[0], cases, strict=True):
+            for tokens, logprobs, temperature in ((*result[:2], 1.0), (*result[2:], 1.7)):
+                assert tokens.min() >= 0 and tokens.max() < real
+                assert (law.gather(1, tokens[:, None])[:, 0] > law.amax(1) - 200).all(), "no token of probability zero"
+                exact = (law[:, :real].double() / temperature).log_softmax(-1).gather(1, tokens[:, None])[:, 0]
+                # fp32 logits of up to a hundred, divided by the temperature.
+                torch.testing.assert_close(logprobs, exact, atol=2e-5, rtol=0)
+        for result in results:
+            assert all(torch.equal(ours, theirs) for ours, theirs in zip(result[4], results[0][4], strict=True))
+
+    # By definition: the first token whose cumulative probability exceeds the draw.
+    for index in (0, 2, 6, 7):
+        law, draws, real = cases[index]
+        for tokens, temperature in ((one[0][index][0], 1.0), (one[0][index][2], 1.7)):
+            cumulative = (law[:, :real].double() / temperature).softmax(-1).cumsum(-1)
+            assert torch.equal(tokens, (cumulative <= draws[:, None]).sum(-1)), index
+    law = small[0].double().softmax(-1).numpy()
+    assert chi_square(one[0][5][0].numpy(), law) > SIGNIFICANT
+    assert chi_square(one[0][5][0].numpy(), law**0.95 / (law**0.95).sum()) < SIGNIFICANT

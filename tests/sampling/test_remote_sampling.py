@@ -1,0 +1,486 @@
+"""Outputs of an inference server: their law, their log-probs, and what happens when the server misbehaves.
+
+The server is tests/completion_server.py: a real HTTP server on this machine with a real model.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from completion_server import CompletionServer
+from laws import SIGNIFICANT, chi_square
+from omegaconf import OmegaConf
+from ranks import free_port, run_ranks
+from test_export import LLAMA_LIKE, ONE, exported_logits
+from toy_runs import toy_config
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from nemo_brain.config.brain import RemoteConfig, check
+from nemo_brain.core import http as http_client
+from nemo_brain.core.groups import Group, Prompt
+from nemo_brain.data.tokenizers import byte_tokenizer
+from nemo_brain.sampling.remote import RemoteSampler, request_seed
+from nemo_brain.sampling.sampler import SamplingOptions
+
+TOKENIZER = byte_tokenizer()
+END, VOCAB = TOKENIZER.eos_token_id, len(TOKENIZER)
+PROMPTS = [Prompt(f"p{i}", text, list(text.encode())) for i, text in enumerate(["a", "Straße", "<eos>", "xyz" * 5])]
+OPTIONS = SamplingOptions(outputs=4, max_new_tokens=6)
+TINY, LENGTH, ROWS = 5, 3, 3_000  # of the test of the law: tokens, tokens of an output, outputs
+
+
+def save_model(path: Path, vocab_size: int, end: int, seed: int = 0) -> Path:
+    """A random Llama; among many tokens the end token is made likely enough to be drawn."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        eos_token_id=end,
+        bos_token_id=None,
+        initializer_range=0.5,
+        tie_word_embeddings=False,
+    )
+    model = LlamaForCausalLM(config)
+    if vocab_size > TINY:
+        model.lm_head.weight.data[end] *= 2.5
+    model.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(autouse=True)
+def short_pauses(monkeypatch):
+    monkeypatch.setattr(http_client, "_FIRST_DELAY", 0.02)
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory) -> Path:
+    return save_model(tmp_path_factory.mktemp("model"), VOCAB, END)
+
+
+def sampler(where: CompletionServer | str, options: SamplingOptions = OPTIONS, **config) -> RemoteSampler:
+    url = where if isinstance(where, str) else where.url
+    limits = {"timeout_seconds": 20.0, "request_timeout_seconds": 10.0, "concurrency": 8}
+    remote = RemoteConfig(url=url, model="policy", **{**limits, **config})
+    return RemoteSampler(remote, options, TOKENIZER, VOCAB)
+
+
+def sampled(sampler: RemoteSampler, prompts=PROMPTS, seed=1, iteration=2) -> list[Group]:
+    """The groups in the order of their prompts."""
+    pairs = list(sampler.sample(prompts, seed, iteration))
+    assert sorted(index for index, _ in pairs) == list(range(len(prompts)))
+    assert all(group.prompt is prompts[index] for index, group in pairs)
+    return [group for _, group in sorted(pairs, key=lambda pair: pair[0])]
+
+
+def tokens_of(groups: list[Group]) -> list:
+    return [[output.token_ids for output in group.outputs] for group in groups]
+
+
+def teacher_forced(model, prompt: Prompt, tokens: list[int], temperature: float = 1.0) -> float:
+    with torch.no_grad():
+        logits = model(torch.tensor([prompt.token_ids + tokens])).logits[0, len(prompt.token_ids) - 1 : -1]
+    return (logits / temperature).log_softmax(-1).gather(1, torch.tensor(tokens)[:, None]).sum().item()
+
+
+@pytest.mark.parametrize(
+    ("kind", "dialect"), [("vllm", "vllm"), ("old vllm", "vllm"), ("sglang", "sglang"), ("trtllm", "trtllm")]
+)
+def test_outputs_are_as_the_local_sampler_gives_them(directory, kind, dialect):
+    reports = []
+    options = SamplingOptions(outputs=6, max_new_tokens=12)
+    with CompletionServer(directory, kind) as server:
+        remote = sampler(server, options, server=dialect)
+        pairs = list(remote.sample(PROMPTS, 1, 2, reports.append))
+        assert len(server.bodies) == 24
+    assert sum(reports) == 24
+    model = AutoModelForCausalLM.from_pretrained(directory)
+    lengths = []
+    for index, group in pairs:
+        assert group.prompt is PROMPTS[index] and len(group.outputs) == 6
+        assert len({tuple(output.token_ids) for output in group.outputs}) > 1, "outputs have draws of their own"
+        for output in group.outputs:
+            assert output.ended == (END in output.token_ids)
+            assert output.token_ids.count(END) == output.ended and (not output.ended or output.token_ids[-1] == END)
+            assert output.ended or len(output.token_ids) == 12
+            assert output.text == TOKENIZER.decode(output.token_ids[: -1 if output.ended else None], False)
+            # fp32; twelve tokens.
+            assert abs(output.proposal_logprob - teacher_forced(model, group.prompt, output.token_ids)) < 1e-4
+            assert output.policy_logprob == output.proposal_logprob and output.reward is None
+            lengths.append(len(output.token_ids))
+    assert min(lengths) < 12 == max(lengths), "some outputs end, some are cut off"
+
+
+def test_draws_are_keyed_by_seed_iteration_prompt_and_output(directory):
+    with CompletionServer(directory) as server:
+        everything = tokens_of(sampled(sampler(server)))
+        assert tokens_of(sampled(sampler(server, concurrency=1))) == everything
+        for index, prompt in enumerate(PROMPTS):
+            assert tokens_of(sampled(sampler(server), [prompt])) == everything[index : index + 1]
+        fewer = sampler(server, SamplingOptions(outputs=2, max_new_tokens=6))
+        assert tokens_of(sampled(fewer)) == [outputs[:2] for outputs in everything]
+        assert tokens_of(sampled(sampler(server), seed=2)) != everything
+        assert tokens_of(sampled(sampler(server), iteration=3)) != everything
+    seeds = {request_seed(s, i, p, o) for s in (1, 2) for i in (0, 1, 11) for p in ("1", "11") for o in (0, 1, 11)}
+    assert len(seeds) == 36 and max(seeds) < 2**53
+
+
+@pytest.mark.parametrize("temperature", [1.0, 1.6])
+def test_outputs_follow_the_models_law(tmp_path, temperature):
+    """Sequences against the exact law of all 85 outputs of one prompt."""
+    save_model(tmp_path, TINY, end=0)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    prompt = Prompt("p", "", [1, 4, 2])
+    options = SamplingOptions(outputs=ROWS, max_new_tokens=LENGTH, temperature=temperature)
+    config = RemoteConfig(model="policy", url="", concurrency=8, logprobs="model" if temperature == 1 else "sampled")
+    tokenizer = byte_tokenizer()
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(0)
+    with CompletionServer(tmp_path, processed=temperature != 1) as server:
+        config.url = server.url + "/v1/"
+        ((_, group),) = RemoteSampler(config, options, tokenizer, TINY).sample([prompt], 7, 0)
+    law = {}
+    for length in range(1, LENGTH + 1):
+        for output in itertools.product(range(TINY), repeat=length):
+            if 0 not in output[:-1] and (output[-1] == 0 or length == LENGTH):
+                law[output] = math.exp(teacher_forced(model, prompt, list(output), temperature))
+    assert len(law) == 85 and sum(law.values()) == pytest.approx(1, abs=1e-5)  # fp32
+    index = {output: i for i, output in enumerate(law)}
+    counts = np.array([index[tuple(output.token_ids)] for output in group.outputs])
+    probs = np.array(list(law.values()))
+    assert chi_square(counts, probs) > SIGNIFICANT
+    for output in group.outputs:
+        assert abs(output.proposal_logprob - math.log(law[tuple(output.token_ids)])) < 1e-4
+        assert (output.policy_logprob is None) == (temperature != 1)
+    # The test can fail: a law at another temperature is recognised as another one.
+    other = np.array([math.exp(teacher_forced(model, prompt, list(output), 1.2 * temperature)) for output in law])
+    assert chi_square(counts, other) < SIGNIFICANT
+
+
+def until(condition) -> bool:
+    """Whether the condition comes true within some seconds."""
+    ended = time.monotonic() + 20
+    while not condition() and time.monotonic() < ended:
+        time.sleep(0.01)
+    return condition()
+
+
+def test_groups_come_as_they_are_finished_and_closing_ends_the_requests(directory):
+    def late(body) -> None:
+        if body["prompt"] == PROMPTS[0].token_ids:
+            until(lambda: server.answered >= 12)  # the first one of these to go on adds to it
+
+    with CompletionServer(directory) as server:
+        server.before = late
+        order = [index for index, _ in sampler(server, concurrency=16).sample(PROMPTS, 1, 2)]
+        assert order[-1] == 0 and len(order) == 4
+
+        # Requests go on while the caller works on a group.
+        server.bodies.clear()
+        server.before = lambda body: time.sleep(0.01)
+        groups = sampler(server, concurrency=2).sample(PROMPTS, 1, 2)
+        next(groups)
+        assert until(lambda: len(server.bodies) == 16)
+        groups.close()
+
+        server.bodies.clear()
+        server.before = lambda body: time.sleep(0 if body["prompt"] == PROMPTS[0].token_ids else 9)
+        groups = sampler(server, concurrency=4).sample(PROMPTS, 1, 2)
+        next(groups)
+        started = time.monotonic()
+        groups.close()
+        assert time.monotonic() - started < 4
+        assert len(server.bodies) < 16
+    assert not any(thread.name == "rollout.remote" for thread in threading.enumerate())
+
+
+def edit(change):
+    """A fault: ``change`` is made to the answer's only choice."""
+    return lambda answer: change(answer["choices"][0])
+
+
+def set_logprob(value):
+    return edit(lambda choice: choice["logprobs"]["token_logprobs"].__setitem__(0, value))
+
+
+def duplicate(answer):
+    answer["choices"] *= 2
+
+
+WRONG = {
+    "two choices": (duplicate, "2 choices, 1 was asked for"),
+    "no choices": (lambda answer: answer.pop("choices"), "no choices in"),
+    "NaN": (set_logprob(math.nan), "nan is not the log-prob of a sampled token"),
+    "above zero": (set_logprob(0.5), r"0\.5 is not the log-prob"),
+    "minus infinity": (set_logprob(-9999.0), r"-9999\.0 is not the log-prob"),
+    "null": (set_logprob(None), "None is not the log-prob"),
+    "too few": (edit(lambda c: c["logprobs"]["token_logprobs"].pop()), r"\d token ids and \d log-probs"),
+    "no tokens": (
+        edit(lambda c: (c.update(token_ids=[]), c["logprobs"].update(token_logprobs=[]))),
+        "0 token ids and 0 log-probs",
+    ),
+    "no ids": (edit(lambda c: (c.pop("token_ids"), c["logprobs"].update(tokens=["a"]))), "no token ids with log-probs"),
+    "no log-probs": (edit(lambda c: c.update(logprobs=None)), "no token ids with log-probs"),
+    "foreign id": (edit(lambda c: c["token_ids"].__setitem__(0, VOCAB)), f"token id {VOCAB} is not in the vocabulary"),
+    "text for id": (edit(lambda c: c["token_ids"].__setitem__(0, "7")), "token id '7' is not in the vocabulary"),
+    "early end": (
+        edit(lambda c: (c["token_ids"].insert(0, END), c["logprobs"]["token_logprobs"].insert(0, -1.0))),
+        f"the end token {END} stands before the end|log-probs; as many",
+    ),
+    "other prompt": (edit(lambda c: c["prompt_token_ids"].insert(0, 1)), "sampled from another prompt"),
+    "aborted": (edit(lambda c: c.update(finish_reason="abort")), "finish_reason is 'abort'"),
+    "other end": (
+        edit(lambda c: c.update(token_ids=[65], logprobs={"token_logprobs": [-1.0]}, finish_reason="stop")),
+        f"stopped at token 65, which is not the tokenizer's end token {END}",
+    ),
+    "short context": (
+        edit(lambda c: c.update(token_ids=[65], logprobs={"token_logprobs": [-1.0]}, finish_reason="length")),
+        r"cut after 1 of rollout\.max_new_tokens=6 tokens: the server's context is too short",
+    ),
+    "no JSON": ("no JSON", r'no JSON: \{"choices": \['),
+}
+
+
+@pytest.mark.parametrize(
+    "faults", [["drop", 500, 503, 429, "no JSON"], ["hang"], [WRONG[n][0] for n in ("NaN", "two choices", "null")]]
+)
+def test_passing_failures_change_nothing(directory, faults):
+    """Each request fails once or several times, then succeeds: the same outputs as without failures."""
+    with CompletionServer(directory) as server:
+        expected = sampled(sampler(server))
+    fail = lambda attempt, body: faults[attempt - 1] if attempt <= len(faults) else None  # noqa: E731
+    with CompletionServer(directory, fault=fail) as server:
+        found = sampled(sampler(server, concurrency=16, request_timeout_seconds=1.0 if "hang" in faults else 10.0))
+        assert len(server.bodies) == 16 * (len(faults) + 1)
+    assert found == expected
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_an_answer_that_stays_wrong_is_named(directory, name):
+    fault, match = WRONG[name]
+    with CompletionServer(directory, fault=lambda attempt, body: fault) as server:
+        remote = sampler(server)
+        with pytest.raises(
+            ValueError, match=rf"(?s)rollout\.remote: {server.url}: prompt 'p1', output \d: 4 wrong .*({match})"
+        ):
+            list(remote.sample(PROMPTS[1:2], 1, 2))
+
+
+def test_a_server_that_is_down_is_given_up_within_the_budget(directory):
+    down = f"http://127.0.0.1:{free_port()}"
+    started = time.monotonic()
+    match = (
+        rf"{down}: prompt 'p\d', output \d: no usable answer within rollout\.remote\.timeout_seconds=1 .*ConnectError"
+    )
+    with pytest.raises(ValueError, match=match):
+        list(sampler(down, timeout_seconds=1.0).sample(PROMPTS, 1, 2))
+    assert time.monotonic() - started < 4.0
+    with CompletionServer(directory, fault=lambda attempt, body: "hang") as server:
+        started = time.monotonic()
+        with pytest.raises(
+            ValueError, match=r"no usable answer within .*=1 \(\d attempts\), the last: no answer within"
+        ):
+            list(sampler(server, timeout_seconds=1.0, request_timeout_seconds=0.3).sample(PROMPTS, 1, 2))
+        assert time.monotonic() - started < 4.0
+        server.fault = lambda attempt, body: 503
+        with pytest.raises(ValueError, match=r"the last: HTTP 503: .*fault with"):
+            list(sampler(server, timeout_seconds=0.5).sample(PROMPTS, 1, 2))
+    # What waiting cannot mend is not repeated.
+    with CompletionServer(directory) as server:
+        wrong = sampler(server)
+        wrong.config.model = "other"
+        with pytest.raises(ValueError, match=r"HTTP 400: .*no such model"):
+            list(wrong.sample(PROMPTS[:1], 1, 2))
+        assert len(server.bodies) <= 8, "one request per connection"
+        with pytest.raises(ValueError, match=r"rollout\.remote\.model=other is not served; served: policy"):
+            wrong.refresh()
+
+
+def test_the_api_key_is_sent_and_never_shown(directory, monkeypatch):
+    monkeypatch.setenv("MY_KEY", "s3cret-key")
+    with CompletionServer(directory, key="s3cret-key") as server:
+        assert len(sampled(sampler(server, api_key_env="MY_KEY"))) == 4
+        with pytest.raises(ValueError, match=r"HTTP 401.*environment variable that rollout\.remote\.api_key_env names"):
+            list(sampler(server).sample(PROMPTS, 1, 2))
+        # The server repeats what it was sent, in both kinds of error.
+        for status in (400, 500):
+            server.fault = lambda attempt, body, status=status: status
+            with pytest.raises(ValueError) as caught:
+                list(sampler(server, api_key_env="MY_KEY", timeout_seconds=0.5).sample(PROMPTS, 1, 2))
+            assert "fault with Bearer ***" in str(caught.value) and "s3cret" not in str(caught.value)
+            assert caught.value.__cause__ is None
+    monkeypatch.delenv("MY_KEY")
+    with pytest.raises(ValueError, match=r"rollout\.remote\.api_key_env: the environment variable MY_KEY is not set"):
+        sampler("http://127.0.0.1:1", api_key_env="MY_KEY")
+    monkeypatch.setenv("MY_KEY", "s3cret\nkey")
+    with pytest.raises(ValueError, match="no key") as caught:
+        sampler("http://127.0.0.1:1", api_key_env="MY_KEY")
+    assert "s3cret" not in str(caught.value)
+
+
+RELOAD = [
+    {"path": "/collective_rpc", "json": {"method": "reload_weights", "kwargs": {"weights_path": "{path}"}}},
+    {"path": "/reset_prefix_cache", "json": {}},
+]
+
+
+def test_refresh_loads_the_exported_model(directory, tmp_path):
+    """From Megatron's chunks by ``export_model`` into the server, whose outputs then have the new model's log-probs."""
+    run_ranks(exported_logits, 1, LLAMA_LIKE, ONE, tmp_path / "policy")
+    old, new = (AutoModelForCausalLM.from_pretrained(path) for path in (directory, tmp_path / "policy"))
+    note = [
+        sys.executable,
+        "-c",
+        "import sys; open(sys.argv[1], 'w').write(sys.argv[2])",
+        str(tmp_path / "note"),
+        "{path}",
+    ]
+
+    def errors(groups, model) -> list[float]:
+        return [
+            abs(output.proposal_logprob - teacher_forced(model, group.prompt, output.token_ids))
+            for group in groups
+            for output in group.outputs
+        ]
+
+    with CompletionServer(directory) as server:
+        remote = sampler(server, reload=[*RELOAD, {"command": note}])
+        remote.refresh()
+        before = sampled(remote)
+        remote.refresh(tmp_path / "policy")
+        after = sampled(remote)
+        assert max(errors(before, old)) < 1e-4 and max(errors(after, new)) < 1e-4  # fp32; six tokens
+        assert min(errors(after, old)) > 1e-2, "the other model is told apart"
+        assert (tmp_path / "note").read_text() == str(tmp_path / "policy")
+
+
+def iteration_of_a_rank(url: str, target: Path) -> list[tuple[int, Group]]:
+    """What a rank of two data-parallel replicas does in an iteration: export, reload, its share of the prompts."""
+    exported_logits(LLAMA_LIKE, ONE, target)
+    rank = dist.get_rank()
+    remote = sampler(url, reload=RELOAD)
+    if rank == 0:
+        remote.refresh(target)
+    dist.barrier()
+    share = PROMPTS[rank::2]
+    return [(2 * index + rank, group) for index, group in remote.sample(share, 1, 2)]
+
+
+def test_ranks_share_a_server(directory, tmp_path):
+    with CompletionServer(directory) as server:
+        shares = run_ranks(iteration_of_a_rank, 2, server.url, tmp_path / "policy")
+        groups = [group for _, group in sorted((pair for share in shares for pair in share), key=lambda pair: pair[0])]
+        assert tokens_of(groups) == tokens_of(sampled(sampler(server)))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "policy")
+    output = groups[0].outputs[0]
+    assert abs(output.proposal_logprob - teacher_forced(model, PROMPTS[0], output.token_ids)) < 1e-4  # fp32; six tokens
+
+
+@pytest.mark.parametrize(
+    ("step", "match"),
+    [
+        (
+            {**RELOAD[0], "json": {"method": "reload_weights", "kwargs": {"weights_path": "/gone"}}},
+            r"POST \S+/collective_rpc: HTTP 500: .*no such directory: /gone",
+        ),
+        ({"path": "/gone", "method": "PUT"}, r"PUT \S+/gone: HTTP 501"),
+        (
+            {"path": "/update_weights_from_disk", "json": {"model_path": "{path}"}},
+            r"HTTP 200: .*Failed to load the weights",
+        ),
+        ({"url": "http://127.0.0.1:9/x"}, r"POST http://127\.0\.0\.1:9/x: ConnectError"),
+        ({"command": ["/no/such/program"]}, r"No such file"),
+        (
+            {"command": [sys.executable, "-c", "import sys; sys.exit('it broke: ' + sys.argv[1])", "{path}"]},
+            r"exit status 1: it broke: /policy",
+        ),
+        ({"command": ["sleep", "9"]}, r"not done within rollout\.remote\.timeout_seconds=1"),
+    ],
+)
+def test_a_reload_that_fails_is_named(directory, step, match):
+    with CompletionServer(directory) as server:
+        remote = sampler(server, timeout_seconds=1.0, reload=[RELOAD[1], step])
+        started = time.monotonic()
+        with pytest.raises(
+            ValueError, match=rf"(?s)rollout\.remote: {server.url}: rollout\.remote\.reload\[1\]: .*{match}"
+        ):
+            remote.refresh("/policy")
+        assert time.monotonic() - started < 5.0
+
+
+def test_refresh_waits_for_a_server_that_restarts(directory):
+    with CompletionServer(directory) as server:
+        server.http.shutdown()  # connections are accepted, but not answered
+        threading.Timer(0.7, lambda: server.http.serve_forever(poll_interval=0.02)).start()
+        started = time.monotonic()
+        sampler(server, request_timeout_seconds=0.2).refresh()
+        assert time.monotonic() - started > 0.6
+
+
+def test_the_key_is_not_told_to_another_host(directory, tmp_path, monkeypatch):
+    monkeypatch.setenv("MY_KEY", "s3cret-key")
+    with CompletionServer(directory, key="s3cret-key") as server, CompletionServer(directory, key="other") as foreign:
+        remote = sampler(server, api_key_env="MY_KEY", reload=[RELOAD[1], {"url": f"{foreign.url}/reset_prefix_cache"}])
+        with pytest.raises(ValueError, match=r"reload\[1\].*HTTP 401: .*\"got\": null"):
+            remote.refresh("/policy")
+
+
+REMOTE = "rollout.remote={url:'http://127.0.0.1:8000',model:policy"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "match"),
+    [
+        (["rollout.remote={model:policy}"], r"rollout\.remote\.url has no value"),
+        (["rollout.remote={url:localhost,model:m}"], r"rollout\.remote\.url must be an address like http"),
+        ([REMOTE + ",server:tgi}"], r"rollout\.remote\.server must be one of vllm, sglang, trtllm, not 'tgi'"),
+        ([REMOTE + ",concurrency:0}"], r"rollout\.remote\.concurrency must be at least 1"),
+        ([REMOTE + ",timeout_seconds:0}"], r"rollout\.remote\.timeout_seconds must be above 0"),
+        ([REMOTE + ",timeout:3}"], r"unknown configuration key rollout\.remote\.timeout"),
+        ([REMOTE + "}"], r"without rollout\.remote\.reload the server keeps its first weights"),
+        ([REMOTE + ",export_to:/x}"], r"rollout\.remote\.export_to .* and rollout\.remote\.reload .* go together"),
+        ([REMOTE + "}", "rollout.temperature=1.2"], r"rollout\.remote\.logprobs=model .* --logprobs-mode"),
+        ([REMOTE + ",logprobs:sampled}", "rollout.top_p=0.9"], r"importance weights cannot correct"),
+        (
+            [
+                REMOTE + ",logprobs:sampled,server:sglang}",
+                "rollout.top_p=0.9",
+                "rollout.truncated_sampling_ok=true",
+                "rollout.rescore_proposal=false",
+            ],
+            r"rollout\.top_k and rollout\.top_p need rollout\.remote\.server=vllm",
+        ),
+        ([REMOTE + ",export_to:/x,reload:[{paths:/a}]}"], r"rollout\.remote\.reload\[0\] must be \{path or url"),
+        (
+            [REMOTE + ",export_to:/x,reload:[{path:/a},{command:ls}]}"],
+            r"reload\[1\]\.command must be a list of strings",
+        ),
+        ([REMOTE + ",export_to:/x,reload:[{command:[ls],json:{}}]}"], r"reload\[0\] must be"),
+    ],
+)
+def test_configurations_that_cannot_work_are_refused(overrides, match):
+    with pytest.raises(ValueError, match=match):
+        check(toy_config(*overrides))
+
+
+def test_configurations_are_accepted():
+    config = toy_config()
+    OmegaConf.set_struct(config, False)
+    where = {"url": "http://127.0.0.1:8000", "model": "policy"}
+    config.rollout.remote = {**where, "export_to": "/x", "reload": RELOAD}
+    remote = check(config).rollout.remote
+    assert remote.reload == RELOAD and remote.concurrency == 64 and isinstance(remote, RemoteConfig)
+    assert check(toy_config()).rollout.remote is None
+    check(toy_config(REMOTE + "}", "rollout.rescore_proposal=false"))
+    check(toy_config(REMOTE + "}", "trainer.max_iterations=1"))
+    check(toy_config(REMOTE + ",logprobs:sampled}", "trainer.max_iterations=1", "rollout.temperature=1.2"))
