@@ -43,15 +43,28 @@ class Interruption:
         """From now on nothing ends the run early: what is left is short, and cannot be gone on with."""
         self._ignored = True
 
-    def _received(self, number: int, frame) -> None:
-        self._reason = f"signal {signal.Signals(number).name}"
+    def request(self, reason: str) -> None:
+        """Asks the run to end, for a reason that is shown; the first one counts."""
+        self._reason = self._reason or reason
+
+    @property
+    def requested(self) -> str | None:
+        """Why this rank was asked to end; None: it was not."""
+        if self._deadline is not None and time.monotonic() >= self._deadline:
+            self.request(f"trainer.stop_after_minutes={self._limit_minutes:g}")
+        return None if self._ignored else self._reason
+
+    @property
+    def reason(self) -> str:
+        """Why the run ends, once the ranks have agreed that it does."""
+        return self._reason or "another rank was asked to end"
 
     def agreed(self, *also: bool, group: dist.ProcessGroup | None = None) -> list[bool]:
         """Whether any rank was asked to end, and whether each of ``also`` is true on any.
 
         A collective of the group; None: of all ranks.
         """
-        flags = [self._wanted(), *also]
+        flags = [self.requested is not None, *also]
         group = dist.group.WORLD if group is None else group
         if group.size() == 1:
             return flags
@@ -60,11 +73,5 @@ class Interruption:
         dist.all_reduce(counts, op=dist.ReduceOp.MAX, group=group)
         return [bool(flag) for flag in counts.tolist()]
 
-    @property
-    def reason(self) -> str:
-        return self._reason or "another rank was asked to end"
-
-    def _wanted(self) -> bool:
-        if self._reason is None and self._deadline is not None and time.monotonic() >= self._deadline:
-            self._reason = f"trainer.stop_after_minutes={self._limit_minutes:g}"
-        return self._reason is not None and not self._ignored
+    def _received(self, number: int, frame) -> None:
+        self.request(f"signal {signal.Signals(number).name}")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerFast
 
-from nemo_brain.core.groups import Group, Output, Prompt, Rollout
+from nemo_brain.core.groups import Group, Output, Prompt, RewardedGroup, Rollout, SampledGroup
 from nemo_brain.data.prompts import parse_prompt, prompt_id, prompt_reference
 from nemo_brain.data.records import Record, Source, kind, read_records
 from nemo_brain.data.templates import Template
@@ -30,7 +30,7 @@ def write_rollout(path: str | Path, rollout: Rollout) -> None:
     lines = []
     for group in rollout.groups:
         prompt = group.prompt
-        outputs = [output for output in group.outputs if output.reward is None or math.isfinite(output.reward)]
+        outputs = [output for output in _with_scores(group) if math.isfinite(output["reward"] or 0.0)]
         if len(outputs) < min(2, len(group.outputs)):
             continue
         line = {
@@ -40,13 +40,24 @@ def write_rollout(path: str | Path, rollout: Rollout) -> None:
             "prompt_token_ids": prompt.token_ids,
             "reference": prompt.reference,
             "iteration": rollout.iteration,
-            "outputs": [
-                {name: getattr(output, name) for name in ("text", "token_ids", *SCORES, "ended")} for output in outputs
-            ],
+            "outputs": outputs,
         }
         lines.append(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
     with path.open("a", encoding="utf-8") as file:
         file.write("".join(lines))
+
+
+def _with_scores(group: Group) -> list[dict]:
+    scores = {name: getattr(group, f"{name}s", None) or [None] * len(group.outputs) for name in SCORES}
+    return [
+        {
+            "text": output.text,
+            "token_ids": output.token_ids,
+            **{name: values[i] for name, values in scores.items()},
+            "ended": output.ended,
+        }
+        for i, output in enumerate(group.outputs)
+    ]
 
 
 def read_rollouts(
@@ -57,8 +68,8 @@ def read_rollouts(
     max_prompt_tokens: int,
     max_new_tokens: int,
     key: str = "data.train",
-) -> list[Group]:
-    """Reads groups.
+) -> list[SampledGroup]:
+    """Reads groups; those with rewards are ``RewardedGroup``s.
 
     A record is a prompt's (``load_prompts``) with ``outputs``, at least two. An output has ``text`` and may have:
 
@@ -84,7 +95,7 @@ def read_rollouts(
         ValueError: naming ``path:line`` or the key, what is wrong and the remedy.
     """
     rendering = Template(tokenizer, template)
-    groups: dict[tuple, Group] = {}
+    groups: dict[tuple, SampledGroup] = {}
     places: dict[tuple, str] = {}
     for record in read_records(source, key):
         prompt = _prompt(record, rendering, max_prompt_tokens, len(tokenizer))
@@ -98,7 +109,7 @@ def read_rollouts(
                 "give every group an id of its own, or put all outputs of a prompt in one record",
             )
         places[slot] = record.where
-        groups[slot] = Group(prompt, _outputs(record, tokenizer, max_new_tokens))
+        groups[slot] = _group(record, prompt, tokenizer, max_new_tokens)
     return list(groups.values())
 
 
@@ -121,19 +132,32 @@ def _prompt(record: Record, template: Template, max_prompt_tokens: int, vocabula
     return prompt
 
 
-def _outputs(record: Record, tokenizer: PreTrainedTokenizerFast, max_new_tokens: int) -> list[Output]:
+def _group(
+    record: Record, prompt: Prompt, tokenizer: PreTrainedTokenizerFast, max_new_tokens: int
+) -> SampledGroup:
     items = record.fields.get("outputs")
     if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
         raise record.error("outputs is not a list of objects", 'write "outputs": [{"text": "..."}, {"text": "..."}]')
     if len(items) < 2:
         raise record.error(f"{len(items)} outputs", "give at least two outputs per prompt: they are compared")
+    scores: dict[str, list[float]] = {}
     for name in SCORES:
         given = sum(item.get(name) is not None for item in items)
         if given not in (0, len(items)):
             raise record.error(
                 f"{name} on {given} of {len(items)} outputs", f"give {name} on all outputs of a record or on none"
             )
-    return [_output(record, f"outputs[{i}]", item, tokenizer, max_new_tokens) for i, item in enumerate(items)]
+        if given:
+            scores[f"{name}s"] = [_score(record, f"outputs[{i}].{name}", item[name]) for i, item in enumerate(items)]
+    outputs = [_output(record, f"outputs[{i}]", item, tokenizer, max_new_tokens) for i, item in enumerate(items)]
+    return (RewardedGroup if "rewards" in scores else SampledGroup)(prompt, outputs, **scores)
+
+
+def _score(record: Record, name: str, value: object) -> float:
+    number = record.number(name, value)
+    if name.endswith("_logprob") and number > LOGPROB_SLACK:
+        raise record.error(f"{name} is positive", "write the sum of log-probs in nats, which is at most 0")
+    return number
 
 
 def _output(record: Record, name: str, item: dict, tokenizer: PreTrainedTokenizerFast, max_new_tokens: int) -> Output:
@@ -155,11 +179,4 @@ def _output(record: Record, name: str, item: dict, tokenizer: PreTrainedTokenize
             f"{name} has {len(ids)} tokens, more than rollout.max_new_tokens={max_new_tokens}",
             "raise it or remove the output",
         )
-    output = Output(ids, text, ended)
-    for score in SCORES:
-        if item.get(score) is not None:
-            setattr(output, score, record.number(f"{name}.{score}", item[score]))
-    for score in ("prior_logprob", "proposal_logprob"):
-        if (getattr(output, score) or 0.0) > LOGPROB_SLACK:
-            raise record.error(f"{name}.{score} is positive", "write the sum of log-probs in nats, which is at most 0")
-    return output
+    return Output(ids, text, ended)

@@ -3,8 +3,8 @@
 A checkpoint is a directory ``step_000000042`` that holds
 
 - ``weights/``: model, optimizer and scheduler in Megatron's distributed format (torch_dist), as NeMo writes it;
-- ``run.json``: where the run stood, its configuration, the prior's fingerprint and the versions of the packages;
-- ``groups.json``: the groups that the run was working on; ``random/``: the random states of each rank;
+- ``run.json``: its step and score, the run's configuration, the start model's fingerprint and the packages' versions;
+- ``state.json``: where the run stood, the groups that it was working on among it; ``random/``: each rank's random states;
 - ``manifest.json``: size and CRC-32 of every file.
 
 It is written as ``.step_....incomplete`` and renamed when all of it is on the disk.
@@ -12,22 +12,18 @@ It is written as ``.step_....incomplete`` and renamed when all of it is on the d
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import pickle
 import shutil
 import zlib
-from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.distributed.checkpoint.metadata import Metadata
 
-from nemo_brain.core.groups import Group, Output, Prompt
-
-FORMAT = 1
+FORMAT = 2
 _MANIFEST = "manifest.json"
 _READ_BYTES = 2**24
 # What torch.distributed.checkpoint's index, a pickle, may name: data, nothing that runs.
@@ -106,6 +102,8 @@ def damage(path: Path, rank: int, ranks: int) -> str | None:
         manifest = read_json(path / _MANIFEST)
         if manifest["format"] > FORMAT:
             return f"{path}: its format {manifest['format']} is newer than this version's {FORMAT}: update nemo_brain"
+        if manifest["format"] < FORMAT:
+            return f"{path}: its format {manifest['format']} is that of an earlier version, which this one does not read"
         expected = sorted(manifest["files"].items())
         if rank == 0:
             read_index(path)
@@ -127,15 +125,19 @@ def damage(path: Path, rank: int, ranks: int) -> str | None:
 def prune(directory: Path, keep_last: int, keep_best: int) -> None:
     """Removes all but the newest ``keep_last`` checkpoints and the ``keep_best`` of the highest score. For rank 0."""
     found = complete(directory)
-    scores = {path: read_json(path / "run.json").get("score") for path in found}
-    scored = [path for path in found if scores[path] is not None]
-    kept = {*found[:keep_last], *sorted(scored, key=lambda path: (-scores[path], -step_of(path)))[:keep_best]}
+    scores = {path: score for path in found if (score := score_of(path)) is not None}
+    kept = {*found[:keep_last], *sorted(scores, key=lambda path: (-scores[path], -step_of(path)))[:keep_best]}
     for path in found:
         if path not in kept:
             # Out of sight first: half of a removed checkpoint is none.
             hidden = path.with_name(f".{path.name}.removed")
             path.rename(hidden)
             shutil.rmtree(hidden, ignore_errors=True)
+
+
+def score_of(path: Path) -> float | None:
+    """The held-out score of exactly the checkpoint's model; None: it was not evaluated."""
+    return read_json(path / "run.json")["score"]
 
 
 def write_text(path: Path, content: str) -> None:
@@ -156,14 +158,6 @@ def load_data(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
         raise ValueError(f"{path} is damaged, or not data alone: {str(error).splitlines()[0]}") from None
-
-
-def groups_as_json(groups: Sequence[Group]) -> list[dict]:
-    return [dataclasses.asdict(group) for group in groups]
-
-
-def groups_from_json(items: Iterable[dict]) -> list[Group]:
-    return [Group(Prompt(**item["prompt"]), [Output(**output) for output in item["outputs"]]) for item in items]
 
 
 def _checksum(file: Path) -> list[int]:

@@ -9,8 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import MethodType
 
-from nemo_brain.core.groups import Group
-from nemo_brain.durability.checkpoint import groups_as_json
+from nemo_brain.core.groups import Group, ScoredGroup, as_json
 
 
 class OptimizerGuard:
@@ -42,12 +41,12 @@ class OptimizerGuard:
 
 def write_groups(path: Path, groups: Sequence[Group]) -> None:
     """One group per line, with all scores."""
-    path.write_text("".join(json.dumps(item) + "\n" for item in groups_as_json(groups)), encoding="utf-8")
+    path.write_text("".join(json.dumps(item) + "\n" for item in as_json(groups)), encoding="utf-8")
 
 
-def nonfinite_rewards(groups: Sequence[Group]) -> list[Group]:
+def nonfinite_rewards(groups: Sequence[ScoredGroup]) -> list[ScoredGroup]:
     """The groups in which an output's reward is not finite."""
-    return [group for group in groups if not all(math.isfinite(output.reward) for output in group.outputs)]
+    return [group for group in groups if not all(map(math.isfinite, group.rewards))]
 
 
 def nonfinite_message(step: int) -> str:

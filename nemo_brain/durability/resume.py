@@ -10,8 +10,8 @@ from typing import Any
 
 from nemo_brain.config.brain import Config
 from nemo_brain.durability import checkpoint
+from nemo_brain.report.run_dir import read_status
 
-STATUS = "status.json"
 # Keys that change how a run computes and where, never what: by pattern.
 _FREE = (
     "run_dir",
@@ -46,23 +46,24 @@ _FREE = (
 )
 
 
-def candidates(config: Config) -> list[Path]:
-    """The checkpoints to go on from, the best first; [] for a new run.
+def candidates(run_dir: Path, resume: str, steps: int) -> list[Path]:
+    """The checkpoints to go on from, the best first; [] for a new run. For rank 0.
 
     ``auto`` takes those in ``run_dir`` unless the run there has ended; a path is one checkpoint or a directory of them.
+
+    Args:
+        resume: ``checkpoint.resume``.
+        steps: optimizer steps of the whole run.
 
     Raises:
         ValueError: ``checkpoint.resume`` names a path without a checkpoint.
     """
-    resume = config.checkpoint.resume
     if resume == "never":
         return []
     if resume == "auto":
-        run_dir = Path(config.run_dir)
-        found = checkpoint.complete(run_dir / "checkpoints")
         ended = read_status(run_dir)
-        total = config.trainer.max_iterations * config.steps_per_iteration
-        return [] if ended.get("state") == "finished" and ended.get("step", 0) >= total else found
+        finished = ended.get("state") == "finished" and ended.get("step", 0) >= steps
+        return [] if finished else checkpoint.complete(run_dir / "checkpoints")
     if found := checkpoint.find(Path(resume)):
         return found
     raise ValueError(f"checkpoint.resume={resume} is no checkpoint and holds none: give one, auto or never")
@@ -107,20 +108,6 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{name}"] = value
     return flat
-
-
-def write_status(run_dir: Path, state: str, step: int) -> None:
-    """``running``, ``interrupted``, ``finished`` or ``failed``: what a requeue script and the next run look at."""
-    temporary = run_dir / f".{STATUS}"
-    temporary.write_text(json.dumps({"state": state, "step": step}) + "\n", encoding="utf-8")
-    temporary.rename(run_dir / STATUS)
-
-
-def read_status(run_dir: Path) -> dict:
-    try:
-        return json.loads((run_dir / STATUS).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
 
 
 def _show(value: Any) -> str:

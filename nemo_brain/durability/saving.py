@@ -7,15 +7,13 @@ import hashlib
 import importlib.metadata
 import json
 import random
-import threading
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
-import lightning.pytorch as pl
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -23,13 +21,23 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 from nemo_brain.config.brain import CheckpointConfig
-from nemo_brain.core.groups import Group
-from nemo_brain.core.heartbeat import beat
+from nemo_brain.core.ranks import gathered, in_thread, on_all_ranks
 from nemo_brain.durability import checkpoint
 from nemo_brain.host.torch_dist import InProcessSave
 from nemo_brain.model.parameters import VOCABULARY_TENSORS, global_parameters, is_adapter, unwrap
 
 _PACKAGES = ("nemo_brain", "nemo_toolkit", "megatron-core", "torch", "transformers")
+
+Result = TypeVar("Result")
+
+
+class Saves(Protocol):
+    """What a strategy offers for its weights to be saved; see ``training.strategy``."""
+
+    fingerprint: str
+    saver: InProcessSave
+
+    def save_weights(self, path: Path) -> None: ...
 
 
 class Checkpointer:
@@ -41,13 +49,13 @@ class Checkpointer:
     Args:
         config: when, how, and how many are kept.
         directory: the run's ``checkpoints``.
-        configuration: the run's resolved configuration, stored in every checkpoint.
+        record: what every checkpoint says of the run besides: its kind and its resolved configuration.
     """
 
-    def __init__(self, config: CheckpointConfig, directory: Path, configuration: dict):
+    def __init__(self, config: CheckpointConfig, directory: Path, record: Mapping[str, Any]):
         self.config = config
         self.directory = directory
-        self.configuration = configuration
+        self.record = record
         self._saved_at = time.monotonic()
         self._group: dist.ProcessGroup | None = None  # None: of all ranks
         self._writing: Future | None = None
@@ -59,42 +67,51 @@ class Checkpointer:
         minutes = self.config.every_minutes
         return minutes is not None and time.monotonic() - self._saved_at >= 60 * minutes
 
+    def best(self, score: float | None) -> bool:
+        """Whether a checkpoint with this score would be one of ``keep_best``. For rank 0."""
+        if score is None or not self.config.keep_best:
+            return False
+        found = map(checkpoint.score_of, checkpoint.complete(self.directory))
+        better = sum(other is not None and other >= score for other in found)
+        return better < self.config.keep_best
+
     @property
     def failed(self) -> bool:
         """Whether a checkpoint could not be written in the background: ``finish`` raises then."""
         return self._writing is not None and self._writing.done() and self._writing.exception() is not None
 
-    def save(self, trainer: pl.Trainer, state: dict[str, Any], groups: dict[str, Sequence[Group]]) -> None:
+    def save(self, strategy: Saves, step: int, score: float | None, state: Mapping[str, Any]) -> None:
         """Writes a checkpoint, or begins to. A collective of all ranks.
 
         Args:
-            state: where the run stands, JSON values, the same on every rank: ``step``, ``score`` (of keep_best) ...
-            groups: lists of groups by name.
+            step: optimizer steps so far.
+            score: of exactly this model, for ``keep_best``; None: it was not evaluated.
+            state: where the run stands, in JSON values; that of rank 0 is taken.
 
         Raises:
             OSError: on every rank, when one of them could not write this checkpoint, or the one before it; earlier
                 checkpoints are unharmed.
         """
         self.finish()
-        step, first = state["step"], dist.get_rank() == 0
+        first = dist.get_rank() == 0
         path = self.directory / f".{checkpoint.name_of(step)}.incomplete"
-        together(lambda: checkpoint.begin(self.directory, step) if first else None)
-        together(lambda: trainer.save_checkpoint(path))
-        record = {
-            **state,
-            "configuration": self.configuration,
-            "prior": trainer.strategy.prior_fingerprint,
-            "versions": versions(),
-            "layout": layout(),
-        }
-        files = {"run.json": json.dumps(record)}
+        _written(lambda: checkpoint.begin(self.directory, step) if first else None)
+        _written(lambda: strategy.save_weights(path))
+        files = {}
         if first:
-            content = {name: checkpoint.groups_as_json(items) for name, items in groups.items()}
-            files["groups.json"] = json.dumps(content)
-        write = functools.partial(self._write, trainer.strategy.saver, path, _random_states(), files)
+            run = {
+                **self.record,
+                "step": step,
+                "score": score,
+                "start_model": strategy.fingerprint,
+                "versions": versions(),
+                "layout": layout(),
+            }
+            files = {"run.json": json.dumps(run), "state.json": json.dumps(state)}
+        write = functools.partial(self._write, strategy.saver, path, _random_states(), files)
         if self.config.in_background:
             self._group = self._group or dist.new_group(backend="gloo")
-            self._writing = _in_thread(write)
+            self._writing = in_thread(write, "checkpoint")
         else:
             write()
         self._saved_at = time.monotonic()
@@ -105,40 +122,39 @@ class Checkpointer:
         if writing is not None:
             writing.result()
 
-    def _write(self, saver: InProcessSave, path: Path, random_states: dict, files: dict[str, str]) -> None:
+    def _write(self, saver: InProcessSave, path: Path, random_states: dict, files: Mapping[str, str]) -> None:
         rank, ranks = dist.get_rank(), dist.get_world_size()
 
         def write() -> None:
             saver.write(self._group)
             (path / "random").mkdir(exist_ok=True)
             torch.save(random_states, path / "random" / f"{rank:05d}.pt")
-            if rank == 0:
-                for name, content in files.items():
-                    checkpoint.write_text(path / name, content)
+            for name, content in files.items():
+                checkpoint.write_text(path / name, content)
 
-        together(write, self._group)
-        shares = together(lambda: checkpoint.checksums(path, rank, ranks), self._group)
+        _written(write, self._group)
+        checksums = _written(lambda: checkpoint.checksums(path, rank, ranks), self._group)
+        shares = gathered(checksums, self._group)
 
         def publish() -> None:
             if rank == 0:
                 checkpoint.publish(path, {name: entry for share in shares for name, entry in share.items()})
                 checkpoint.prune(self.directory, self.config.keep_last, self.config.keep_best)
 
-        together(publish, self._group)
+        _written(publish, self._group)
 
 
-def _in_thread(work: Callable[[], None]) -> Future:
-    """Runs ``work`` in a thread that does not keep a process alive which something else has ended."""
-    future: Future = Future()
+def _written(work: Callable[[], Result], group: dist.ProcessGroup | None = None) -> Result:
+    """``on_all_ranks``, with an OSError that says what it means."""
 
-    def run() -> None:
+    def say() -> Result:
         try:
-            future.set_result(work())
-        except BaseException as error:
-            future.set_exception(error)
+            return work()
+        except OSError as error:
+            said = f"the checkpoint could not be written, earlier ones are unharmed: rank {dist.get_rank()}: {error}"
+            raise OSError(said) from error
 
-    threading.Thread(target=run, name="checkpoint", daemon=True).start()
-    return future
+    return on_all_ranks(say, group)
 
 
 def first_intact(candidates: Sequence[Path]) -> Path:
@@ -250,28 +266,3 @@ def fingerprint(chunks: Sequence[torch.nn.Module], vocab_size: int) -> str:
                 total = sums.setdefault(name, [0, 0])
                 total[0], total[1] = (total[0] + first) % 2**64, (total[1] + second) % 2**64
     return hashlib.sha256(repr(sorted(sums.items())).encode()).hexdigest()
-
-
-def gathered(value, group: dist.ProcessGroup | None = None) -> list:
-    """Every rank's value, on all of them."""
-    values = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value, group=group)
-    return values
-
-
-def together(work: Callable[[], Any], group: dist.ProcessGroup | None = None) -> list:
-    """Every rank's result of ``work``; OSError on every rank if it failed on one, so that none waits for another.
-
-    ``group``: of all ranks; None: the run's own.
-    """
-    beat()
-    result, error = None, None
-    try:
-        result = work()
-    except Exception as failure:  # whatever it is, every rank must be told
-        error = f"{type(failure).__name__}: {failure}"
-    outcomes = gathered((result, error), group)
-    errors = [f"rank {rank}: {problem}" for rank, (_, problem) in enumerate(outcomes) if problem is not None]
-    if errors:
-        raise OSError(f"the checkpoint could not be written, earlier ones are unharmed: {errors[0]}")
-    return [value for value, _ in outcomes]

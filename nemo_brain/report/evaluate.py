@@ -17,13 +17,14 @@ What cannot be computed (the spread of one prompt, a test of differences without
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from scipy import stats
 
-from nemo_brain.core.groups import Group, Output
+from nemo_brain.core.groups import ScoredGroup
 
 CONFIDENCE = 0.95
 
@@ -44,7 +45,7 @@ class Estimate:
 class Evaluation:
     """The current model against the start model on the same held-out prompts.
 
-    ``kl_to_prior`` is in nats per output, NaN where outputs carry no log-probs. ``p_value`` is the paired t-test's;
+    ``kl_to_prior`` is in nats per output. ``p_value`` is the paired t-test's;
     ``win_rate`` counts a tie as half; ``nonfinite`` are the current model's outputs without a finite reward.
     ``reference_reward`` is None without reference answers.
     """
@@ -79,26 +80,26 @@ class Evaluation:
 
 
 def evaluate(
-    start: Sequence[Group], current: Sequence[Group], reference_rewards: Sequence[float | None] | None = None
+    start: Sequence[ScoredGroup], current: Sequence[ScoredGroup], reference_rewards: Sequence[float | None] | None = None
 ) -> Evaluation:
     """Compares the current model's held-out outputs with the start model's.
 
     Args:
-        start, current: the same prompts in the same order, every output with a reward; the numbers of outputs may
-            differ. Outputs whose reward is not finite are left out, and prompts for which one side has no other.
-            ``current`` gives the KL estimate by its ``policy_logprob`` and ``prior_logprob``: the mean of
-            log q - log p over the policy's own outputs, unbiased for KL(q || p) if they were sampled at temperature 1.
+        start, current: the same prompts in the same order; the numbers of outputs may differ. Outputs whose reward is
+            not finite are left out, and prompts for which one side has no other. ``current`` gives the KL estimate: the
+            mean of log q - log p over the policy's own outputs, unbiased for KL(q || p) if they were sampled at
+            temperature 1.
         reference_rewards: the reward of each prompt's reference answer, None where it has none.
 
     Raises:
-        ValueError: no prompts, different prompts, an output without a reward, or no prompt with finite ones.
+        ValueError: no prompts, different prompts, or no prompt with finite rewards.
     """
     if not current or [group.prompt.id for group in start] != [group.prompt.id for group in current]:
         raise ValueError(
             "evaluate needs the same held-out prompts, at least one, in the same order for both models; "
             f"got {len(start)} and {len(current)} groups"
         )
-    pairs = [(_rewards(old), _rewards(new)) for old, new in zip(start, current, strict=True)]
+    pairs = [(_finite_rewards(old), _finite_rewards(new)) for old, new in zip(start, current, strict=True)]
     pairs = [(old, new) for old, new in pairs if old and new]
     if not pairs:
         raise ValueError(
@@ -109,7 +110,7 @@ def evaluate(
     start_G, reward_G = _means(before), _means(after)
     difference_G = reward_G - start_G
     p_value, p_value_wilcoxon = paired_tests(difference_G)
-    kl_G = np.array([_mean_or_nan(_field(group.outputs, _log_ratio)) for group in current])
+    kl_G = _means([_log_ratios(group) for group in current])
     references = [r for r in reference_rewards or [] if r is not None and math.isfinite(r)]
     return Evaluation(
         prompts=len(pairs),
@@ -120,13 +121,13 @@ def evaluate(
         p_value=p_value,
         p_value_wilcoxon=p_value_wilcoxon,
         win_rate=win_rate_interval(np.array([win_score(a, b) for a, b in zip(after, before, strict=True)])),
-        kl_to_prior=mean_interval(kl_G[~np.isnan(kl_G)]),
+        kl_to_prior=mean_interval(kl_G),
         reference_reward=float(np.mean(references)) if references else None,
     )
 
 
-def rollout_metrics(groups: Sequence[Group], n: int, proposal_gap: float | None = None) -> dict[str, float]:
-    """The iteration metrics of scored rollout groups; a metric none of whose outputs has the field is left out.
+def rollout_metrics(groups: Sequence[ScoredGroup], n: int, proposal_gap: float | None = None) -> dict[str, float]:
+    """The iteration metrics of a rollout.
 
     ``reward/mean`` and ``reward/std`` run over all outputs with a finite reward, the others are counted in
     ``reward/nonfinite``; ``reward/best_of_n`` is the mean over prompts of the highest reward, of the groups with n
@@ -141,25 +142,20 @@ def rollout_metrics(groups: Sequence[Group], n: int, proposal_gap: float | None 
             None if nothing was rescored.
     """
     outputs = [output for group in groups for output in group.outputs]
-    rewards = _field(outputs, _finite_reward)
-    kls = _field(outputs, _log_ratio)
-    rewards_by_group = [_field(group.outputs, _finite_reward) for group in groups]
+    rewards_by_group = [_finite_rewards(group) for group in groups]
+    rewards = [reward for rewards in rewards_by_group for reward in rewards]
     best = [max(rewards) for rewards in rewards_by_group if len(rewards) >= n]
-    metrics = {}
-    if any(output.reward is not None for output in outputs):
-        metrics["reward/nonfinite"] = _nonfinite(groups)
+    metrics: dict[str, Any] = {"reward/nonfinite": _nonfinite(groups)}
     if rewards:
         metrics |= {"reward/mean": np.mean(rewards), "reward/std": np.std(rewards)}
     if best:
         metrics["reward/best_of_n"] = np.mean(best)
-    if kls:
-        metrics["kl_to_prior"] = np.mean(kls)
+    metrics["kl_to_prior"] = np.mean([ratio for group in groups for ratio in _log_ratios(group)])
     if proposal_gap is not None:
         metrics["proposal_gap"] = proposal_gap
-    if outputs:
-        metrics["prompts/truncated_fraction"] = np.mean([group.prompt.truncated for group in groups])
-        metrics["outputs/length"] = np.mean([len(output.token_ids) for output in outputs])
-        metrics["outputs/ended_fraction"] = np.mean([output.ended for output in outputs])
+    metrics["prompts/truncated_fraction"] = np.mean([group.prompt.truncated for group in groups])
+    metrics["outputs/length"] = np.mean([len(output.token_ids) for output in outputs])
+    metrics["outputs/ended_fraction"] = np.mean([output.ended for output in outputs])
     return {name: float(value) for name, value in metrics.items()}
 
 
@@ -203,37 +199,19 @@ def paired_tests(difference_G: np.ndarray) -> tuple[float, float]:
     return p_value, float(stats.wilcoxon(difference_G).pvalue)
 
 
-def _field(outputs: Sequence[Output], of: Callable[[Output], float | None]) -> list[float]:
-    return [value for value in map(of, outputs) if value is not None]
+def _log_ratios(group: ScoredGroup) -> list[float]:
+    """log q - log p of each output, in nats."""
+    return [q - p for q, p in zip(group.policy_logprobs, group.prior_logprobs, strict=True)]
 
 
-def _log_ratio(output: Output) -> float | None:
-    """log q - log p of one output, in nats."""
-    if output.policy_logprob is None or output.prior_logprob is None:
-        return None
-    return output.policy_logprob - output.prior_logprob
+def _finite_rewards(group: ScoredGroup) -> list[float]:
+    return [reward for reward in group.rewards if math.isfinite(reward)]
 
 
-def _finite_reward(output: Output) -> float | None:
-    return output.reward if output.reward is not None and math.isfinite(output.reward) else None
-
-
-def _nonfinite(groups: Sequence[Group]) -> int:
+def _nonfinite(groups: Sequence[ScoredGroup]) -> int:
     """The number of outputs whose reward is not finite."""
-    rewards = [output.reward for group in groups for output in group.outputs]
-    return sum(reward is not None and not math.isfinite(reward) for reward in rewards)
-
-
-def _rewards(group: Group) -> list[float]:
-    """The group's finite rewards."""
-    if not group.outputs or any(output.reward is None for output in group.outputs):
-        raise ValueError(f"prompt {group.prompt.id!r}: every held-out output needs a reward before it is evaluated")
-    return _field(group.outputs, _finite_reward)
+    return sum(not math.isfinite(reward) for group in groups for reward in group.rewards)
 
 
 def _means(values: Sequence[Sequence[float]]) -> np.ndarray:
     return np.array([np.mean(v) for v in values])
-
-
-def _mean_or_nan(values: Sequence[float]) -> float:
-    return float(np.mean(values)) if values else math.nan

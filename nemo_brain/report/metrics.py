@@ -1,44 +1,27 @@
 """The files of a run directory: metrics.jsonl and samples.jsonl, written line by line so that a killed run keeps them.
 
-Every line is one standard JSON object in UTF-8; NaN and infinities are null. A resumed run may write a step again:
-readers take the last record of a step or iteration.
+Every line is one standard JSON object in UTF-8; NaN and infinities are null. A run that goes on from a checkpoint first
+cuts off what was written after it (``run_dir.rewind``), so every step is there once.
 """
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import json
 import math
 import os
-import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from torch.utils.tensorboard import SummaryWriter
+
 from nemo_brain.core.groups import Group
+from nemo_brain.report.run_dir import writing
 
 KINDS = ("step", "iteration", "eval")
 SAMPLE_KINDS = ("start", "train", "validation", "final")
-# What a run leaves in its directory, by pattern; anything else there is the user's and is never moved.
-RUN_FILES = (
-    "config.yaml",
-    "metrics.jsonl",
-    "samples.jsonl",
-    "rollouts.jsonl",
-    "rollouts",
-    "failed_rollout.jsonl",
-    "nonfinite_*.jsonl",
-    "report.html",
-    "checkpoints",
-    "status.json",
-    "stacks",
-    "tensorboard",
-    "wandb",
-)
-
-
 class MetricsWriter:
     """Appends records to ``run_dir``/metrics.jsonl, one flushed line each. For rank 0 only.
 
@@ -53,7 +36,18 @@ class MetricsWriter:
         self._loggers = list(loggers)
         self._log_every_steps = log_every_steps
         _drop_cut_line(self._path)
-        self._file = self._path.open("ab")
+        with writing(self._path.parent):
+            self._file = self._path.open("ab")
+
+    def purge_after(self, step: int) -> None:
+        """Tells TensorBoard that what it was given for later steps comes again."""
+        for logger in self._loggers:
+            experiment = getattr(logger, "experiment", None)
+            if isinstance(experiment, SummaryWriter):
+                # What SummaryWriter(purge_step=...) writes; Lightning makes the writer before the step is known.
+                start = SessionLog(status=SessionLog.START)
+                experiment.file_writer.add_event(Event(step=step + 1, file_version="brain.Event:2"))
+                experiment.file_writer.add_event(Event(step=step + 1, session_log=start))
 
     def write(self, kind: str, step: int, fields: Mapping[str, Any]) -> None:
         """Appends ``{"kind", "step", **fields}``.
@@ -84,7 +78,7 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     Raises:
         ValueError: with file and line, if any other line is not a JSON object.
     """
-    return _read(Path(path), lambda record: (record.get("kind"), record.get("step"), record.get("iteration")))
+    return _read(Path(path))
 
 
 def write_samples(
@@ -104,6 +98,7 @@ def write_samples(
     assert kind in SAMPLE_KINDS, kind
     path = Path(run_dir) / "samples.jsonl"
     _drop_cut_line(path)
+    rewards_G = [getattr(group, "rewards", None) for group in groups]
     records = [
         {
             "iteration": iteration,
@@ -114,13 +109,13 @@ def write_samples(
             "outputs": [
                 {
                     "text": output.text,
-                    "reward": _plain(output.reward),
+                    "reward": None if rewards is None else _plain(rewards[i]),
                     "weight": None if alpha is None else _plain(alpha[g][i]),
                 }
                 for i, output in enumerate(group.outputs)
             ],
         }
-        for g, group in enumerate(groups)
+        for g, (group, rewards) in enumerate(zip(groups, rewards_G, strict=True))
     ]
     with writing(path.parent), path.open("ab") as file:
         file.write(_lines(records))
@@ -128,71 +123,7 @@ def write_samples(
 
 def read_samples(path: str | Path) -> list[dict[str, Any]]:
     """The groups of a samples.jsonl, in order; as tolerant as ``read_metrics``."""
-    return _read(Path(path), lambda record: (record.get("kind"), record.get("iteration"), record.get("id")))
-
-
-def prepare_run_dir(path: str | Path, resume: bool = False) -> Path:
-    """Creates the run directory, or clears it for a new run: an earlier run's files move to ``previous/<k>/``.
-
-    To be called by rank 0 alone, before anything is written there. With ``resume`` the earlier files stay, to be
-    continued.
-
-    Raises:
-        ValueError: naming ``run_dir``, if it cannot be created or written.
-    """
-    run_dir = Path(path)
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=run_dir):
-            pass
-        earlier = [file for pattern in RUN_FILES for file in run_dir.glob(pattern)]
-        if earlier and not resume:
-            taken = [int(p.name) for p in (run_dir / "previous").glob("*") if p.name.isdecimal()]
-            attic = run_dir / "previous" / str(max(taken, default=0) + 1)
-            attic.mkdir(parents=True)
-            for file in earlier:
-                file.rename(attic / file.name)
-    except OSError as error:
-        raise _unwritable(run_dir, error) from error
-    return run_dir
-
-
-@contextlib.contextmanager
-def locked(path: str | Path) -> Iterator[None]:
-    """Makes the run directory, and keeps other runs out of it while the context lasts; a killed process leaves it free.
-    For rank 0.
-
-    Raises:
-        ValueError: naming ``run_dir``: another run is in it, or it cannot be written.
-    """
-    run_dir = Path(path)
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        file = (run_dir / ".lock").open("w")
-    except OSError as error:
-        raise _unwritable(run_dir, error) from error
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"run_dir={run_dir}: another run is writing there; name another directory") from None
-        yield
-
-
-@contextlib.contextmanager
-def writing(run_dir: Path) -> Iterator[None]:
-    """Around writing to a file of the run directory. ValueError, naming ``run_dir``: it failed."""
-    try:
-        yield
-    except OSError as error:
-        raise _unwritable(run_dir, error) from error
-
-
-def _unwritable(run_dir: Path, error: OSError) -> ValueError:
-    return ValueError(
-        f"run_dir={run_dir}: cannot write there ({error.strerror or error}); set run_dir to a directory that you may "
-        "write to, with room for checkpoints"
-    )
+    return _read(Path(path))
 
 
 @dataclass(frozen=True)
@@ -260,13 +191,13 @@ def _drop_cut_line(path: Path) -> None:
             file.truncate(file.read().rfind(b"\n") + 1)
 
 
-def _read(path: Path, key: Callable[[dict[str, Any]], tuple]) -> list[dict[str, Any]]:
-    """The lines' objects; of several with one key the last, where the first stood."""
+def _read(path: Path) -> list[dict[str, Any]]:
+    """The lines' objects."""
     if not path.exists():
         return []
     # Lines end at b"\n" alone: str.splitlines would also cut at the separators that outputs may contain.
     lines = path.read_bytes().split(b"\n")
-    records: dict[tuple, dict[str, Any]] = {}
+    records: list[dict[str, Any]] = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
@@ -278,5 +209,5 @@ def _read(path: Path, key: Callable[[dict[str, Any]], tuple]) -> list[dict[str, 
             if number == len(lines):
                 break
             raise ValueError(f"{path}:{number}: {error}; remove the line to read the rest of the file") from error
-        records[key(record)] = record
-    return list(records.values())
+        records.append(record)
+    return records

@@ -9,7 +9,7 @@ import numbers
 from collections.abc import Sequence
 from typing import Protocol
 
-from nemo_brain.core.groups import Group
+from nemo_brain.core.groups import Group, RewardedGroup, SampledGroup, rewarded
 from nemo_brain.core.heartbeat import beat
 
 SHOWN = 200  # characters of a prompt or an output in an error
@@ -86,23 +86,25 @@ class CollectiveReward(Protocol):
 
 
 def score_groups_in_step(
-    reward: CollectiveReward, groups: Sequence[Group], alone: bool, skip_nonfinite: bool = False
-) -> None:
-    """Sets ``reward`` on every output of the groups, with all ranks that call it; ``alone`` as in ``CollectiveReward``,
-    ``skip_nonfinite`` as in ``compute_rewards``.
+    reward: CollectiveReward, groups: Sequence[SampledGroup], alone: bool, skip_nonfinite: bool = False
+) -> list[RewardedGroup]:
+    """The groups with rewards, by all ranks that call it; ``alone`` as in ``CollectiveReward``, ``skip_nonfinite`` as
+    in ``compute_rewards``.
 
     Raises:
         ValueError: a reward is not a finite number; on each of the ranks.
     """
-    outputs = [output for group in groups for output in group.outputs]
-    shown = ([group.prompt.text for group in groups for _ in group.outputs], [output.text for output in outputs])
+    texts = [output.text for group in groups for output in group.outputs]
+    shown = ([group.prompt.text for group in groups for _ in group.outputs], texts)
     values = [value for row in reward.score(groups, alone) for value in row]
-    for index, (output, value) in enumerate(zip(outputs, values, strict=True)):
-        output.reward = _number(value, _name(reward), shown, index, skip_nonfinite)
+    name = _name(reward)
+    return _rewarded(groups, [_number(value, name, shown, i, skip_nonfinite) for i, value in enumerate(values)])
 
 
-def score_groups(reward: Reward, groups: Sequence[Group], skip_nonfinite: bool = False) -> None:
-    """Sets ``reward`` on every output of the groups, in one call of the reward.
+def score_groups(
+    reward: Reward, groups: Sequence[SampledGroup], skip_nonfinite: bool = False
+) -> list[RewardedGroup]:
+    """The groups with rewards, by one call of the reward.
 
     Raises:
         ValueError: see ``compute_rewards``.
@@ -116,8 +118,14 @@ def score_groups(reward: Reward, groups: Sequence[Group], skip_nonfinite: bool =
         metadata=[prompt.metadata for prompt, _ in pairs],
         skip_nonfinite=skip_nonfinite,
     )
-    for (_, output), value in zip(pairs, rewards, strict=True):
-        output.reward = value
+    return _rewarded(groups, rewards)
+
+
+def _rewarded(groups: Sequence[SampledGroup], rewards: Sequence[float]) -> list[RewardedGroup]:
+    """The groups with the rewards of all their outputs, one after another."""
+    assert len(rewards) == sum(len(group.outputs) for group in groups)
+    rest = iter(rewards)
+    return [rewarded(group, [next(rest) for _ in group.outputs]) for group in groups]
 
 
 def compute_rewards(

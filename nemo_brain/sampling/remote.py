@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import PreTrainedTokenizerFast
 
 from nemo_brain.config.brain import RemoteConfig
-from nemo_brain.core.groups import Group, Output, Prompt
+from nemo_brain.core.groups import Output, Prompt, SampledGroup
 from nemo_brain.core.http import BadAnswer
 from nemo_brain.sampling.server import Server
 
@@ -43,6 +43,7 @@ _DIALECTS: dict[str, tuple[int, dict[str, Any]]] = {
     "trtllm": (0, {"detokenize": False}),
 }
 _TOKEN_ID = re.compile(r"token_id:(\d+)")
+_POLL_SECONDS = 1.0
 _ROUNDING = 1e-3  # a log-prob may exceed 0 by this: fp32, or bf16 on the server
 _IMPOSSIBLE = -9999.0  # how servers write minus infinity in JSON
 
@@ -102,14 +103,15 @@ class RemoteSampler:
         seed: int,
         iteration: int,
         on_outputs: Callable[[int], None] = lambda count: None,
-    ) -> Iterator[tuple[int, Group]]:
-        """n outputs for each prompt, as they are finished: pairs of a prompt's index and its group.
+    ) -> Iterator[tuple[int, SampledGroup] | None]:
+        """n outputs for each prompt, as they are finished: pairs of a prompt's index and its group, or None where none
+        was finished for a second.
 
         Requests go on in the background while the caller works on a group; closing the iterator cancels them. The
         same seed, iteration and prompt id ask for the same draws, whatever the other prompts are. ``on_outputs`` is
-        told how many outputs have come since its last call, in the caller's thread. ``proposal_logprob`` is the sum of
-        the server's log-probs, and ``policy_logprob`` too where that law is the model's own (temperature 1, no
-        truncation); None otherwise.
+        told how many outputs have come since its last call, in the caller's thread. ``proposal_logprobs`` are sums of
+        the server's log-probs, and ``policy_logprobs`` too where that law is the model's own (temperature 1, no
+        truncation).
 
         Raises:
             ValueError: the server gives no usable answer within the limits of the configuration; names the prompt.
@@ -134,19 +136,32 @@ class RemoteSampler:
                         task.cancel()
                     await asyncio.gather(*workers, return_exceptions=True)
 
-        outputs: list[dict[int, Output]] = [{} for _ in prompts]
+        plain = self.options.temperature == 1.0 and not self.options.truncated  # the law is the model's own
+        answers: list[dict[int, tuple[Output, float]]] = [{} for _ in prompts]
         with _in_background(work, finished):
-            for _ in range(len(prompts) * n):
-                item = finished.get()
+            left = len(prompts) * n
+            while left:
+                try:
+                    item = finished.get(timeout=_POLL_SECONDS)
+                except queue.Empty:
+                    yield None
+                    continue
+                left -= 1
                 if isinstance(item, BaseException):
                     raise item
-                p, i, output = item
-                outputs[p][i] = output
+                p, i, answer = item
+                answers[p][i] = answer
                 on_outputs(1)
-                if len(outputs[p]) == n:
-                    yield p, Group(prompts[p], [outputs[p].pop(index) for index in range(n)])
+                if len(answers[p]) == n:
+                    outputs, logprobs = zip(*(answers[p].pop(index) for index in range(n)), strict=True)
+                    yield p, SampledGroup(
+                        prompts[p],
+                        list(outputs),
+                        proposal_logprobs=list(logprobs),
+                        policy_logprobs=list(logprobs) if plain else None,
+                    )
 
-    async def _output(self, client, prompt: Prompt, index: int, seed: int, iteration: int) -> Output:
+    async def _output(self, client, prompt: Prompt, index: int, seed: int, iteration: int) -> tuple[Output, float]:
         body = self._body(prompt, request_seed(seed, iteration, prompt.id, index))
         what = f"prompt {prompt.id!r}, output {index}"
         return await self._server.ask(
@@ -181,7 +196,7 @@ class RemoteSampler:
             **dialect,
         }
 
-    def _read(self, answer: Any, prompt: Prompt) -> Output:
+    def _read(self, answer: Any, prompt: Prompt) -> tuple[Output, float]:
         """The output in an answer; BadAnswer where anything about it cannot be."""
         try:
             (choice,) = answer["choices"]
@@ -223,9 +238,7 @@ class RemoteSampler:
                 "the server's context is too short"
             )
         text = self.tokenizer.decode(ids[: len(ids) - ended], skip_special_tokens=False)
-        logprob = math.fsum(values)
-        plain = self.options.temperature == 1.0 and not self.options.truncated
-        return Output(ids, text, ended, proposal_logprob=logprob, policy_logprob=logprob if plain else None)
+        return Output(ids, text, ended), math.fsum(values)
 
 
 def _malformed(answer: Any) -> str:

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from nemo_brain.core.groups import Group, Output, Prompt
+from nemo_brain.core.groups import Output, Prompt, SampledGroup
 from nemo_brain.core.heartbeat import beat
 from nemo_brain.logprobs import vocab_parallel_logprobs
 from nemo_brain.model.parameters import unwrap
@@ -54,11 +54,11 @@ class SamplingOptions:
 
 @dataclass
 class _Group:
-    """A group in flight: the prompt, its place in the caller's list, and the outputs that have ended."""
+    """A group in flight: the prompt, its place in the caller's list, and the rows that have ended."""
 
     index: int
     prompt: Prompt
-    outputs: dict[int, Output] = field(default_factory=dict)
+    ended: dict[int, _Row] = field(default_factory=dict)
 
 
 @dataclass
@@ -150,8 +150,8 @@ class Sampler:
         iteration: int,
         on_outputs: Callable[[int], None] = lambda count: None,
         stop: Callable[[], bool] = lambda: False,
-    ) -> Iterator[tuple[int, Group]]:
-        """n outputs for each prompt, with ``proposal_logprob`` and ``policy_logprob`` filled in.
+    ) -> Iterator[tuple[int, SampledGroup]]:
+        """n outputs for each prompt, with their ``proposal_logprobs`` and ``policy_logprobs``.
 
         All ranks of a model-parallel group call it with the same prompts and go through it to the end; they get the
         same groups in the same order.
@@ -175,10 +175,10 @@ class Sampler:
                 if tick % _STOP_TICKS == 0 and stop():
                     return
                 for row in ended:
-                    outputs = row.group.outputs
-                    outputs[row.output] = self._output(row)
-                    if len(outputs) == self.options.outputs:
-                        yield row.group.index, Group(row.group.prompt, [outputs[i] for i in range(len(outputs))])
+                    rows = row.group.ended
+                    rows[row.output] = row
+                    if len(rows) == self.options.outputs:
+                        yield row.group.index, self._sampled(row.group.prompt, [rows[i] for i in range(len(rows))])
         finally:
             for chunk, mode in zip(self.chunks, modes, strict=True):
                 chunk.train(mode)
@@ -288,7 +288,15 @@ class Sampler:
         plain_R = vocab_parallel_logprobs(logits_RV, tokens_R, tp_group=group, real_vocab_size=vocab_size)
         return torch.stack([tokens_R.double(), sampled_R, plain_R.double()])
 
+    def _sampled(self, prompt: Prompt, rows: Sequence[_Row]) -> SampledGroup:
+        return SampledGroup(
+            prompt,
+            [self._output(row) for row in rows],
+            proposal_logprobs=[row.proposal_logprob for row in rows],
+            policy_logprobs=[row.policy_logprob for row in rows],
+        )
+
     def _output(self, row: _Row) -> Output:
         ended = row.tokens[-1] == self.end
         text = self.tokenizer.decode(row.tokens[: len(row.tokens) - ended], skip_special_tokens=False)
-        return Output(row.tokens, text, ended, proposal_logprob=row.proposal_logprob, policy_logprob=row.policy_logprob)
+        return Output(row.tokens, text, ended)

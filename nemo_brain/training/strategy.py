@@ -1,34 +1,62 @@
-"""The MegatronStrategy of ours: a training step over groups, scoring passes, sampling, and the prior's placement."""
+"""The MegatronStrategy of ours: optimizer steps over packed rows, sampling, further models, and checkpoints."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any, Protocol
 
 import torch
 from megatron.core import parallel_state, tensor_parallel
+from megatron.core.dist_checkpointing.strategies.base import SaveShardedStrategy
+from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 from nemo.lightning import MegatronStrategy
 from nemo.lightning._strategy_lib import set_model_parallel_attributes
 from nemo.lightning.pytorch.plugins.mixed_precision import update_config_with_dtype_overrides
 
+from nemo_brain.core.groups import Prompt, SampledGroup
+from nemo_brain.durability.checkpoint import read_json
 from nemo_brain.durability.guards import OptimizerGuard
+from nemo_brain.durability.saving import fingerprint, first_intact
+from nemo_brain.host.torch_dist import InProcessSave, loading, loading_optimizers
 from nemo_brain.model.gpt import PackedGPTConfig
 from nemo_brain.model.weights import Weights, load_weights
+from nemo_brain.sampling.sampler import Sampler, SamplingOptions
+
+
+class StepResult(Protocol):
+    """What a step's passes came to, the same on every rank: the number of row positions that they took (over all
+    ranks, without padding), and the loss before the step."""
+
+    tokens: int
+
+    @property
+    def loss(self) -> float: ...
 
 
 class PackedStrategy(MegatronStrategy):
     """MegatronStrategy for chunks that take packed rows.
 
     Args:
-        layout, micro_batch_tokens: how groups are packed, see ``passes.GroupPasses``.
+        layout, micro_batch_tokens: how groups are packed, see ``model.passes.GroupPasses``.
         seed: of Megatron's random-number tracker.
+        async_save: checkpoints are written while training goes on, see ``durability.saving.Checkpointer``.
         **options: MegatronStrategy's own.
     """
 
-    def __init__(self, *, layout: str, micro_batch_tokens: int, seed: int, **options):
+    def __init__(self, *, layout: str, micro_batch_tokens: int, seed: int, async_save: bool, **options: Any):
         super().__init__(**options)
         self.layout = layout
         self.micro_batch_tokens = micro_batch_tokens
+        self.saver = InProcessSave(copy=async_save)
+        self.chunks: list[torch.nn.Module] = []  # this rank's part of the model, once it has been set up
+        self.guards: list[OptimizerGuard] = []
+        self.fingerprint = ""  # of the start model
+        self.resume_candidates: Sequence[Path] = ()
+        self.resumed_from: Path | None = None
+        self.last_result: StepResult | None = None
         self._seed = seed
 
     def setup_distributed(self) -> None:
@@ -40,10 +68,18 @@ class PackedStrategy(MegatronStrategy):
             )
 
     def setup(self, trainer) -> None:
-        """NeMo's; ``chunks`` are this rank's part of the model from then on, ``guards`` watch its optimizers."""
+        """NeMo's, for the model as it stands before any checkpoint is restored; ``guards`` watch its optimizers."""
         super().setup(trainer)
+        # NeMo has read from it how long the learning rate's schedule is. When training ends, its loop says.
+        trainer.fit_loop.epoch_loop.max_steps = -1
         self.chunks = [module.module for module in self.megatron_parallel]
         self.guards = [OptimizerGuard(optimizer.mcore_optimizer) for optimizer in self.optimizers]
+        self.fingerprint = fingerprint(self.chunks, self.lightning_module.config.vocab_size)
+        save: SaveShardedStrategy = self.saver
+        replicas = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        if replicas.size() > 1:  # each writes its share of what all of them hold
+            save = FullyParallelSaveStrategyWrapper(save, replicas)
+        self.unwrapped_checkpoint_io._save_sharded_strategy = save
 
     def settle(self) -> None:
         """Ends an overlapped gather of the weights: forward passes wait for it themselves, other readers do not."""
@@ -82,15 +118,62 @@ class PackedStrategy(MegatronStrategy):
         return chunks
 
     def training_step(self, dataloader_iter, *args, **kwargs) -> dict[str, torch.Tensor]:
-        """The forward and backward passes of one optimizer step, which is what the data loader gives."""
-        step, *_ = next(dataloader_iter)
+        """The forward and backward passes of one optimizer step, whose batch the training data gives."""
+        batch, *_ = next(dataloader_iter)
         with self.precision_plugin.train_step_context():
             for chunk in self.chunks:
                 chunk.zero_grad_buffer()
             for optimizer in self.optimizers:
                 optimizer.zero_grad()
-            return {"loss": self.run_step(step)}
+            self.last_result = self.run_step(batch)
+        return {"loss": torch.tensor(self.last_result.loss)}
 
-    def run_step(self, step) -> torch.Tensor:
-        """Accumulates the step's gradient, sets its ``result`` and returns the loss."""
+    def run_step(self, batch: Any) -> StepResult:
+        """Accumulates the gradient of the batch's loss."""
         raise NotImplementedError
+
+    def sample(
+        self,
+        prompts: Sequence[Prompt],
+        options: SamplingOptions,
+        seed: int,
+        iteration: int,
+        on_outputs: Callable[[int], None],
+        stop: Callable[[], bool],
+    ) -> Iterator[tuple[int, SampledGroup]]:
+        """Groups sampled from the model as it stands, by this rank's model-parallel group: see ``Sampler.sample``."""
+        self.settle()
+        model = self.lightning_module
+        sampler = Sampler(self.chunks, model.config, model.tokenizer, options)
+        return sampler.sample(prompts, seed, iteration, on_outputs, stop)
+
+    # Checkpoints.
+
+    def save_weights(self, path: Path) -> None:
+        """Model, optimizer and scheduler; ``saver`` writes what it has taken. A collective of all ranks."""
+        self.trainer.save_checkpoint(path)
+
+    def load_checkpoint(self, checkpoint_path, selective_restore: bool = False) -> dict:
+        """NeMo's, of the first of ``resume_candidates`` that is intact; ``resumed_from`` names it.
+
+        Raises:
+            ValueError: on every rank, when there is none, or when it belongs to another start model.
+        """
+        path = self.resumed_from = first_intact(self.resume_candidates)
+        if read_json(path / "run.json")["start_model"] != self.fingerprint:
+            raise ValueError(
+                f"checkpoint.resume: {path} was written with another start model, which is the prior: set "
+                "model.restore_from (or model.gpt and seed) to what it was, or start anew with checkpoint.resume=never"
+            )
+        with loading(self.optimizers):
+            return super().load_checkpoint(path, selective_restore)
+
+    def load_model_state_dict(self, checkpoint, strict: bool = True) -> None:
+        """NeMo's. A checkpoint of a model with adapters holds nothing else (see ``PackedGPTModel.sharded_state_dict``);
+        that all of them are in it was seen when it was read."""
+        super().load_model_state_dict(checkpoint, strict=strict and self.lightning_module.lora is None)
+
+    def load_optimizer_state_dict(self, checkpoint, selective_restore: bool = False) -> None:
+        """NeMo's."""
+        with loading_optimizers(self.optimizers):
+            super().load_optimizer_state_dict(checkpoint, selective_restore)

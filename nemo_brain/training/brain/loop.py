@@ -1,9 +1,4 @@
-"""Algorithm 1: iterations of sampling, scoring and several optimizer steps, with validation between them.
-
-``BRAInLoop`` is the training data of the Lightning trainer: iterating over it samples and scores when the next step
-needs new groups. It is also a callback, which records each step once the optimizer is done. Every rank holds the whole
-rollout.
-"""
+"""Algorithm 1: iterations of sampling, rewarding, scoring and several optimizer steps, with validation between them."""
 
 from __future__ import annotations
 
@@ -12,71 +7,70 @@ import dataclasses
 import resource
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from typing import Any
 
-import lightning.pytorch as pl
 import torch
 
 from nemo_brain.config.brain import Config
-from nemo_brain.core.groups import Group, Prompt, Rollout, output_matrix
-from nemo_brain.core.interruption import Interrupted, Interruption
+from nemo_brain.core.groups import Prompt, RewardedGroup, Rollout, SampledGroup, ScoredGroup, output_matrix
+from nemo_brain.core.ranks import on_all_ranks
 from nemo_brain.data.order import prompts_of_iteration, shuffled, visits
 from nemo_brain.data.rollouts import write_rollout
-from nemo_brain.durability.checkpoint import groups_from_json, read_json
-from nemo_brain.durability.guards import nonfinite_message, nonfinite_rewards, warn_of_collapse, write_groups
-from nemo_brain.durability.saving import Checkpointer, gathered, restore_random_states
+from nemo_brain.durability.guards import nonfinite_rewards, warn_of_collapse, write_groups
+from nemo_brain.objectives import Objective
 from nemo_brain.report.evaluate import evaluate, rollout_metrics
-from nemo_brain.report.metrics import MetricsWriter, write_samples, writing
 from nemo_brain.report.progress import progress
-from nemo_brain.rewards.protocol import Reward
+from nemo_brain.report.run_dir import writing
+from nemo_brain.rewards.protocol import CollectiveReward, Reward
 from nemo_brain.sampling.sampler import SamplingOptions
-from nemo_brain.training.brain.passes import Scores
+from nemo_brain.training.brain.passes import Scores, StepResult
 from nemo_brain.training.brain.remote_rollout import RemoteRollout
 from nemo_brain.training.brain.rollout import RolloutWorker
-from nemo_brain.training.brain.strategy import TrainStep
+from nemo_brain.training.brain.state import BRAInState
+from nemo_brain.training.brain.strategy import BRAInStrategy, TrainStep
+from nemo_brain.training.frame import Frame, Steps
 
 _VALIDATION = -1  # the "iteration" of validation draws: the same at every validation, so that its noise is shared
 _TRAIN_SAMPLES = 8  # groups per iteration that samples.jsonl keeps
 
 
-class BRAInLoop(pl.Callback):
-    """Yields the run's ``TrainStep``s in order.
+class BRAInLoop:
+    """A BRAIn run's iterations.
 
     Args:
         config: the run's configuration.
+        frame: of the training.
+        strategy, objective: of the model in training.
         prompts: training prompts, or none if there are ``offline`` groups.
         offline: groups sampled elsewhere, trained on instead of sampling.
         held_out: validation prompts; none of them: no validation.
         reward: scores outputs.
         remote: samples in place of the policy's own ranks.
-        run_dir: where rank 0 writes.
-        checkpointer: writes the run's state when it is due.
     """
 
     def __init__(
         self,
         config: Config,
+        frame: Frame[BRAInState],
+        strategy: BRAInStrategy,
+        objective: Objective,
         prompts: Sequence[Prompt],
-        offline: Sequence[Group],
+        offline: Sequence[SampledGroup],
         held_out: Sequence[Prompt],
-        reward: Reward,
+        reward: Reward | CollectiveReward,
         remote: RemoteRollout | None,
-        run_dir: Path,
-        checkpointer: Checkpointer,
     ):
         self.config = config
+        self.frame = frame
+        self.strategy = strategy
+        self.objective = objective
         self.prompts = prompts
-        self.offline = offline
-        for output in (output for group in offline for output in group.outputs):
-            output.prior_logprob = None  # those of other kernels are not comparable with the policy's
+        # Log-probs of other kernels are not comparable with the policy's.
+        self.offline = [dataclasses.replace(group, prior_logprobs=None) for group in offline]
         self.held_out = held_out
         self.reward = reward
         self.remote = remote
-        self.run_dir = run_dir
-        self.checkpointer = checkpointer
-        self.interruption = Interruption(config.trainer.stop_after_minutes)
-        self.step = 0
         rollout = config.rollout
         self._sampling = SamplingOptions(
             outputs=rollout.outputs_per_prompt,
@@ -91,288 +85,190 @@ class BRAInLoop(pl.Callback):
         self._validation = dataclasses.replace(
             self._sampling, outputs=config.validation.outputs_per_prompt, temperature=1.0, top_k=0, top_p=1.0
         )
-        self._start_groups: list[Group] = []
-        self._reference_rewards: list[float | None] | None = None
-        self._record: dict[str, float] = {}
-        self._rollout: list[Group] = []  # the scored groups of the iteration under way
-        self._score_of_eval: float | None = None
-        self._validated = 0  # iterations before the last validation
-        self._skipped = 0  # steps left out because their gradient was not finite
-        self._current: TrainStep | None = None
 
-    # What the trainer calls.
-
-    def on_fit_start(self, trainer: pl.Trainer, model: pl.LightningModule) -> None:
-        self.worker = RolloutWorker(self.config, trainer.strategy, self.reward, self.remote, self.interruption)
-        self._trainer = trainer
-        self.objective = model.objective
-        self.writer = None
-        if trainer.is_global_zero:
-            self.writer = MetricsWriter(self.run_dir, trainer.loggers, self.config.trainer.log_every_steps)
-
-    def on_train_start(self, trainer, model) -> None:
-        self.interruption.listen()
-
-    def __iter__(self) -> Iterator[TrainStep]:
-        if (path := self._trainer.strategy.resumed_from) is not None:
-            self._restore(path)
-        if self.held_out and not self._start_groups:
-            self._or_save(self._validate, 0)
-        elif self._validation_due():
-            self._or_save(self._validate, self.step // self.config.steps_per_iteration)
-        for iteration in range(self.step // self.config.steps_per_iteration, self.config.trainer.max_iterations):
-            yield from self._iteration(iteration)
-
-    def on_before_optimizer_step(self, trainer, model, optimizer) -> None:
-        # Read here: the scheduler has moved on by the end of the batch.
-        self._lr = optimizer.param_groups[0]["lr"]
-
-    def on_train_batch_end(self, trainer, model, outputs, batch, batch_idx) -> None:
-        """Records the step that the optimizer has just made; after the iteration's last one, the iteration."""
-        step, result = self._current, self._current.result
-        seconds = time.perf_counter() - self._step_started
-        self._record["train_seconds"] += seconds
-        self.step += 1
-        out = result.objective
-        self._write(
-            "step",
-            {
-                "iteration": step.iteration,
-                "loss": out.loss_G.mean(),
-                "kl_alpha_beta": out.kl_G.mean(),
-                "ess_alpha": out.ess_alpha_G.mean(),
-                "ess_beta": out.ess_beta_G.mean(),
-                "max_alpha": out.max_alpha_G.mean(),
-                "grad_norm": trainer.callback_metrics.get("grad_norm"),
-                "lr": self._lr,
-                "tokens": result.tokens,
-                "step_seconds": seconds,
-                "tokens_per_second": result.tokens / seconds,
-            },
-        )
-        self._bar.update(1)
-        self._check_gradient(step)
-        done = self.step == self.config.trainer.max_iterations * self.config.steps_per_iteration
-        if self.step % self.config.steps_per_iteration == 0:
-            self._bars.close()
-            self._rollout = []
-            self._write("iteration", {"iteration": step.iteration, **self._record, "peak_memory_gib": _peak_memory()})
+    def steps(self) -> Steps:
+        """Algorithm 1."""
+        state, worker, total = self.frame.state, self._worker(), self.config.trainer.max_iterations
+        if self.held_out and not state.start:
+            self._validate(worker, 0)
+        elif self._validation_due():  # a run that was stopped in one
+            self._validate(worker, state.step // self.config.steps_per_iteration)
+        for iteration in range(state.step // self.config.steps_per_iteration, total):
+            if not state.rollout:
+                with self.frame.saved_if_interrupted():
+                    state.rollout = self._make_rollout(worker, iteration)
+            with progress(self.config.steps_per_iteration, f"iteration {iteration}: training", "steps") as bar:
+                bar.update(state.step % self.config.steps_per_iteration)
+                for batch, last in self._batches(iteration, state.rollout):
+                    outcome = yield from self.frame.step(batch, {"iteration": iteration}, _step_metrics)
+                    state.record["train_seconds"] += outcome.seconds
+                    bar.update(1)
+                    if not last:
+                        self.frame.save_point()
+            drifted = self._end_iteration(iteration)
+            done = iteration + 1 == total
             if done:
-                self.interruption.ignore()
+                self.frame.interruption.ignore()  # what is left is short, and nothing to go on with
             if self._validation_due():
-                self._or_save(self._validate, step.iteration + 1, done)
-        saving = self.checkpointer
-        interrupted, due, failed = self.interruption.agreed(saving.due(self.step), saving.failed)
-        drifted = self._drifted()
-        if interrupted or drifted or (self.config.checkpoint.at_end if done else due):
-            self._save()
-        if interrupted or drifted or done or failed:
-            saving.finish()
-        if drifted:
-            trainer.should_stop = True
-        if interrupted:
-            raise Interrupted(self.interruption.reason)
+                self._validate(worker, iteration + 1)
+            self.frame.save_point(last=drifted or done, always=drifted)
+            if drifted:
+                return
 
-    def _check_gradient(self, step: TrainStep) -> None:
-        """After a step that was left out because its gradient was not finite: writes its groups; ValueError to stop."""
-        skipped = sum(guard.skipped for guard in self._trainer.strategy.guards)
-        if skipped == self._skipped:
-            return
-        self._skipped = skipped
-        if self.writer:
-            with writing(self.run_dir):
-                write_groups(self.run_dir / f"nonfinite_step_{self.step}.jsonl", step.groups)
-        if self.config.train.on_nonfinite == "stop":
-            raise ValueError(nonfinite_message(self.step))
+    # One iteration.
 
-    def _drifted(self) -> bool:
-        """At the end of an iteration: whether its outputs were further from the prior than the run may go."""
-        limit, kl = self.config.train.max_kl, self._record.get("kl_to_prior")
-        ended = self.step % self.config.steps_per_iteration == 0
-        if not ended or limit is None or kl is None or kl <= limit:
+    def _make_rollout(self, worker: RolloutWorker, iteration: int) -> list[ScoredGroup]:
+        """The iteration's scored groups; begins its record."""
+        record: dict[str, float] = {}
+        untrained = self.frame.state.step == 0
+        with _timed(record, "sample_seconds"):
+            if self.offline:
+                rewarded, temperature = self._offline_groups(worker, iteration), None
+            else:
+                prompts = self._prompts(iteration)
+                worker.refresh(self.frame.state.step, self._sampling)  # q' <- q
+                sampled = worker.sample(prompts, self._sampling, iteration, f"iteration {iteration}: sampling")
+                rewarded = worker.reward(sampled)
+                temperature = self._sampling.temperature if self.config.rollout.rescore_proposal else None
+        with _timed(record, "score_seconds"):
+            scored, gap = worker.score(rewarded, temperature, untrained)
+        if self.offline:
+            self._remember(iteration, scored)
+        self.frame.state.record = {**record, **self._record(iteration, scored, gap), "train_seconds": 0.0}
+        return scored
+
+    def _batches(self, iteration: int, groups: Sequence[ScoredGroup]) -> Iterator[tuple[TrainStep, bool]]:
+        """The batches of the iteration's steps that are still to be made, and whether each is its last."""
+        count, size, seed = len(groups), self.config.train.global_batch_size, self.config.seed
+        scores = Scores.of(groups, keep_truncated=self.config.rollout.truncated == "keep")
+        policy_GN = output_matrix(groups, "policy_logprobs")
+        steps = self.config.steps_per_iteration
+        for step in range(self.frame.state.step % steps, steps):
+            epoch, start = divmod(step * size, count)
+            members = shuffled(count, f"{seed}/{iteration}/{epoch}")[start : start + size]
+            # The first step after a refresh: the scoring pass has just computed log q.
+            fresh = step == 0 and self.config.rollout.rescore_proposal and not self.offline
+            batch = TrainStep(
+                [groups[g] for g in members], Scores(**scores.rows(members)), policy_GN[members] if fresh else None
+            )
+            yield batch, step + 1 == steps
+
+    def _end_iteration(self, iteration: int) -> bool:
+        """Records the iteration. Returns whether its outputs were further from the prior than the run may go."""
+        state, limit = self.frame.state, self.config.train.max_kl
+        self.frame.write("iteration", {"iteration": iteration, **state.record, "peak_memory_gib": _peak_memory()})
+        kl = state.record["kl_to_prior"]
+        state.rollout, state.record = [], {}
+        if limit is None or kl <= limit:
             return False
         warnings.warn(f"kl_to_prior is {kl:.3g} nats, above train.max_kl={limit:g}: the run stops here", stacklevel=2)
         return True
 
-    # One iteration.
-
-    def _iteration(self, iteration: int) -> Iterator[TrainStep]:
-        if not self._rollout:
-            self._record = {}
-            self._rollout = self._or_save(self._offline_groups if self.offline else self._sample, iteration)
-            self._score(iteration, self._rollout)
-        groups = self._rollout
-        scores = Scores.of(groups, keep_truncated=self.config.rollout.truncated == "keep")
-        policy_GN = output_matrix(groups, "policy_logprob")
-        done = self.step % self.config.steps_per_iteration  # of this iteration's steps, before the run was resumed
-        with contextlib.ExitStack() as self._bars:
-            total = self.config.steps_per_iteration
-            self._bar = self._bars.enter_context(progress(total, f"iteration {iteration}: training", "steps"))
-            self._bar.update(done)
-            size = self.config.train.global_batch_size
-            for epoch in range(self.config.train.epochs_per_iteration):
-                order = shuffled(len(groups), f"{self.config.seed}/{iteration}/{epoch}")
-                for start in range(0, len(groups), size):
-                    if done:
-                        done -= 1
-                        continue
-                    members = order[start : start + size]
-                    # The first step after a refresh: the scoring pass has just computed log q.
-                    fresh = epoch == 0 and start == 0 and self.config.rollout.rescore_proposal and not self.offline
-                    self._current = TrainStep(
-                        iteration,
-                        [groups[g] for g in members],
-                        Scores(**scores.rows(members)),
-                        policy_GN[members] if fresh else None,
-                    )
-                    self._step_started = time.perf_counter()
-                    yield self._current
-
-    def _sample(self, iteration: int) -> list[Group]:
-        """The iteration's groups with rewards, sampled by all data-parallel ranks, each its share of the prompts."""
+    def _prompts(self, iteration: int) -> list[Prompt]:
         count, seed = self.config.rollout.prompts_per_iteration, self.config.seed
-        prompts = _on_every_rank(lambda: prompts_of_iteration(self.prompts, iteration, count, seed))
-        with self._timed("sample_seconds"):
-            description = f"iteration {iteration}: sampling"
-            return self.worker.sample(prompts, self._sampling, iteration, self.step, description)
+        return on_all_ranks(lambda: prompts_of_iteration(self.prompts, iteration, count, seed))
 
-    def _offline_groups(self, iteration: int) -> list[Group]:
-        """The iteration's groups from the offline rollouts, rewarded where they came without a reward."""
-        count = self.config.rollout.prompts_per_iteration
-        groups = [self.offline[g] for g, _ in visits(len(self.offline), iteration, count, self.config.seed)]
-        unscored = [group for group in groups if any(output.reward is None for output in group.outputs)]
-        with self._timed("sample_seconds"):
-            if unscored:
-                self.worker.score_rewards(unscored)
-        return groups
-
-    def _score(self, iteration: int, groups: Sequence[Group]) -> None:
-        """Fills in log p and the policy's log q of every output, and the proposal's log q' where it is to be rescored;
-        begins the iteration's record and writes its samples."""
-        rollout = self.config.rollout
-        rescore = rollout.rescore_proposal and not self.offline
-        gap = None
-        with self._timed("score_seconds"):
-            sampled_GN = output_matrix(groups, "proposal_logprob") if rescore else None
-            policy_EGN = self.worker.score(groups, self._temperatures(groups, rescore), self.step == 0)
-            if rescore:
-                gap = (policy_EGN[-1] - sampled_GN).abs().sum().item() / sum(len(group.outputs) for group in groups)
-            for g, group in enumerate(groups):
-                for i, output in enumerate(group.outputs):
-                    if rescore:
-                        output.proposal_logprob = policy_EGN[-1, g, i].item()
-                    elif output.proposal_logprob is None:
-                        # Offline outputs of an unnamed sampler count as the start model's.
-                        output.proposal_logprob = output.prior_logprob
-        self._record |= rollout_metrics(groups, rollout.outputs_per_prompt, gap)
+    def _record(self, iteration: int, groups: Sequence[ScoredGroup], gap: float | None) -> dict[str, Any]:
+        """The record of the iteration's groups; writes what of them is kept in files."""
+        rollout, frame = self.config.rollout, self.frame
         scores = Scores.of(groups, keep_truncated=rollout.truncated == "keep")
-        out = self.objective(output_matrix(groups, "policy_logprob"), **vars(scores))
-        self._record["groups/zero_gradient"] = int(out.zero_gradient_G.sum())
-        self._record["train_seconds"] = 0.0
-        if self.writer:
+        out = self.objective(output_matrix(groups, "policy_logprobs"), **vars(scores))
+        frame.write_samples(iteration, groups[:_TRAIN_SAMPLES], "train", out.alpha_GN)
+        if frame.writer:
             warn_of_collapse(out.ess_alpha_G.mean().item(), self.config.train.min_ess, rollout.outputs_per_prompt)
-            write_samples(self.run_dir, iteration, groups[:_TRAIN_SAMPLES], "train", out.alpha_GN)
-            with writing(self.run_dir):
+            with writing(frame.run_dir):
                 self._report_nonfinite_rewards(iteration, groups)
                 if rollout.save:
-                    write_rollout(self.run_dir / "rollouts.jsonl", Rollout(iteration, list(groups)))
+                    write_rollout(frame.run_dir / "rollouts.jsonl", Rollout(iteration, groups))
+        metrics = rollout_metrics(groups, rollout.outputs_per_prompt, gap)
+        return {**metrics, "groups/zero_gradient": int(out.zero_gradient_G.sum())}
 
-    def _report_nonfinite_rewards(self, iteration: int, groups: Sequence[Group]) -> None:
+    def _report_nonfinite_rewards(self, iteration: int, groups: Sequence[ScoredGroup]) -> None:
         """Warns where outputs are left out, as train.on_nonfinite=skip has it, and writes their groups."""
         if bad := nonfinite_rewards(groups):
-            path = self.run_dir / f"nonfinite_rewards_{iteration}.jsonl"
+            path = self.frame.run_dir / f"nonfinite_rewards_{iteration}.jsonl"
             write_groups(path, bad)
             what = f"outputs of {len(bad)} groups have no finite reward and are left out"
             warnings.warn(f"iteration {iteration}: {what}; their groups are in {path}", stacklevel=2)
 
-    def _temperatures(self, groups: Sequence[Group], rescore: bool) -> tuple[float, ...]:
-        """Those at which the policy is to be scored: 1 where log q is not known yet, and the proposal's."""
-        temperature = self.config.rollout.temperature
-        if rescore:
-            return (1.0,) if temperature == 1.0 else (1.0, temperature)
-        known = all(output.policy_logprob is not None for group in groups for output in group.outputs)
-        return () if known and not self.offline else (1.0,)
+    # Groups sampled elsewhere.
+
+    def _visits(self, iteration: int) -> list[int]:
+        count = self.config.rollout.prompts_per_iteration
+        return [index for index, _ in visits(len(self.offline), iteration, count, self.config.seed)]
+
+    def _offline_groups(self, worker: RolloutWorker, iteration: int) -> list[RewardedGroup]:
+        """The iteration's offline groups, rewarded where they came without a reward."""
+        order = self._visits(iteration)
+        missing = [index for index in dict.fromkeys(order) if not isinstance(self.offline[index], RewardedGroup)]
+        if missing:
+            found = worker.reward_offline([self.offline[index] for index in missing])
+            for index, group in zip(missing, found, strict=True):
+                self.offline[index] = group
+        return [group for index in order if isinstance(group := self.offline[index], RewardedGroup)]
+
+    def _remember(self, iteration: int, scored: Sequence[ScoredGroup]) -> None:
+        """What the prior gives the groups, for when they come again."""
+        for index, group in zip(self._visits(iteration), scored, strict=True):
+            self.offline[index] = dataclasses.replace(self.offline[index], prior_logprobs=group.prior_logprobs)
 
     # Validation.
 
     def _validation_due(self) -> bool:
         """Whether the iteration that has just ended is one to validate after, and that is still to be done."""
-        iterations, within = divmod(self.step, self.config.steps_per_iteration)
+        iterations, within = divmod(self.frame.state.step, self.config.steps_per_iteration)
         every = iterations % self.config.trainer.val_every_iterations == 0
         last = iterations == self.config.trainer.max_iterations
-        return bool(self.held_out) and not within and iterations > self._validated and (every or last)
+        return bool(self.held_out) and not within and iterations > self.frame.state.validated and (every or last)
 
-    def _validate(self, iteration: int, last: bool = False) -> None:
+    def _validate(self, worker: RolloutWorker, iteration: int) -> None:
         """Samples for the held-out prompts, compares with the start model, and records it.
 
         Every validation uses the same draws, so start and current model differ by their weights only.
         """
-        prompts = _on_every_rank(lambda: list(self.held_out))
-        groups = self.worker.sample(prompts, self._validation, _VALIDATION, self.step, "validation: sampling")
-        self.worker.score(groups, (1.0,), self.step == 0)
-        if iteration == 0:
-            self._start_groups = groups
-            self._reference_rewards = self.worker.reference_rewards(prompts)
-        result = evaluate(self._start_groups, groups, self._reference_rewards)
-        self._score_of_eval, self._validated = result.reward.mean, iteration
-        self._write("eval", {"iteration": iteration, **result.as_metrics()})
-        if self.writer:
-            kind = "start" if iteration == 0 else "final" if last else "validation"
-            write_samples(self.run_dir, iteration, groups, kind)
+        state = self.frame.state
+        with self.frame.saved_if_interrupted():
+            prompts = on_all_ranks(lambda: list(self.held_out))
+            worker.refresh(state.step, self._validation)
+            rewarded = worker.reward(worker.sample(prompts, self._validation, _VALIDATION, "validation: sampling"))
+            groups, _ = worker.score(rewarded, 1.0, untrained=state.step == 0)
+            if iteration == 0:
+                state.reference_rewards = worker.reference_rewards(prompts)
+                state.start = groups
+        result = evaluate(state.start, groups, state.reference_rewards)
+        state.score, state.validated = result.reward.mean, iteration
+        self.frame.write("eval", {"iteration": iteration, **result.as_metrics()})
+        last = iteration == self.config.trainer.max_iterations
+        self.frame.write_samples(iteration, groups, "start" if iteration == 0 else "final" if last else "validation")
 
-    # Saving and going on.
-
-    def _save(self) -> None:
-        state = {
-            "step": self.step,
-            "record": self._record,
-            "score": self._score_of_eval,
-            "validated": self._validated,
-            "reference_rewards": self._reference_rewards,
-        }
-        self.checkpointer.save(self._trainer, state, {"rollout": self._rollout, "start": self._start_groups})
-
-    def _restore(self, path: Path) -> None:
-        state, groups = read_json(path / "run.json"), read_json(path / "groups.json")
-        self.step = state["step"]
-        self._record, self._score_of_eval, self._validated = state["record"], state["score"], state["validated"]
-        self._reference_rewards = state["reference_rewards"]
-        self._rollout, self._start_groups = (groups_from_json(groups[name]) for name in ("rollout", "start"))
-        restore_random_states(path)
-
-    def _or_save(self, work: Callable, *args):
-        """``work``, which samples; where the run is asked to end meanwhile, it is saved as it was before."""
-        try:
-            return work(*args)
-        except Interrupted:
-            self._save()
-            self.checkpointer.finish()
-            raise
-
-    # Helpers.
-
-    def _write(self, kind: str, fields: dict) -> None:
-        if self.writer:
-            self.writer.write(kind, self.step, fields)
-
-    @contextlib.contextmanager
-    def _timed(self, name: str) -> Iterator[None]:
-        started = time.perf_counter()
-        yield
-        self._record[name] = time.perf_counter() - started
+    def _worker(self) -> RolloutWorker:
+        return RolloutWorker(
+            self.strategy,
+            self.reward,
+            self.remote,
+            self.frame.interruption,
+            seed=self.config.seed,
+            run_dir=self.frame.run_dir,
+            skip_nonfinite=self.config.train.on_nonfinite == "skip",
+        )
 
 
-def _on_every_rank(work: Callable):
-    """The result of ``work``, which reads files; where that fails on one rank, its ValueError is raised on all."""
-    result, error = None, None
-    try:
-        result = work()
-    except ValueError as failure:
-        error = failure
-    for failure in gathered(error):
-        if failure is not None:
-            raise failure
-    return result
+def _step_metrics(result: StepResult) -> dict[str, Any]:
+    out = result.objective
+    return {
+        "loss": out.loss_G.mean(),
+        "kl_alpha_beta": out.kl_G.mean(),
+        "ess_alpha": out.ess_alpha_G.mean(),
+        "ess_beta": out.ess_beta_G.mean(),
+        "max_alpha": out.max_alpha_G.mean(),
+    }
+
+
+@contextlib.contextmanager
+def _timed(record: dict[str, float], name: str) -> Iterator[None]:
+    started = time.perf_counter()
+    yield
+    record[name] = time.perf_counter() - started
 
 
 def _peak_memory() -> float:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from nemo_brain.core.groups import Group, output_matrix
+from nemo_brain.core.groups import ScoredGroup, output_matrix
 from nemo_brain.core.packing import MicroBatch, chunk_tokens
 from nemo_brain.model.passes import GroupPasses
 from nemo_brain.objectives import Objective, ObjectiveOutput, coefficients
@@ -31,14 +31,14 @@ class Scores:
     mask_GN: torch.Tensor
 
     @classmethod
-    def of(cls, groups: Sequence[Group], keep_truncated: bool) -> Scores:
+    def of(cls, groups: Sequence[ScoredGroup], keep_truncated: bool) -> Scores:
         """Collects the groups' scores. Outputs whose reward is not finite are masked, and those without an end token
         unless ``keep_truncated``."""
-        matrices = [output_matrix(groups, name) for name in ("prior_logprob", "proposal_logprob", "reward")]
+        matrices = [output_matrix(groups, name) for name in ("prior_logprobs", "proposal_logprobs", "rewards")]
         mask_GN = torch.zeros(matrices[0].shape, dtype=torch.bool)
         for g, group in enumerate(groups):
-            for i, output in enumerate(group.outputs):
-                mask_GN[g, i] = (keep_truncated or output.ended) and math.isfinite(output.reward)
+            for i, (output, reward) in enumerate(zip(group.outputs, group.rewards, strict=True)):
+                mask_GN[g, i] = (keep_truncated or output.ended) and math.isfinite(reward)
         return cls(*matrices, mask_GN)
 
     def rows(self, groups: Sequence[int]) -> dict[str, torch.Tensor]:
@@ -55,6 +55,10 @@ class StepResult:
     objective: ObjectiveOutput
     tokens: int
 
+    @property
+    def loss(self) -> float:
+        return self.objective.loss_G.mean().item()
+
 
 class BRAInPasses(GroupPasses):
     """``GroupPasses`` that train on an objective's coefficients."""
@@ -62,7 +66,7 @@ class BRAInPasses(GroupPasses):
     def train(
         self,
         chunks: Sequence[torch.nn.Module],
-        groups: Sequence[Group],
+        groups: Sequence[ScoredGroup],
         scores: Scores,
         objective: Objective,
         policy_logprobs_GN: torch.Tensor | None = None,

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+from contextlib import AbstractContextManager
+from typing import Protocol
 from collections.abc import Iterator, Sequence
 
 import torch
 
 from nemo_brain.model.lora import switched_off
+
+
+class Prior(Protocol):
+    """Where the prior's weights are, and how one scores with them."""
+
+    def chunks(self, policy: Sequence[torch.nn.Module]) -> AbstractContextManager[Sequence[torch.nn.Module]]:
+        """The chunks to score with, while the context lasts; ``policy``: those in training."""
 
 
 class ResidentPrior:

@@ -7,6 +7,7 @@ rest, the replica's ranks score what has come with the prior.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -14,7 +15,9 @@ from nemo.collections.llm.gpt.model.base import GPTConfig
 
 from nemo_brain.config.brain import Config
 from nemo_brain.convert.export import check_target, export_model, make_export
-from nemo_brain.core.groups import Group, Prompt
+from nemo_brain.core.groups import Prompt, SampledGroup
+from nemo_brain.core.interruption import Interruption
+from nemo_brain.core.ranks import on_first_rank
 from nemo_brain.core.packing import chunk_tokens
 from nemo_brain.model.weights import Weights
 from nemo_brain.sampling.remote import RemoteSampler
@@ -46,26 +49,21 @@ class RemoteRollout:
             self._export = make_export(gpt, weights.vocab_size, weights.tokenizer, _EXPORT_KEY)
             check_target(self.config.export_to, _EXPORT_KEY)
 
-    def refresh(self, strategy: BRAInStrategy, step: int, options: SamplingOptions) -> None:
+    def refresh(
+        self, strategy: BRAInStrategy, step: int, options: SamplingOptions, interruption: Interruption
+    ) -> None:
         """Gives the server the policy as it stands after ``step`` optimizer steps. A collective of all ranks.
 
         Raises:
             ValueError, OSError: on every rank, when the export or the server's reload failed.
+            Interrupted: on every rank, when the run was asked to end meanwhile.
         """
         if step == self._served:
             return
         if self._export is not None:
             strategy.settle()
             export_model(strategy.chunks, self._export, self.config.export_to)
-        outcome: list[ValueError | None] = [None]
-        if dist.get_rank() == 0:
-            try:
-                self._sampler(options).refresh(self.config.export_to)
-            except ValueError as error:
-                outcome = [error]
-        dist.broadcast_object_list(outcome, src=0)
-        if outcome[0] is not None:
-            raise outcome[0]
+        on_first_rank(lambda: self._sampler(options).refresh(self.config.export_to), interruption=interruption)
         self._served = step
 
     def sample(
@@ -77,8 +75,8 @@ class RemoteRollout:
         iteration: int,
         on_outputs: Callable[[int], None],
         stop: Callable[[], bool],
-    ) -> Iterator[tuple[int, Group]]:
-        """As ``Sampler.sample``, with ``prior_logprob`` filled in too.
+    ) -> Iterator[tuple[int, SampledGroup]]:
+        """As ``Sampler.sample``, with ``prior_logprobs`` too.
 
         Raises:
             ValueError: on every rank of the replica, when the server gave no usable answer.
@@ -101,18 +99,21 @@ class RemoteRollout:
                     return
                 if isinstance(block, ValueError):
                     raise block
-                logprobs_GN = score([group for _, group in block], lambda tokens: None)
-                for (_, group), values in zip(block, logprobs_GN.tolist(), strict=True):
-                    for output, value in zip(group.outputs, values, strict=True):
-                        output.prior_logprob = value
-                yield from block
+                if block:
+                    logprobs_GN = score([group for _, group in block], lambda tokens: None).tolist()
+                    for (index, group), values in zip(block, logprobs_GN, strict=True):
+                        yield index, replace(group, prior_logprobs=values)
 
-    def _blocks(self, prompts, options, seed, iteration, on_outputs) -> Iterator[list[tuple[int, Group]]]:
-        """What the server has finished, enough for a scoring pass at a time."""
-        block: list[tuple[int, Group]] = []
+    def _blocks(self, prompts, options, seed, iteration, on_outputs) -> Iterator[list[tuple[int, SampledGroup]]]:
+        """What the server has finished, enough for a scoring pass at a time; nothing where it has to be waited for."""
+        block: list[tuple[int, SampledGroup]] = []
         positions = 0
-        for index, group in self._sampler(options).sample(prompts, seed, iteration, on_outputs):
-            block.append((index, group))
+        for answer in self._sampler(options).sample(prompts, seed, iteration, on_outputs):
+            if answer is None:
+                yield []
+                continue
+            _, group = answer
+            block.append(answer)
             positions += chunk_tokens(group, range(len(group.outputs)), self._layout)
             if positions >= self._block:
                 yield block

@@ -9,18 +9,28 @@ the replica's ranks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core import parallel_state
 
-from nemo_brain.config.brain import Config
-from nemo_brain.core.groups import Group, Output, Prompt, Rollout
+from nemo_brain.core.groups import (
+    Group,
+    Output,
+    Prompt,
+    RewardedGroup,
+    Rollout,
+    SampledGroup,
+    ScoredGroup,
+    output_matrix,
+    rewarded,
+)
 from nemo_brain.core.interruption import Interrupted, Interruption
 from nemo_brain.core.packing import chunk_tokens
+from nemo_brain.core.ranks import gathered, on_all_ranks, on_first_rank
 from nemo_brain.data.rollouts import write_rollout
 from nemo_brain.data.tokenizers import encode
 from nemo_brain.report.progress import progress
@@ -34,127 +44,128 @@ from nemo_brain.rewards.protocol import (
 )
 from nemo_brain.sampling.sampler import SamplingOptions
 from nemo_brain.training.brain.remote_rollout import RemoteRollout
+from nemo_brain.training.brain.rewarding import RewardThread
 from nemo_brain.training.brain.strategy import BRAInStrategy
 
-# Outputs that a reward is called with at least, but for the last: the number is fixed so that what a call holds, and
-# with it the rounding of a reward that is a model, does not depend on timing.
-_REWARD_BATCH = 64
+
+@dataclass
+class Sampling:
+    """What a replica has sampled of its share of the prompts, by their places in it; rewards may be on their way.
+
+    failure: what ended it, on all ranks of the replica.
+    """
+
+    iteration: int
+    prompts: int
+    share: int
+    groups: dict[int, SampledGroup]
+    rewards: RewardThread | None
+    failure: ValueError | None = None
+
+    @property
+    def interrupted(self) -> bool:
+        return self.failure is None and len(self.groups) < self.share
+
+    @property
+    def ordered(self) -> list[SampledGroup]:
+        return [self.groups[place] for place in sorted(self.groups)]
+
+    @property
+    def kept(self) -> list[SampledGroup]:
+        """What there is when the iteration fails, with the rewards that there are."""
+        done = {group.prompt.id: group for group in (self.rewards.done if self.rewards else ())}
+        return [done.get(group.prompt.id, group) for group in self.ordered]
 
 
 class RolloutWorker:
     """This rank's part in making groups. All ranks call its methods in the same order with the same arguments.
 
-    ``remote`` samples in place of the policy's own ranks, if it is given; ``interruption`` may end sampling early.
+    Args:
+        strategy: samples and scores.
+        reward: of the outputs.
+        remote: samples in place of the policy's own ranks, if it is given.
+        interruption: may end sampling and waiting early.
+        seed: of the draws.
+        run_dir: where the groups of an iteration go that fails.
+        skip_nonfinite: rewards that are not finite are taken.
     """
 
     def __init__(
         self,
-        config: Config,
         strategy: BRAInStrategy,
         reward: Reward | CollectiveReward,
         remote: RemoteRollout | None,
         interruption: Interruption,
+        *,
+        seed: int,
+        run_dir: Path,
+        skip_nonfinite: bool,
     ):
-        self.config = config
         self.strategy = strategy
-        self.reward = reward
+        self.reward_model = reward
         self.remote = remote
         self.interruption = interruption
+        self._seed = seed
+        self._run_dir = run_dir
+        self._skip_nonfinite = skip_nonfinite
         self._members = parallel_state.get_model_parallel_group()
         self._replicas = parallel_state.get_data_parallel_group()
         self._first = self._members.rank() == 0
-        self._skip_nonfinite = config.train.on_nonfinite == "skip"
-        self._once_per_replica(lambda: load_reward(reward))
+        on_first_rank(lambda: load_reward(reward), self._members)
         self._collective = getattr(reward, "collective", False)
         if self._collective:
             reward.setup(strategy)
 
-    def sample(
-        self, prompts: Sequence[Prompt], options: SamplingOptions, iteration: int, step: int, description: str
-    ) -> list[Group]:
-        """A group with rewards for each prompt, in their order, from the policy after ``step`` optimizer steps.
+    def refresh(self, step: int, options: SamplingOptions) -> None:
+        """q' <- q: from now on the policy as it stands, after ``step`` optimizer steps, is sampled from.
 
         Raises:
-            ValueError: the reward or the inference server failed; on every rank. The groups sampled so far are in the
-                run directory's failed_rollout.jsonl.
+            ValueError, OSError: the inference server did not take it; on every rank.
             Interrupted: the run was asked to end; on every rank.
         """
         if self.remote is not None:
-            self.remote.refresh(self.strategy, step, options)
+            self.remote.refresh(self.strategy, step, options, self.interruption)
+
+    def sample(
+        self, prompts: Sequence[Prompt], options: SamplingOptions, iteration: int, description: str
+    ) -> Sampling:
+        """Samples a group for each prompt of this replica's share, and begins to reward them."""
         rank, ranks = self._replicas.rank(), self._replicas.size()
         share = list(prompts[rank::ranks])
-        groups: dict[int, Group] = {}
-        failure: ValueError | None = None
-        with (
-            progress(len(share) * options.outputs, description, "outputs") as bar,
-            _RewardThread(self._reward if self._first and not self._collective else None) as rewards,
-        ):
+        rewards = RewardThread(self._reward_groups) if self._first and not self._collective else None
+        sampling = Sampling(iteration, len(prompts), len(share), {}, rewards)
+        with progress(len(share) * options.outputs, description, "outputs") as bar:
             try:
-                for index, group in self._sampled(share, options, iteration, bar.update):
-                    groups[index] = group
-                    rewards.add(group)
+                for place, group in self._sampled(share, options, iteration, bar.update):
+                    sampling.groups[place] = group
+                    if rewards is not None:
+                        rewards.add(group)
             except ValueError as error:
-                failure = error  # on all ranks of this replica: those of the others are told below
+                sampling.failure = error  # the other replicas are told when they reward theirs
+        return sampling
 
-            if any(self._gather(failure is None and len(groups) < len(share))):
-                raise Interrupted(self.interruption.reason)
+    def reward(self, sampling: Sampling) -> list[RewardedGroup]:
+        """A group with rewards for each prompt, in the order of the prompts.
 
-            def finish() -> None:
-                if failure is not None:
-                    raise failure
-                rewards.wait()
-
-            ordered = [groups[index] for index in sorted(groups)]
-            if self._collective and failure is None:
-                try:
-                    score_groups_in_step(self.reward, ordered, True, self._skip_nonfinite)
-                except ValueError as error:
-                    failure = error
-            try:
-                self._share_rewards(ordered, finish)
-            except ValueError as error:
-                rewards.close()  # so that it changes nothing that is being written
-                raise ValueError(f"{error}{self._keep(iteration, ordered)}") from error
-        shares = self._gather(ordered)
-        return [shares[i % ranks][i // ranks] for i in range(len(prompts))]
-
-    def _sampled(self, share, options: SamplingOptions, iteration: int, on_outputs) -> Iterator[tuple[int, Group]]:
-        arguments = (share, options, self.config.seed, iteration, on_outputs, self._stop)
-        if self.remote is None:
-            return self.strategy.sample(*arguments)
-        return self.remote.sample(self.strategy, *arguments)
-
-    def _stop(self) -> bool:
-        return self.interruption.agreed(group=self._members)[0]
-
-    def _keep(self, iteration: int, groups: list[Group]) -> str:
-        """Writes what all ranks have sampled before the run ends, each its ``groups``; says where, to add to the error.
-
-        Called by every rank, all of which have the same error by now. Some groups may lack rewards.
+        Raises:
+            ValueError: sampling or the reward failed; on every rank. The groups sampled so far are in the run
+                directory's failed_rollout.jsonl.
+            Interrupted: the run was asked to end; on every rank.
         """
-        shares = self._gather(groups)
-        note = [""]
-        if dist.get_rank() == 0:
-            path = Path(self.config.run_dir) / "failed_rollout.jsonl"
-            kept = [group for share in shares for group in share]
-            try:
-                write_rollout(path, Rollout(iteration, kept))
-                note = [f" (the {len(kept)} groups sampled in this iteration are in {path})"]
-            except OSError as error:
-                note = [f" (the groups sampled in this iteration could not be written to {path}: {error})"]
-        # The others must not end before it is written: torchrun would end this rank too.
-        dist.broadcast_object_list(note, src=0)
-        return note[0]
+        if any(gathered(sampling.interrupted)):
+            raise Interrupted(self.interruption.reason)
+        try:
+            share = self._rewarded(sampling)
+        except ValueError as error:
+            raise ValueError(f"{error}{self._keep(sampling)}") from error
+        shares = gathered(share, self._replicas)
+        return [shares[i % len(shares)][i // len(shares)] for i in range(sampling.prompts)]
 
-    def score_rewards(self, groups: Sequence[Group]) -> None:
-        """Sets the rewards of groups that every rank has; ValueError as in ``sample``."""
+    def reward_offline(self, groups: Sequence[SampledGroup]) -> list[RewardedGroup]:
+        """Groups that every rank has, with rewards. Raises as ``reward``, but keeps nothing."""
         if self._collective:
-            score_groups_in_step(self.reward, groups, False, self._skip_nonfinite)
-            return
-        self._share_rewards(groups, lambda: self._reward(groups))
-
-    def _reward(self, groups: Sequence[Group]) -> None:
-        score_groups(self.reward, groups, self._skip_nonfinite)
+            return on_all_ranks(lambda: self._score_in_step(groups, alone=False))
+        return self._with_rewards(groups, lambda: self._reward_groups(groups))
 
     def reference_rewards(self, prompts: Sequence[Prompt]) -> list[float | None]:
         """The rewards of the prompts' own reference answers: what a human's answers would earn."""
@@ -163,144 +174,144 @@ class RolloutWorker:
             tokenizer = self.strategy.lightning_module.tokenizer
             answers = [[*encode(tokenizer, prompt.reference), tokenizer.eos_token_id] for prompt in known]
             groups = [
-                Group(prompt, [Output(ids, prompt.reference, ended=True)])
+                SampledGroup(prompt, [Output(ids, prompt.reference or "", ended=True)])
                 for prompt, ids in zip(known, answers, strict=True)
             ]
-            self.score_rewards(groups)
-            found = {group.prompt.id: group.outputs[0].reward for group in groups}
-            return [found.get(prompt.id) for prompt in prompts]
+            values = [group.rewards[0] for group in self.reward_offline(groups)]
+        else:
+            values = on_first_rank(lambda: self._reference_rewards(known), self._members, self.interruption)
+        found = dict(zip((prompt.id for prompt in known), values, strict=True))
+        return [found.get(prompt.id) for prompt in prompts]
 
-        def work() -> list[float | None]:
-            values = compute_rewards(
-                self.reward,
-                [prompt.text for prompt in known],
-                [prompt.reference for prompt in known],
-                references=[prompt.reference for prompt in known],
-                metadata=[prompt.metadata for prompt in known],
-                skip_nonfinite=self._skip_nonfinite,
-            )
-            found = dict(zip((prompt.id for prompt in known), values, strict=True))
-            return [found.get(prompt.id) for prompt in prompts]
-
-        return self._once_per_replica(work)
-
-    def score(self, groups: Sequence[Group], temperatures: tuple[float, ...], untrained: bool) -> torch.Tensor | None:
-        """Sets log p of every output, and with ``temperatures`` log q of the policy as it stands.
+    def score(
+        self, groups: Sequence[RewardedGroup], temperature: float | None, untrained: bool
+    ) -> tuple[list[ScoredGroup], float | None]:
+        """log p, log q and log q' of every output, by the training kernels where they are not known.
 
         Args:
-            temperatures: at which the policy is scored: none, or 1 and perhaps another.
+            temperature: of the proposal, whose log q' is computed anew by the training kernels; None: the sampler's is
+                taken, or where there is none the prior's.
             untrained: the policy still is the prior, so that one pass does for both.
 
         Returns:
-            log q [E, G, N]; None without temperatures.
+            The scored groups, and with ``temperature`` the mean over outputs of |log q' - the sampler's log q'|.
         """
+        temperatures: tuple[float, ...] = ()
+        if temperature is not None:
+            temperatures = (1.0,) if temperature == 1.0 else (1.0, temperature)
+        elif any(group.policy_logprobs is None for group in groups):
+            temperatures = (1.0,)
         # The prior does not change: what it has scored once, a server's outputs or groups that come again, it has not
         # to score again.
-        unknown = [group for group in groups if any(output.prior_logprob is None for output in group.outputs)]
+        unknown = [group for group in groups if group.prior_logprobs is None]
         same = untrained and len(temperatures) > 0
         positions = sum(self._positions(group) for group in groups) if temperatures else 0
         positions += 0 if same else sum(self._positions(group) for group in unknown)
-        policy_EGN = None
         with progress(positions // self._replicas.size(), "scoring", "tokens") as bar:
+            policy_EGN = prior_GN = None
             if temperatures:
                 policy_EGN = self.strategy.policy_logprobs(groups, temperatures, bar.update)
-                _fill(groups, "policy_logprob", policy_EGN[0])
-            if same:
-                _fill(groups, "prior_logprob", policy_EGN[0])
-            elif unknown:
+            if unknown and not same:
                 with self.strategy.prior() as logprobs:
-                    _fill(unknown, "prior_logprob", logprobs(unknown, bar.update))
-        return policy_EGN
+                    prior_GN = logprobs(unknown, bar.update)
+        policy = [group.policy_logprobs for group in groups] if policy_EGN is None else _rows(groups, policy_EGN[0])
+        prior = [group.prior_logprobs for group in groups]
+        if same:
+            prior = _rows(groups, policy_EGN[0])
+        elif prior_GN is not None:
+            found = iter(_rows(unknown, prior_GN))
+            prior = [known or next(found) for known in prior]
+        proposal = [group.proposal_logprobs or log_p for group, log_p in zip(groups, prior, strict=True)]
+        gap = None
+        if temperature is not None:
+            outputs = sum(len(group.outputs) for group in groups)
+            gap = (policy_EGN[-1] - output_matrix(groups, "proposal_logprobs")).abs().sum().item() / outputs
+            proposal = _rows(groups, policy_EGN[-1])
+        scored = [
+            ScoredGroup(
+                group.prompt,
+                group.outputs,
+                rewards=group.rewards,
+                prior_logprobs=prior[g],
+                proposal_logprobs=proposal[g],
+                policy_logprobs=policy[g],
+            )
+            for g, group in enumerate(groups)
+        ]
+        return scored, gap
+
+    def _sampled(self, share, options: SamplingOptions, iteration: int, on_outputs) -> Iterator[tuple[int, Any]]:
+        arguments = (share, options, self._seed, iteration, on_outputs, self._stop)
+        if self.remote is None:
+            return self.strategy.sample(*arguments)
+        return self.remote.sample(self.strategy, *arguments)
+
+    def _stop(self) -> bool:
+        return self.interruption.agreed(group=self._members)[0]
+
+    def _rewarded(self, sampling: Sampling) -> list[RewardedGroup]:
+        """The replica's share with its rewards; ValueError on every rank of the run."""
+
+        def failing() -> None:
+            if sampling.failure is not None:
+                raise sampling.failure
+
+        if self._collective:
+            on_all_ranks(failing)
+            return on_all_ranks(lambda: self._score_in_step(sampling.ordered, alone=True))
+
+        def finish() -> list[RewardedGroup]:
+            failing()
+            assert sampling.rewards is not None
+            places = dict(zip(sampling.groups, sampling.rewards.finish(), strict=True))
+            return [places[place] for place in sorted(places)]
+
+        return self._with_rewards(sampling.ordered, finish)
+
+    def _with_rewards(self, groups: Sequence[SampledGroup], work) -> list[RewardedGroup]:
+        """The groups with the rewards that ``work`` finds on the first rank of the replica."""
+        rewards = on_first_rank(lambda: [group.rewards for group in work()], self._members, self.interruption)
+        return [rewarded(group, values) for group, values in zip(groups, rewards, strict=True)]
+
+    def _score_in_step(self, groups: Sequence[SampledGroup], alone: bool) -> list[RewardedGroup]:
+        return score_groups_in_step(self.reward_model, groups, alone, self._skip_nonfinite)
+
+    def _reward_groups(self, groups: Sequence[SampledGroup]) -> list[RewardedGroup]:
+        return score_groups(self.reward_model, groups, self._skip_nonfinite)
+
+    def _reference_rewards(self, prompts: Sequence[Prompt]) -> list[float]:
+        return compute_rewards(
+            self.reward_model,
+            [prompt.text for prompt in prompts],
+            [prompt.reference or "" for prompt in prompts],
+            references=[prompt.reference for prompt in prompts],
+            metadata=[prompt.metadata for prompt in prompts],
+            skip_nonfinite=self._skip_nonfinite,
+        )
 
     def _positions(self, group: Group) -> int:
-        return chunk_tokens(group, range(len(group.outputs)), self.config.layout)
+        return chunk_tokens(group, range(len(group.outputs)), self.strategy.layout)
 
-    def _share_rewards(self, groups: Sequence[Group], work: Callable[[], None]) -> None:
-        """``work`` sets the groups' rewards on the replica's first rank; the other ranks set the same."""
+    def _keep(self, sampling: Sampling) -> str:
+        """Writes what all ranks have sampled before the run ends; says where, to add to the error.
 
-        def rewards() -> list[list[float]]:
-            work()
-            return [[output.reward for output in group.outputs] for group in groups]
-
-        for group, values in zip(groups, self._once_per_replica(rewards), strict=True):
-            for output, value in zip(group.outputs, values, strict=True):
-                output.reward = value
-
-    def _once_per_replica(self, work: Callable[[], object]):
-        """The result of ``work`` on the first rank of the model-parallel group, on all of them.
-
-        An error there becomes an error on every rank of the run, so that none waits for the others in a collective.
+        Called by every rank, all of which have the same error by now.
         """
-        answer: list[object] = [None, None]
-        if self._first:
+        shares = gathered(sampling.kept if self._first else None)
+        groups = [group for share in shares if share is not None for group in share]
+        path = self._run_dir / "failed_rollout.jsonl"
+
+        def write() -> str:
             try:
-                answer[0] = work()
-            except ValueError as error:
-                answer[1] = error
-        if self._members.size() > 1:
-            dist.broadcast_object_list(answer, dist.get_process_group_ranks(self._members)[0], group=self._members)
-        for error in self._gather(answer[1]):
-            if error is not None:
-                raise error
-        return answer[0]
+                write_rollout(path, Rollout(sampling.iteration, groups))
+                return f" (the {len(groups)} groups sampled in this iteration are in {path})"
+            except OSError as error:
+                return f" (the groups sampled in this iteration could not be written to {path}: {error})"
 
-    def _gather(self, value) -> list:
-        """Every data-parallel replica's value, in their order."""
-        if self._replicas.size() == 1:
-            return [value]
-        values = [None] * self._replicas.size()
-        dist.all_gather_object(values, value, group=self._replicas)
-        return values
+        # The others must not end before it is written: torchrun would end this rank too.
+        return on_first_rank(write)
 
 
-def _fill(groups: Sequence[Group], name: str, values_GN: torch.Tensor) -> None:
-    """Sets one field of every output."""
-    for group, values in zip(groups, values_GN.tolist(), strict=True):
-        for output, value in zip(group.outputs, values, strict=False):  # a group may have fewer outputs than others
-            setattr(output, name, value)
-
-
-class _RewardThread:
-    """Rewards groups in the background, in the order in which they are added; ``score`` sets the rewards of some, or is
-    None where there is nothing to do."""
-
-    def __init__(self, score: Callable[[Sequence[Group]], None] | None):
-        self._score = score
-        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="reward")
-        self._waiting: list[Group] = []
-        self._running: list[Future] = []
-        self._failed = False
-
-    def __enter__(self) -> _RewardThread:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        self._executor.shutdown(cancel_futures=True)
-
-    def add(self, group: Group) -> None:
-        self._waiting.append(group)
-        if sum(len(waiting.outputs) for waiting in self._waiting) >= _REWARD_BATCH:
-            self._submit()
-
-    def wait(self) -> None:
-        """Until all groups have their rewards. ValueError: the first that the reward raised."""
-        self._submit()
-        for future in self._running:
-            future.result()
-
-    def _submit(self) -> None:
-        if self._score is not None and self._waiting:
-            self._running.append(self._executor.submit(self._work, self._waiting))
-        self._waiting = []
-
-    def _work(self, groups: list[Group]) -> None:
-        if self._failed:
-            return  # the run is about to end: a server that is down must not be waited for again
-        try:
-            self._score(groups)
-        except ValueError:
-            self._failed = True
-            raise
+def _rows(groups: Sequence[Group], values_GN: torch.Tensor) -> list[list[float]]:
+    """Each group's values; a group may have fewer outputs than others."""
+    return [row[: len(group.outputs)] for group, row in zip(groups, values_GN.tolist(), strict=True)]
