@@ -22,7 +22,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
-from nemo_brain.config.brain import CheckpointConfig
+from nemo_brain.config.common import CheckpointConfig
 from nemo_brain.core.groups import Group
 from nemo_brain.core.heartbeat import beat
 from nemo_brain.durability import checkpoint

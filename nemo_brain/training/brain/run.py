@@ -39,6 +39,7 @@ from nemo_brain.training.brain.nemo_model import BRAInGPTModel
 from nemo_brain.training.brain.remote_rollout import RemoteRollout
 from nemo_brain.training.brain.strategy import BRAInStrategy
 from nemo_brain.training.build import (
+    make_ddp,
     make_gpt_config,
     make_lora,
     make_optimizer,
@@ -63,19 +64,18 @@ def run(cfg: DictConfig, callbacks: list[pl.Callback] | None = None) -> BRAInGPT
     """
     quiet()
     config = check(cfg)
-    world_size(config)
+    world_size(config.trainer, config.model)
     objective = _objective(config)
     reward = make_reward(config.reward)
-    weights = make_weights(config)
-    gpt = make_gpt_config(config, weights)
+    weights = make_weights(config.model, config.seed)
+    gpt = make_gpt_config(config.model, config.trainer, weights, config.lengths)
     if isinstance(reward, MegatronReward):
-        reward.configure(
-            make_gpt_config(config, reward.weights, RewardGPTConfig), weights.tokenizer, config.data.template
-        )
+        reward_gpt = make_gpt_config(config.model, config.trainer, reward.weights, config.lengths, RewardGPTConfig)
+        reward.configure(reward_gpt, weights.tokenizer, config.data.template)
     remote = RemoteRollout(config, gpt, weights) if config.rollout.remote is not None else None
-    lora = make_lora(config)
+    lora = make_lora(config.model.peft, config.seed)
     callbacks = [*(callbacks or []), _export_at_end(config, gpt, weights, lora)]
-    optim = make_optimizer(config)
+    optim = make_optimizer(config.optim, config.trainer)
     prompts, offline, held_out = _data(config, weights.tokenizer)
     rank_zero = int(os.environ.get("RANK", 0)) == 0
     run_dir = Path(config.run_dir)
@@ -91,12 +91,19 @@ def run(cfg: DictConfig, callbacks: list[pl.Callback] | None = None) -> BRAInGPT
         checkpointer = Checkpointer(config.checkpoint, run_dir / "checkpoints", configuration)
         loop = BRAInLoop(config, prompts, offline, held_out, reward, remote, run_dir, checkpointer)
         strategy = make_strategy(
-            config, BRAInStrategy, prior_placement=config.prior.placement, async_save=config.checkpoint.in_background
+            BRAInStrategy,
+            config.model,
+            config.trainer,
+            config.train,
+            make_ddp(config.ddp, config.optim),
+            config.seed,
+            prior_placement=config.prior.placement,
+            async_save=config.checkpoint.in_background,
         )
         model = BRAInGPTModel(gpt, weights, objective, lora, optim)
         strategy.resume_candidates = earlier
         max_steps = config.trainer.max_iterations * config.steps_per_iteration
-        trainer = make_trainer(config, strategy, max_steps, [loop, *callbacks])
+        trainer = make_trainer(config.trainer, config.logger, run_dir, strategy, max_steps, [loop, *callbacks])
         _fit(trainer, model, loop, rank_zero)
     return model
 
