@@ -8,42 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from nemo_brain.config.brain import Config
+from nemo_brain.config.common import TrainingConfig
+from nemo_brain.config.schema import Unless, resume_rule
 from nemo_brain.durability import checkpoint
 from nemo_brain.report.run_dir import read_status
 
-# Keys that change how a run computes and where, never what: by pattern.
-_FREE = (
-    "run_dir",
-    "trainer.devices",
-    "trainer.num_nodes",
-    "trainer.accelerator",
-    "trainer.max_iterations",
-    "trainer.val_every_iterations",
-    "trainer.hang_timeout_minutes",
-    "trainer.log_every_steps",
-    "trainer.stop_after_minutes",
-    "model.export_to",
-    "model.export_adapter_to",
-    "model.tensor_model_parallel_size",
-    "model.pipeline_model_parallel_size",
-    "model.virtual_pipeline_model_parallel_size",
-    "model.sequence_parallel",
-    "model.recompute",
-    "model.options*",
-    "prior.placement",
-    "rollout.rows_in_flight",
-    "rollout.save",
-    "rollout.remote*",
-    "train.micro_batch_tokens",
-    "train.layout",
-    "train.on_nonfinite",
-    "train.min_ess",
-    "train.max_kl",
-    "ddp*",
-    "checkpoint*",
-    "logger*",
-)
 
 
 def candidates(run_dir: Path, resume: str, steps: int) -> list[Path]:
@@ -69,32 +38,42 @@ def candidates(run_dir: Path, resume: str, steps: int) -> list[Path]:
     raise ValueError(f"checkpoint.resume={resume} is no checkpoint and holds none: give one, auto or never")
 
 
-def check_configuration(config: Config, path: Path, now: Mapping[str, Any]) -> list[str]:
-    """Compares a checkpoint's configuration with the run's.
+def check_configuration(config: TrainingConfig, path: Path, now: Mapping[str, Any]) -> list[str]:
+    """Compares a checkpoint's configuration with the run's. What may differ is said at the keys' fields.
+
+    Args:
+        config: the run's configuration.
+        path: the checkpoint.
+        now: ``config`` as a dictionary.
 
     Returns:
         The keys that differ, described.
 
     Raises:
-        ValueError: a key differs that changes the mathematics and is not among ``checkpoint.allow_changes``.
+        ValueError: a key differs that changes what is computed and is not among ``checkpoint.allow_changes``.
     """
     try:
         before = flatten(checkpoint.read_json(path / "run.json")["configuration"])
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"checkpoint.resume: {path}/run.json cannot be read: {error}") from error
     after = flatten(now)
-    changes, refused = [], []
+    changes, refused = [], {}
     for key in sorted(before.keys() | after.keys()):
         if before.get(key) == after.get(key):
             continue
         text = f"{key}: {_show(before.get(key))} -> {_show(after.get(key))}"
-        free = any(fnmatch.fnmatchcase(key, pattern) for pattern in (*_FREE, *config.checkpoint.allow_changes))
-        (changes if free else refused).append(text)
+        rule = resume_rule(type(config), key)
+        if isinstance(rule, Unless) and rule.forbids(now):
+            text, rule = f"{text} (with {rule.other} {rule.because})", False
+        if rule or any(fnmatch.fnmatchcase(key, pattern) for pattern in config.checkpoint.allow_changes):
+            changes.append(text)
+        else:
+            refused[key] = text
     if refused:
-        keys = ", ".join(text.partition(":")[0] for text in refused)
         raise ValueError(
-            f"checkpoint.resume: {path} was written by a run that computed something else: {'; '.join(refused)}. Set "
-            f"them back, allow them with checkpoint.allow_changes=[{keys}], or start anew with checkpoint.resume=never"
+            f"checkpoint.resume: {path} was written by a run that computed something else: "
+            f"{'; '.join(refused.values())}. Set them back, allow them with "
+            f"checkpoint.allow_changes=[{', '.join(refused)}], or start anew with checkpoint.resume=never"
         )
     return changes
 

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
-from nemo_brain.config.brain import CheckpointConfig
+from nemo_brain.config.common import CheckpointConfig
 from nemo_brain.core.ranks import gathered, in_thread, on_all_ranks
 from nemo_brain.durability import checkpoint
 from nemo_brain.host.torch_dist import InProcessSave

@@ -9,8 +9,6 @@ import json
 import logging
 import signal
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
-from typing import Any
 
 import uvicorn
 from omegaconf import DictConfig
@@ -20,7 +18,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from nemo_brain.config.brain import typed
+from nemo_brain.config.serve_reward import check_serve
 from nemo_brain.core.http import environment_key
 from nemo_brain.rewards.batching import Items, RewardBatcher
 from nemo_brain.rewards.build import make_reward
@@ -30,32 +28,6 @@ _FIELDS = {"prompt", "output", "reference", "metadata"}
 # A request that is refused is read all the same, up to this: a client that is still sending does not see the answer.
 _DISCARDED = 2**30
 _LOG = logging.getLogger("uvicorn.error")  # which uvicorn shows
-
-
-@dataclass
-class ServeConfig:
-    """conf/serve_reward.yaml."""
-
-    host: str = "127.0.0.1"
-    port: int = 8100
-    api_key_env: str | None = None
-    max_request_bytes: int = 16777216
-    max_batch: int = 64
-    batch_wait_seconds: float = 0.005
-    reward: dict[str, Any] | None = None
-
-
-def check_serve(cfg: DictConfig) -> ServeConfig:
-    """Validates a configuration; ValueError names the key, what is wrong with it and the remedy."""
-    config = typed(ServeConfig, cfg, "conf/serve_reward.yaml")
-    for name in ("max_request_bytes", "max_batch"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name} must be at least 1, not {getattr(config, name)}")
-    if not 0 <= config.port < 65536:
-        raise ValueError(f"port must be between 0 (any free one) and 65535, not {config.port}")
-    if not 0 <= config.batch_wait_seconds < 60:
-        raise ValueError(f"batch_wait_seconds must be at least 0 and below 60, not {config.batch_wait_seconds}")
-    return config
 
 
 def serve(cfg: DictConfig) -> None:

@@ -6,18 +6,15 @@ Errors name the configuration key and the remedy.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import logging
-import operator
 import os
-from collections.abc import Mapping
-from datetime import timedelta
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig
 from nemo import lightning as nl
@@ -25,10 +22,10 @@ from nemo.lightning.pytorch import optim as nemo_optim
 from nemo.lightning.pytorch.optim import MegatronOptimizerModule
 from nemo.utils import logging as nemo_logging
 
-from nemo_brain.config.brain import ModelConfig, TrainingConfig
+from nemo_brain.config.common import CommonTrainConfig, CommonTrainerConfig, LoggerConfig, ModelConfig, PeftConfig
+from nemo_brain.config.schema import did_you_mean
 from nemo_brain.convert.export import check_target, make_export
 from nemo_brain.convert.open import start_weights
-from nemo_brain.durability.supervision import Supervisor
 from nemo_brain.host import cpu
 from nemo_brain.model.gpt import HAVE_TRANSFORMER_ENGINE, PackedGPTConfig
 from nemo_brain.model.lora import LoRA
@@ -43,9 +40,8 @@ def quiet() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
 
 
-def world_size(config: TrainingConfig) -> int:
+def world_size(trainer: CommonTrainerConfig, model: ModelConfig) -> int:
     """The number of ranks: those that were started, which the parallel sizes must divide."""
-    trainer, model = config.trainer, config.model
     started = int(os.environ.get("WORLD_SIZE", 1))
     local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if trainer.devices is None:
@@ -67,32 +63,53 @@ def world_size(config: TrainingConfig) -> int:
     return world
 
 
-def make_weights(config: TrainingConfig) -> Weights:
-    model = config.model
+def make_weights(model: ModelConfig, seed: int) -> Weights:
+    """The start weights; ``seed``: of those of a model from scratch."""
     if model.restore_from is not None and model.gpt:
         raise ValueError("model.gpt describes a model from scratch: set model.gpt=null with model.restore_from")
-    weights = start_weights(model.restore_from, model.gpt, model.tokenizer, config.seed)
+    weights = start_weights(model.restore_from, model.gpt, model.tokenizer, seed)
     if len(weights.tokenizer) > weights.vocab_size:
         raise ValueError(
             f"the tokenizer has {len(weights.tokenizer)} tokens, the checkpoint model.restore_from="
-            f"{config.model.restore_from} only {weights.vocab_size}: they do not belong together"
+            f"{model.restore_from} only {weights.vocab_size}: they do not belong together"
         )
     return weights
 
 
 def make_gpt_config(
-    config: TrainingConfig,
+    model: ModelConfig,
+    trainer: CommonTrainerConfig,
     weights: Weights,
+    lengths: Mapping[str, int],
     kind: type[PackedGPTConfig] = PackedGPTConfig,
-    output_key: str = "rollout.max_new_tokens",
 ) -> PackedGPTConfig:
-    """The configuration of a model of ``weights`` for the longest prompts and outputs (``output_key``)."""
-    model = config.model
+    """The configuration of a model of ``weights``.
+
+    Args:
+        lengths: the most tokens of a prompt and of an output, by their keys.
+    """
+    if trainer.fp8 is not None and not HAVE_TRANSFORMER_ENGINE:
+        raise ValueError("trainer.fp8 needs Transformer Engine, which is not installed: leave it null")
+    given = _given_fields(model, weights)
+    _check_fields(given, weights)
+    _check_division(given, model)
+    gpt = kind(**{"vocab_size": weights.vocab_size, "seq_length": 1024, **_run_fields(model, trainer), **given})
+    longest = sum(lengths.values())
+    if longest > gpt.seq_length:
+        raise ValueError(
+            f"{' + '.join(lengths)} is {longest}, more than the model's {gpt.seq_length} positions "
+            "(model.gpt.seq_length): lower them"
+        )
+    return gpt
+
+
+def _given_fields(model: ModelConfig, weights: Weights) -> dict[str, Any]:
+    """What the weights and ``model.options`` say of the configuration."""
     given = dict(weights.gpt_config)
     _known(given, PackedGPTConfig, "model.gpt")
     for item in dataclasses.fields(ModelConfig):
-        for section in ("gpt", "options"):
-            if item.name in (getattr(model, section) or {}):
+        for section, fields in {"gpt": model.gpt, "options": model.options}.items():
+            if item.name in (fields or {}):
                 raise ValueError(f"model.{section}.{item.name} has a key of its own: set model.{item.name}")
     _known(model.options, PackedGPTConfig, "model.options")
     for name, value in model.options.items():
@@ -101,10 +118,17 @@ def make_gpt_config(
                 f"model.options.{name}={value} contradicts the model's {name}={given[name]}: options say how a model "
                 "is run, not what it is"
             )
+    for name in ("hidden_dropout", "attention_dropout"):
+        given.setdefault(name, 0.0)
+    return given
+
+
+def _check_fields(given: Mapping[str, Any], weights: Weights) -> None:
+    """ValueError for a model that is not complete, or none of those that can be trained here."""
     if given.get("vocab_size", weights.vocab_size) != weights.vocab_size:
         raise ValueError(f"model.gpt.vocab_size must be the tokenizer's {weights.vocab_size}: leave it out")
     for name in ("hidden_dropout", "attention_dropout"):
-        if given.setdefault(name, 0.0) != 0.0:
+        if given[name] != 0.0:
             raise ValueError(
                 f"model.gpt.{name} must be 0: with dropout the policy is not the law that was sampled from"
             )
@@ -113,8 +137,10 @@ def make_gpt_config(
     for needed in ("num_layers", "hidden_size", "num_attention_heads"):
         if not given.get(needed):
             raise ValueError(f"model.gpt.{needed} is needed: set model.restore_from, or describe a model in model.gpt")
-    if config.trainer.fp8 is not None and not HAVE_TRANSFORMER_ENGINE:
-        raise ValueError("trainer.fp8 needs Transformer Engine, which is not installed: leave it null")
+
+
+def _check_division(given: Mapping[str, Any], model: ModelConfig) -> None:
+    """ValueError where the model's width does not divide over its heads, or the model over the ranks."""
     heads, groups = given["num_attention_heads"], given.get("num_query_groups") or given["num_attention_heads"]
     tensor, pipeline = model.tensor_model_parallel_size, model.pipeline_model_parallel_size
     if heads % tensor or groups % tensor:
@@ -130,11 +156,13 @@ def make_gpt_config(
         )
     if given["hidden_size"] % heads and not given.get("kv_channels"):
         raise ValueError(f"model.gpt.hidden_size ({given['hidden_size']}) must be a multiple of the {heads} heads")
-    options: dict[str, Any] = {
-        "vocab_size": weights.vocab_size,
-        "seq_length": 1024,
-        "params_dtype": _dtype(config),
-        "pipeline_dtype": _dtype(config),
+
+
+def _run_fields(model: ModelConfig, trainer: CommonTrainerConfig) -> dict[str, Any]:
+    """How the model is run here, unless it says so itself."""
+    fields: dict[str, Any] = {
+        "params_dtype": _dtype(trainer),
+        "pipeline_dtype": _dtype(trainer),
         # Rows differ in length; Megatron ties the option to this dispatcher even for dense models.
         "variable_seq_lengths": True,
         "moe_token_dispatcher_type": "alltoall",
@@ -142,47 +170,39 @@ def make_gpt_config(
     }
     if model.virtual_pipeline_model_parallel_size is not None:
         # With batched, deallocating communication the interleaved schedule computes wrong losses at two stages.
-        options |= {"overlap_p2p_comm": True, "batch_p2p_comm": False, "deallocate_pipeline_outputs": False}
+        fields |= {"overlap_p2p_comm": True, "batch_p2p_comm": False, "deallocate_pipeline_outputs": False}
     if model.recompute == "full":
-        options |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+        fields |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     elif model.recompute == "selective":
-        options["recompute_granularity"] = "selective"
+        fields["recompute_granularity"] = "selective"
     if not torch.cuda.is_available():
-        options |= {
+        fields |= {
             "use_cpu_initialization": True,
             "masked_softmax_fusion": False,
             "gradient_accumulation_fusion": False,
         }
-    gpt = kind(**{**options, **given})
-    longest = config.data.max_prompt_tokens + operator.attrgetter(output_key)(config)
-    if longest > gpt.seq_length:
-        raise ValueError(
-            f"data.max_prompt_tokens + {output_key} is {longest}, more than the model's {gpt.seq_length} "
-            "positions (model.gpt.seq_length): lower them"
-        )
-    return gpt
+    return fields
 
 
-def check_export(config: TrainingConfig, gpt: PackedGPTConfig, weights: Weights) -> None:
-    """ValueError where ``model.export_to`` will not be possible."""
-    if config.model.export_to is not None:
+def check_export(directory: str | None, gpt: PackedGPTConfig, weights: Weights) -> None:
+    """ValueError where the export to ``model.export_to`` will not be possible."""
+    if directory is not None:
         make_export(gpt, weights.vocab_size, weights.tokenizer, "model.export_to")
-        check_target(config.model.export_to, "model.export_to")
+        check_target(directory, "model.export_to")
 
 
-def _dtype(config: TrainingConfig) -> torch.dtype:
+def _dtype(trainer: CommonTrainerConfig) -> torch.dtype:
     """Of the weights and of what passes between pipeline stages."""
-    return torch.bfloat16 if config.bf16 else torch.float32
+    return torch.bfloat16 if trainer.bf16 else torch.float32
 
 
-def make_lora(config: TrainingConfig) -> LoRA | None:
-    peft = config.model.peft
-    return None if peft is None else LoRA(peft.dim, peft.alpha, tuple(peft.target_modules), config.seed)
+def make_lora(peft: PeftConfig | None, seed: int) -> LoRA | None:
+    return None if peft is None else LoRA(peft.dim, peft.alpha, tuple(peft.target_modules), seed)
 
 
-def make_optimizer(config: TrainingConfig) -> MegatronOptimizerModule:
+def make_optimizer(optim: Mapping[str, Any], trainer: CommonTrainerConfig) -> MegatronOptimizerModule:
     """``optim``: ``name``, fields of Megatron's OptimizerConfig, and ``sched`` (one of NeMo's LR schedulers)."""
-    given = dict(config.optim)
+    given = dict(optim)
     sched = given.pop("sched", None)
     given["optimizer"] = given.pop("name", "adam")
     _known(given, OptimizerConfig, "optim")
@@ -190,25 +210,25 @@ def make_optimizer(config: TrainingConfig) -> MegatronOptimizerModule:
         raise ValueError(f"optim.name must be adam or sgd, not {given['optimizer']!r}")
     if not given.get("lr", 0) > 0:
         raise ValueError("optim.lr must be set, and above 0")
-    given = {"bf16": config.bf16, "params_dtype": _dtype(config), **given}
+    given = {"bf16": trainer.bf16, "params_dtype": _dtype(trainer), **given}
     return MegatronOptimizerModule(config=OptimizerConfig(**given), lr_scheduler=_scheduler(sched))
 
 
-def make_ddp(config: TrainingConfig) -> DistributedDataParallelConfig:
+def make_ddp(ddp: Mapping[str, Any], optim: Mapping[str, Any]) -> DistributedDataParallelConfig:
     """``ddp``: fields of Megatron's DistributedDataParallelConfig."""
-    given = dict(config.ddp)
+    given = dict(ddp)
     _known(given, DistributedDataParallelConfig, "ddp")
     if "use_distributed_optimizer" in given:
         raise ValueError("ddp.use_distributed_optimizer has a key of its own: set optim.use_distributed_optimizer")
     if given.get("overlap_param_gather"):
         for key, value in {
-            "optim.use_distributed_optimizer": config.optim.get("use_distributed_optimizer"),
+            "optim.use_distributed_optimizer": optim.get("use_distributed_optimizer"),
             "ddp.overlap_grad_reduce": given.get("overlap_grad_reduce"),
         }.items():
             if not value:
                 raise ValueError(f"ddp.overlap_param_gather needs {key}=true")
     # guards.OptimizerGuard looks at the gradient's norm instead, and names the groups.
-    return DistributedDataParallelConfig(**{"check_for_nan_in_grad": False, **given})
+    return DistributedDataParallelConfig(**{"check_for_nan_in_grad": False, "grad_reduce_in_fp32": True, **given})
 
 
 def _scheduler(sched: Mapping | None):
@@ -229,48 +249,67 @@ def _known(given: Mapping, kind: type, key: str) -> None:
     names = [item.name for item in dataclasses.fields(kind)]
     for name in given:
         if name not in names:
-            close = difflib.get_close_matches(name, names, n=3)
-            hint = f"; did you mean {' or '.join(close)}?" if close else ""
-            raise ValueError(f"unknown configuration key {key}.{name}: {kind.__name__} has no such field{hint}")
+            raise ValueError(
+                f"unknown configuration key {key}.{name}: {kind.__name__} has no such field{did_you_mean(name, names)}"
+            )
 
 
-def make_strategy(config: TrainingConfig, kind: type[PackedStrategy], **own) -> PackedStrategy:
+def make_strategy(
+    kind: type[Strategy],
+    model: ModelConfig,
+    trainer: CommonTrainerConfig,
+    train: CommonTrainConfig,
+    checkpoint: CheckpointConfig,
+    ddp: DistributedDataParallelConfig,
+    seed: int,
+    **own: Any,
+) -> Strategy:
     """The strategy of one kind; ``own``: that kind's arguments."""
-    model = config.model
     return kind(
-        layout=config.layout,
-        micro_batch_tokens=config.train.micro_batch_tokens,
-        seed=config.seed,
+        layout=train.row_layout,
+        micro_batch_tokens=train.micro_batch_tokens,
+        seed=seed,
+        async_save=checkpoint.in_background,
         tensor_model_parallel_size=model.tensor_model_parallel_size,
         pipeline_model_parallel_size=model.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=model.virtual_pipeline_model_parallel_size,
         sequence_parallel=model.sequence_parallel,
-        pipeline_dtype=_dtype(config),
-        ddp=make_ddp(config),
+        pipeline_dtype=_dtype(trainer),
+        ddp=ddp,
         ckpt_async_save=False,
         ckpt_optim_fully_reshardable=True,
         # NeMo's progress bar gathers on rank 0 alone, which the other ranks' collectives do not survive on gloo.
         replace_progress_bar=False,
-        # Longer than the supervisor waits, which has more to say.
-        timeout=timedelta(minutes=config.trainer.hang_timeout_minutes + 2),
         **own,
     )
 
 
+def make_loggers(logger: LoggerConfig, run_dir: Path) -> list[Logger]:
+    loggers: list[Logger] = []
+    if logger.tensorboard:
+        loggers.append(TensorBoardLogger(run_dir, name="", version="tensorboard"))
+    if logger.wandb is not None:
+        loggers.append(WandbLogger(save_dir=run_dir, **logger.wandb))
+    return loggers
+
+
 def make_trainer(
-    config: TrainingConfig, strategy: PackedStrategy, max_steps: int, callbacks: list[pl.Callback]
+    trainer: CommonTrainerConfig,
+    loggers: Sequence[Logger],
+    strategy: PackedStrategy,
+    max_steps: int,
+    callbacks: Sequence[pl.Callback],
 ) -> nl.Trainer:
-    trainer = config.trainer
     plugins = []
-    if config.bf16:
+    if trainer.bf16:
         plugins.append(
             nl.MegatronMixedPrecision(
                 precision="bf16-mixed",
                 params_dtype=torch.bfloat16,
                 pipeline_dtype=torch.bfloat16,
                 autocast_enabled=False,
-                # NeMo takes it from here rather than from the ddp section.
-                grad_reduce_in_fp32=config.ddp.get("grad_reduce_in_fp32", True),
+                # NeMo takes it from here rather than from the strategy.
+                grad_reduce_in_fp32=strategy.ddp_config.grad_reduce_in_fp32,
                 fp8=trainer.fp8,
                 fp8_recipe=trainer.fp8_recipe,
             )
@@ -278,11 +317,6 @@ def make_trainer(
     on_cpu = cpu.enable()
     if trainer.accelerator == "gpu" and on_cpu:
         raise ValueError("trainer.accelerator=gpu, but no CUDA device is visible: use auto or cpu")
-    loggers: list = []
-    if config.logger.tensorboard:
-        loggers.append(TensorBoardLogger(config.run_dir, name="", version="tensorboard"))
-    if config.logger.wandb is not None:
-        loggers.append(WandbLogger(save_dir=config.run_dir, **config.logger.wandb))
     return nl.Trainer(
         accelerator="cpu" if on_cpu else "gpu",
         devices=trainer.devices,
@@ -290,8 +324,8 @@ def make_trainer(
         strategy=strategy,
         plugins=plugins,
         max_steps=max_steps,
-        callbacks=[Supervisor(trainer.hang_timeout_minutes, Path(config.run_dir)), *callbacks],
-        logger=loggers,
+        callbacks=list(callbacks),
+        logger=list(loggers),
         limit_val_batches=0,
         num_sanity_val_steps=0,
         enable_checkpointing=False,

@@ -17,7 +17,7 @@ import lightning.pytorch as pl
 from nemo.collections.llm.gpt.model.base import GPTModel
 from omegaconf import DictConfig, OmegaConf
 
-from nemo_brain.config.brain import TrainingConfig
+from nemo_brain.config.common import TrainingConfig
 from nemo_brain.convert.export import Export, export_model, make_export
 from nemo_brain.data.order import shuffled
 from nemo_brain.report.metrics import MetricsWriter, prepare_run_dir
@@ -167,6 +167,8 @@ def train_epochs(
         prepare_run_dir(loop.run_dir)
         (loop.run_dir / "config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True), encoding="utf-8")
     steps = loop.config.trainer.epochs * loop.steps_per_epoch
-    make_trainer(loop.config, strategy, steps, [loop, *callbacks]).fit(model, train_dataloaders=loop)
+    config = loop.config
+    trainer = make_trainer(config.trainer, config.logger, loop.run_dir, strategy, steps, [loop, *callbacks])
+    trainer.fit(model, train_dataloaders=loop)
     if rank_zero:
         print("\n".join(loop.summary))

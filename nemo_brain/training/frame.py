@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
-from nemo_brain.config.brain import CheckpointConfig
+from nemo_brain.config.common import CheckpointConfig
 from nemo_brain.core.groups import Group
 from nemo_brain.core.interruption import Interrupted, Interruption
 from nemo_brain.durability.checkpoint import read_json

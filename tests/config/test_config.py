@@ -10,9 +10,9 @@ from omegaconf import OmegaConf
 from toy_runs import ROOT, composed, toy_config
 
 from nemo_brain.config.brain import Config, check
+from nemo_brain.config.serve_reward import ServeConfig, check_serve
 from nemo_brain.core.packing import LAYOUTS
 from nemo_brain.model.gpt import HAVE_TRANSFORMER_ENGINE
-from nemo_brain.rewards.server import ServeConfig, check_serve
 from nemo_brain.training.brain.run import _data, _objective
 from nemo_brain.training.build import make_ddp, make_gpt_config, make_optimizer, make_weights, world_size
 
@@ -54,12 +54,24 @@ def message(*overrides: str, then=None) -> str:
 
 
 def describe(config):
-    return make_gpt_config(config, make_weights(config))
+    return make_gpt_config(config.model, config.trainer, make_weights(config.model, config.seed), config.lengths)
+
+
+def ranks(config):
+    return world_size(config.trainer, config.model)
+
+
+def optimizer(config):
+    return make_optimizer(config.optim, config.trainer)
+
+
+def reduction(config):
+    return make_ddp(config.ddp, config.optim)
 
 
 def read(config):
-    weights = make_weights(config)
-    make_gpt_config(config, weights)
+    weights = make_weights(config.model, config.seed)
+    make_gpt_config(config.model, config.trainer, weights, config.lengths)
     return _data(config, weights.tokenizer)
 
 
@@ -68,9 +80,9 @@ def test_shipped_config_composes_and_is_valid(name):
     config = check(toy_config(name=name))
     assert config.steps_per_iteration >= 1
     assert config.layout in LAYOUTS
-    assert world_size(config) == 1
+    assert ranks(config) == 1
     _objective(config)
-    make_optimizer(config)
+    optimizer(config)
 
 
 def test_brain_yaml_states_every_key_of_the_schema_and_no_other():
@@ -109,9 +121,9 @@ REFUSED = {
     "layout": (["train.layout=rows"], "train.layout", "auto, "),
     "n of 1": (["rollout.outputs_per_prompt=1"], "rollout.outputs_per_prompt", "at least 2, not 1"),
     "no steps": (["trainer.max_iterations=0"], "trainer.max_iterations", "at least 1, not 0"),
-    "no devices": (["trainer.devices=0"], "trainer.devices", "at least 1, not 0"),
+    "no devices": (["trainer.devices=0"], "trainer.devices", "at least 1 or null, not 0"),
     "no batch": (["train.global_batch_size=0"], "train.global_batch_size", "at least 1, not 0"),
-    "no validation prompts": (["validation.max_prompts=0"], "validation.max_prompts", "at least 1, not 0"),
+    "no validation prompts": (["validation.max_prompts=0"], "validation.max_prompts", "at least 1 or null, not 0"),
     "context parallel": (["model.context_parallel_size=2"], "model.context_parallel_size", "tensor and sequence"),
     "sequence parallel alone": (
         ["model.sequence_parallel=true"],
@@ -126,12 +138,12 @@ REFUSED = {
     "one virtual stage": (
         ["model.virtual_pipeline_model_parallel_size=1", "model.pipeline_model_parallel_size=2"],
         "model.virtual_pipeline_model_parallel_size",
-        "at least 2, not 1",
+        "at least 2 or null, not 1",
     ),
     "temperature": (["rollout.temperature=0"], "rollout.temperature", "above 0"),
     "temperature NaN": (["rollout.temperature=nan"], "rollout.temperature", "a finite number, not nan"),
     "negative top-k": (["rollout.top_k=-1"], "rollout.top_k", "at least 0"),
-    "top-p above 1": (["rollout.top_p=1.5"], "rollout.top_p", "in (0, 1]"),
+    "top-p above 1": (["rollout.top_p=1.5"], "rollout.top_p", "above 0 and at most 1, not 1.5"),
     "top-k": (["rollout.top_k=5"], "rollout.top_k", "rollout.truncated_sampling_ok=true"),
     "top-p": (["rollout.top_p=0.9"], "rollout.top_p", "rollout.truncated_sampling_ok=true"),
     "top-k rescored": (
@@ -142,7 +154,7 @@ REFUSED = {
     "part of a batch": (["train.global_batch_size=5"], "train.global_batch_size (5", "must be a multiple of"),
     "no data": (["data.train=null"], "data.train", "data.rollouts"),
     "both kinds of data": (["data.rollouts=groups.jsonl"], "data.rollouts", "set either"),
-    "holdout below 0": (["data.holdout=-1"], "data.holdout", "a fraction below 1 or a number of prompts"),
+    "holdout below 0": (["data.holdout=-1"], "data.holdout", "at least 0, not -1"),
     "holdout of no whole number": (["data.holdout=2.5"], "data.holdout", "a fraction below 1 or a number of prompts"),
 }
 
@@ -163,10 +175,10 @@ TP, PP = "model.tensor_model_parallel_size", "model.pipeline_model_parallel_size
 VIRTUAL = "model.virtual_pipeline_model_parallel_size"
 
 LATER = {
-    "devices without torchrun": (world_size, ["trainer.devices=2"], "trainer.devices (2)", "torchrun"),
-    "nodes without torchrun": (world_size, ["trainer.num_nodes=2"], "trainer.num_nodes (2)", "torchrun"),
-    "more shards than processes": (world_size, [f"{TP}=2"], TP, "torchrun --nproc-per-node"),
-    "more stages than processes": (world_size, [f"{PP}=2"], PP, "torchrun --nproc-per-node"),
+    "devices without torchrun": (ranks, ["trainer.devices=2"], "trainer.devices (2)", "torchrun"),
+    "nodes without torchrun": (ranks, ["trainer.num_nodes=2"], "trainer.num_nodes (2)", "torchrun"),
+    "more shards than processes": (ranks, [f"{TP}=2"], TP, "torchrun --nproc-per-node"),
+    "more stages than processes": (ranks, [f"{PP}=2"], PP, "torchrun --nproc-per-node"),
     "unknown objective": (_objective, ["objective.name=ppo"], "objective.name 'ppo'", "known: brain, dpo_sft"),
     "objective's missing option": (_objective, ["objective.name=dpo_sft"], "objective.beta", "options of objective"),
     "brain without gamma": (_objective, ["objective.gamma=null"], "objective.gamma", "required"),
@@ -191,40 +203,40 @@ LATER = {
     "another model": (describe, ["+model.options.num_layers=5"], "model.options.num_layers=5", "num_layers=4"),
     "key of its own as an option": (describe, ["+model.options.recompute=full"], "set model.recompute", "has a key"),
     "unknown reduction": (
-        make_ddp,
+        reduction,
         ["+ddp.overlap_grad_reduction=true"],
         "ddp.overlap_grad_reduction",
         "overlap_grad_red",
     ),
     "distributed optimizer as reduction": (
-        make_ddp,
+        reduction,
         ["+ddp.use_distributed_optimizer=true"],
         "ddp.use_distributed_optimizer",
         "set optim.use_distributed_optimizer",
     ),
     "gather without shards": (
-        make_ddp,
+        reduction,
         ["ddp.overlap_param_gather=true"],
         "ddp.overlap_param_gather",
         "optim.use_distributed_optimizer=true",
     ),
     "gather without overlapped reduction": (
-        make_ddp,
+        reduction,
         ["ddp.overlap_param_gather=true", "optim.use_distributed_optimizer=true", "ddp.overlap_grad_reduce=false"],
         "ddp.overlap_param_gather",
         "ddp.overlap_grad_reduce=true",
     ),
-    "unknown optimizer field": (make_optimizer, ["+optim.learning_rate=1"], "optim.learning_rate", "no such field"),
+    "unknown optimizer field": (optimizer, ["+optim.learning_rate=1"], "optim.learning_rate", "no such field"),
     "like an optimizer field": (
-        make_optimizer,
+        optimizer,
         ["+optim.weight_decy=1"],
         "optim.weight_decy",
         "did you mean weight_decay",
     ),
-    "optimizer": (make_optimizer, ["optim.name=lion"], "optim.name", "adam or sgd"),
-    "no learning rate": (make_optimizer, ["optim.lr=0"], "optim.lr", "above 0"),
-    "scheduler": (make_optimizer, ["optim.sched={name: Cosine}"], "optim.sched.name", "CosineAnnealing"),
-    "scheduler's arguments": (make_optimizer, ["optim.sched={name: CosineAnnealing, x: 1}"], "optim.sched", "'x'"),
+    "optimizer": (optimizer, ["optim.name=lion"], "optim.name", "adam or sgd"),
+    "no learning rate": (optimizer, ["optim.lr=0"], "optim.lr", "above 0"),
+    "scheduler": (optimizer, ["optim.sched={name: Cosine}"], "optim.sched.name", "CosineAnnealing"),
+    "scheduler's arguments": (optimizer, ["optim.sched={name: CosineAnnealing, x: 1}"], "optim.sched", "'x'"),
     "missing file": (read, ["data.train=/none.jsonl"], "data.train", "/none.jsonl"),
     "missing validation file": (read, ["data.validation=/none.jsonl"], "data.validation", "/none.jsonl"),
     "missing rollouts": (read, ["data.train=null", "data.rollouts=/none.jsonl"], "data.rollouts", "/none.jsonl"),
@@ -244,15 +256,15 @@ def test_what_is_checked_next_names_the_key_and_the_remedy(case):
 def test_world_size_must_be_what_torchrun_started(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    assert world_size(check(toy_config("trainer.num_nodes=2", f"{TP}=2"))) == 4
-    assert "--nnodes" in message(then=world_size)
-    assert "trainer.devices (4)" in message("trainer.devices=4", "trainer.num_nodes=2", then=world_size)
-    assert "(4)" in message("trainer.num_nodes=2", f"{TP}=3", then=world_size)
+    assert ranks(check(toy_config("trainer.num_nodes=2", f"{TP}=2"))) == 4
+    assert "--nnodes" in message(then=ranks)
+    assert "trainer.devices (4)" in message("trainer.devices=4", "trainer.num_nodes=2", then=ranks)
+    assert "(4)" in message("trainer.num_nodes=2", f"{TP}=3", then=ranks)
 
 
 def test_a_scheduler_and_optimizer_fields_arrive():
     sched = "optim.sched={name: CosineAnnealing, warmup_steps: 7, constant_steps: 0, min_lr: 1.0e-6}"
-    made = make_optimizer(check(toy_config("optim.weight_decay=0.25", "trainer.precision=bf16-mixed", sched)))
+    made = optimizer(check(toy_config("optim.weight_decay=0.25", "trainer.precision=bf16-mixed", sched)))
     assert (made.config.weight_decay, made.config.lr, made.config.bf16) == (0.25, 3e-3, True)
     assert made.lr_scheduler.warmup_steps == 7 and math.isclose(made.lr_scheduler.min_lr, 1e-6)
 
@@ -262,7 +274,7 @@ def test_model_options_and_reduction_fields_arrive():
     config = check(toy_config(*options))
     gpt = describe(config)
     assert (gpt.recompute_granularity, gpt.recompute_num_layers) == ("full", 2)
-    assert (make_ddp(config).bucket_size, make_ddp(config).overlap_grad_reduce) == (7, True)
+    assert (reduction(config).bucket_size, reduction(config).overlap_grad_reduce) == (7, True)
 
 
 def test_rows_are_padded_for_sequence_parallelism_and_for_fp8():

@@ -20,9 +20,10 @@ from ranks import free_port
 from test_reward_huggingface import CLOSE, OUTPUTS, PROMPTS, chat_ids, one_by_one, save_reward_model, scores, user
 from toy_runs import ROOT, composed
 
+from nemo_brain.config.serve_reward import check_serve
 from nemo_brain.rewards.build import make_reward
 from nemo_brain.rewards.http import HTTPReward
-from nemo_brain.rewards.server import ItemError, check_serve, parse_items
+from nemo_brain.rewards.server import ItemError, parse_items
 
 SECONDS = 60  # for a start or an end on a busy machine
 
@@ -298,7 +299,7 @@ def test_what_cannot_be_served_ends_it_with_the_reason(tmp_path, overrides, mess
     [
         ("+prt=1", "unknown configuration key prt; did you mean port?"),
         ("+zzzzzz=1", "the known keys are in conf/serve_reward.yaml"),
-        ("port=70000", "port must be between 0 (any free one) and 65535, not 70000"),
+        ("port=70000", "port must be at least 0 and at most 65535, not 70000"),
         ("max_batch=0", "max_batch must be at least 1, not 0"),
         ("max_request_bytes=0", "max_request_bytes must be at least 1, not 0"),
         ("batch_wait_seconds=-1", "batch_wait_seconds must be at least 0 and below 60, not -1"),

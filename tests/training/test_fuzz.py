@@ -17,8 +17,10 @@ from omegaconf import OmegaConf
 from omegaconf.errors import GrammarParseError
 from test_data import TOKENIZERS
 
-from nemo_brain.config.brain import Config, _keys, check
+from nemo_brain.config.brain import Config, check
 from nemo_brain.config.reward_model import RewardConfig, check_reward_config
+from nemo_brain.config.schema import keys
+from nemo_brain.config.serve_reward import ServeConfig, check_serve
 from nemo_brain.config.sft import SFTConfig, check_sft_config
 from nemo_brain.core.groups import Group, Output, Rollout
 from nemo_brain.data.preferences import load_preferences
@@ -26,7 +28,6 @@ from nemo_brain.data.prompts import load_prompts
 from nemo_brain.data.rollouts import read_rollouts, write_rollout
 from nemo_brain.durability.checkpoint import groups_as_json, groups_from_json, read_json, write_text
 from nemo_brain.report.metrics import read_samples, write_samples
-from nemo_brain.rewards.server import ServeConfig, check_serve
 
 fuzzed = settings(derandomize=True, deadline=None, database=None, max_examples=150)
 TOKENIZER = TOKENIZERS["chatml"]
@@ -263,7 +264,9 @@ def composed(name: str, *overrides: str) -> dict:
 
 
 configured = settings(fuzzed, max_examples=40)
-BRAIN, REWARD, SFT, SERVE = (sorted(_keys(kind)) for kind in (Config, RewardConfig, SFTConfig, ServeConfig))
+BRAIN, REWARD, SFT, SERVE = (
+    sorted(name for name, _ in keys(kind)) for kind in (Config, RewardConfig, SFTConfig, ServeConfig)
+)
 
 
 @configured

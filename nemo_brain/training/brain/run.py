@@ -10,7 +10,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 from transformers import PreTrainedTokenizerFast
 
-from nemo_brain.config.brain import BRAInDataConfig, Config, check
+from nemo_brain.config.brain import Config, DataConfig, check
 from nemo_brain.convert.adapter import export_adapter
 from nemo_brain.convert.export import check_target, export_model, make_export
 from nemo_brain.core.groups import Prompt, SampledGroup
@@ -61,7 +61,16 @@ def _parts(config: Config) -> Parts[BRAInGPTModel, BRAInState]:
     remote = RemoteRollout(config, gpt, weights) if config.rollout.remote is not None else None
     lora = make_lora(config.model.peft, config.seed)
     model = BRAInGPTModel(gpt, weights, objective, lora, make_optimizer(config.optim, config.trainer))
-    strategy = make_strategy(BRAInStrategy, config, make_ddp(config.ddp, config.optim), prior=config.prior.placement)
+    strategy = make_strategy(
+        BRAInStrategy,
+        config.model,
+        config.trainer,
+        config.train,
+        config.checkpoint,
+        make_ddp(config.ddp, config.optim),
+        config.seed,
+        prior_placement=config.prior.placement,
+    )
     prompts, offline, held_out = _data(config, weights.tokenizer)
 
     exports = {}
@@ -116,7 +125,7 @@ def _data(
     return train, offline, held_out[: config.validation.max_prompts]
 
 
-def _prompts(source: Any, key: str, data: BRAInDataConfig, tokenizer: PreTrainedTokenizerFast):
+def _prompts(source: Any, key: str, data: DataConfig, tokenizer: PreTrainedTokenizerFast):
     """The prompts of a file, of several, or of a target that Hydra makes."""
     if isinstance(source, Mapping):
         try:

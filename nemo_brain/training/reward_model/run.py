@@ -14,6 +14,7 @@ from nemo_brain.data.preferences import load_preferences
 from nemo_brain.model.reward_head import RewardGPTConfig
 from nemo_brain.training.build import (
     check_export,
+    make_ddp,
     make_gpt_config,
     make_lora,
     make_optimizer,
@@ -39,16 +40,24 @@ def train_reward_model(cfg: DictConfig, callbacks: Sequence[pl.Callback] = ()) -
     """
     quiet()
     config = check_reward_config(cfg)
-    world_size(config)
+    world_size(config.trainer, config.model)
     weights = _reward_weights(config)
-    gpt = make_gpt_config(config, weights, RewardGPTConfig, "data.max_output_tokens")
+    gpt = make_gpt_config(config.model, config.trainer, weights, config.lengths, RewardGPTConfig)
     if config.model.frozen_layers > gpt.num_layers:
         raise ValueError(f"model.frozen_layers is {config.model.frozen_layers}, the model has {gpt.num_layers} layers")
-    check_export(config, gpt, weights)
-    optim = make_optimizer(config)
+    check_export(config.model.export_to, gpt, weights)
+    optim = make_optimizer(config.optim, config.trainer)
     pairs, held_out = read_examples(config.data, config.seed, weights.tokenizer, load_preferences)
-    model = RewardModel(gpt, weights, config.model.frozen_layers, make_lora(config), optim)
-    strategy = make_strategy(config, PreferenceStrategy, centering=config.train.centering)
+    model = RewardModel(gpt, weights, config.model.frozen_layers, make_lora(config.model.peft, config.seed), optim)
+    strategy = make_strategy(
+        PreferenceStrategy,
+        config.model,
+        config.trainer,
+        config.train,
+        make_ddp(config.ddp, config.optim),
+        config.seed,
+        centering=config.train.centering,
+    )
     train_epochs(cfg, model, strategy, PreferenceLoop(config, pairs, held_out), callbacks)
     return model
 
@@ -58,4 +67,4 @@ def _reward_weights(config: RewardConfig) -> RewardWeights:
     model = config.model
     if model.restore_from is not None and not model.gpt and is_reward_model(model.restore_from):
         return open_reward_model(model.restore_from, "model.restore_from")
-    return new_head(make_weights(config), model.head_std, config.seed)
+    return new_head(make_weights(model, config.seed), model.head_std, config.seed)

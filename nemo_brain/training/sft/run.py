@@ -17,6 +17,7 @@ from nemo_brain.data.demonstrations import load_demonstrations
 from nemo_brain.data.examples import read_examples
 from nemo_brain.training.build import (
     check_export,
+    make_ddp,
     make_gpt_config,
     make_lora,
     make_optimizer,
@@ -42,14 +43,22 @@ def fine_tune(cfg: DictConfig, callbacks: Sequence[pl.Callback] = ()) -> PackedM
     """
     quiet()
     config = check_sft_config(cfg)
-    world_size(config)
-    weights = make_weights(config)
-    gpt = make_gpt_config(config, weights, output_key="data.max_output_tokens")
-    check_export(config, gpt, weights)
-    optim = make_optimizer(config)
+    world_size(config.trainer, config.model)
+    weights = make_weights(config.model, config.seed)
+    gpt = make_gpt_config(config.model, config.trainer, weights, config.lengths)
+    check_export(config.model.export_to, gpt, weights)
+    optim = make_optimizer(config.optim, config.trainer)
     load = partial(load_demonstrations, assistant_turns=config.data.assistant_turns)
     examples, held_out = read_examples(config.data, config.seed, weights.tokenizer, load)
     loop = CompletionLoop(config, examples, held_out)
-    model = PackedModel(gpt, weights, make_lora(config), optim)
-    train_epochs(cfg, model, make_strategy(config, CompletionStrategy), loop, callbacks)
+    model = PackedModel(gpt, weights, make_lora(config.model.peft, config.seed), optim)
+    strategy = make_strategy(
+        CompletionStrategy,
+        config.model,
+        config.trainer,
+        config.train,
+        make_ddp(config.ddp, config.optim),
+        config.seed,
+    )
+    train_epochs(cfg, model, strategy, loop, callbacks)
     return model
