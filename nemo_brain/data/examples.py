@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
 from transformers import PreTrainedTokenizerFast
 
-from nemo_brain.core.groups import Output
+from nemo_brain.core.groups import Group, Output
 from nemo_brain.data.prompts import split_holdout
 from nemo_brain.data.records import Source
 from nemo_brain.data.tokenizers import encode
@@ -18,6 +19,7 @@ from nemo_brain.data.tokenizers import encode
 class Example(Protocol):
     """Examples of one ``conversation`` are not held out from each other."""
 
+    group: Group
     conversation: str
 
 
@@ -32,6 +34,16 @@ class ExampleSet(Generic[T]):
     examples: list[T]
     cut_prompts: int
     cut_outputs: int
+
+
+def checksum(examples: Sequence[Example]) -> str:
+    """Of the examples as they are trained on: their number, and a CRC-32 of their tokens and what else they have."""
+    crc = 0
+    for example in examples:
+        tokens = [example.group.prompt.token_ids, *(output.token_ids for output in example.group.outputs)]
+        rest = {name: value for name, value in vars(example).items() if name != "group"}
+        crc = zlib.crc32(repr((tokens, rest)).encode(), crc)
+    return f"{len(examples)}:{crc:08x}"
 
 
 def split_conversations(examples: Sequence[T], holdout: float, seed: int) -> tuple[list[T], list[T]]:

@@ -132,9 +132,7 @@ def _prompt(record: Record, template: Template, max_prompt_tokens: int, vocabula
     return prompt
 
 
-def _group(
-    record: Record, prompt: Prompt, tokenizer: PreTrainedTokenizerFast, max_new_tokens: int
-) -> SampledGroup:
+def _group(record: Record, prompt: Prompt, tokenizer: PreTrainedTokenizerFast, max_new_tokens: int) -> SampledGroup:
     items = record.fields.get("outputs")
     if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
         raise record.error("outputs is not a list of objects", 'write "outputs": [{"text": "..."}, {"text": "..."}]')

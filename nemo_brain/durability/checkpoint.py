@@ -3,8 +3,8 @@
 A checkpoint is a directory ``step_000000042`` that holds
 
 - ``weights/``: model, optimizer and scheduler in Megatron's distributed format (torch_dist), as NeMo writes it;
-- ``run.json``: its step and score, the run's configuration, the start model's fingerprint and the packages' versions;
-- ``state.json``: where the run stood, the groups that it was working on among it; ``random/``: each rank's random states;
+- ``run.json``: its step and score, the run's configuration, the start model's fingerprint and package versions;
+- ``state.json``: where the run stood, with the groups that it was working on; ``random/``: each rank's random states;
 - ``manifest.json``: size and CRC-32 of every file.
 
 It is written as ``.step_....incomplete`` and renamed when all of it is on the disk.
@@ -103,7 +103,9 @@ def damage(path: Path, rank: int, ranks: int) -> str | None:
         if manifest["format"] > FORMAT:
             return f"{path}: its format {manifest['format']} is newer than this version's {FORMAT}: update nemo_brain"
         if manifest["format"] < FORMAT:
-            return f"{path}: its format {manifest['format']} is that of an earlier version, which this one does not read"
+            return (
+                f"{path}: its format {manifest['format']} is an earlier version's, which this one does not read"
+            )
         expected = sorted(manifest["files"].items())
         if rank == 0:
             read_index(path)

@@ -14,7 +14,6 @@ from nemo_brain.durability import checkpoint
 from nemo_brain.report.run_dir import read_status
 
 
-
 def candidates(run_dir: Path, resume: str, steps: int) -> list[Path]:
     """The checkpoints to go on from, the best first; [] for a new run. For rank 0.
 

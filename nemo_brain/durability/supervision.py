@@ -21,13 +21,13 @@ import lightning.pytorch as pl
 import torch.distributed as dist
 
 from nemo_brain.core.heartbeat import beats
-from nemo_brain.core.interruption import Interrupted
+from nemo_brain.core.interruption import Interrupted, Interruption
 
 _POLL_SECONDS = 1.0
 # Ranks end so much later than the one that failed: launchers take the first that ends for the cause.
 _GRACE_SECONDS = 3.0
 _LAST_SECONDS = 30.0  # so long the rank that failed may take to end, and ranks whose store has gone with rank 0
-_VERDICT, _HEARD, _PROGRESS = "verdict", "heard", "progress"
+_VERDICT, _HEARD, _PROGRESS, _INTERRUPTED = "verdict", "heard", "progress", "interrupted"
 
 
 class Supervisor(pl.Callback):
@@ -38,13 +38,17 @@ class Supervisor(pl.Callback):
     - Where no rank has had a ``pulse.beat`` for ``hang_minutes``, every rank prints its threads' stacks, writes them to
       ``directory``/stacks/rank_00000.txt, and ends.
 
+    - Where one rank is asked to end, all of them learn of it: each may be waiting for something that the others know
+      nothing of.
+
     Exit codes are 1. What all ranks raise alike, such as a user's mistake, and ``Interrupted`` end them by themselves.
     """
 
-    def __init__(self, hang_minutes: float, directory: Path):
+    def __init__(self, hang_minutes: float, directory: Path, interruption: Interruption):
         self._seconds = 60 * hang_minutes
         self._hang_minutes = hang_minutes
         self._directory = directory
+        self._interruption = interruption
         self._thread: threading.Thread | None = None
 
     def setup(self, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:
@@ -90,6 +94,7 @@ class Supervisor(pl.Callback):
                     total, since = everyones, time.monotonic()
                 elif time.monotonic() - since > self._seconds:
                     self._judge({"kind": "hang", "rank": self._rank, "error": ""})
+                self._share_interruption()
                 verdict = json.loads(self._store.get(_VERDICT)) if self._store.check([_VERDICT]) else None
             except RuntimeError:
                 if not self._done.wait(_LAST_SECONDS):
@@ -99,6 +104,12 @@ class Supervisor(pl.Callback):
             if verdict is not None:
                 self._obey(verdict)
                 return
+
+    def _share_interruption(self) -> None:
+        if (reason := self._interruption.requested) is not None:
+            self._store.set(_INTERRUPTED, reason)
+        elif self._store.check([_INTERRUPTED]):
+            self._interruption.request(self._store.get(_INTERRUPTED).decode())
 
     def _judge(self, verdict: dict) -> dict:
         """Says what ends the run; returns what does: the first that any rank has said."""

@@ -80,7 +80,9 @@ class Evaluation:
 
 
 def evaluate(
-    start: Sequence[ScoredGroup], current: Sequence[ScoredGroup], reference_rewards: Sequence[float | None] | None = None
+    start: Sequence[ScoredGroup],
+    current: Sequence[ScoredGroup],
+    reference_rewards: Sequence[float | None] | None = None,
 ) -> Evaluation:
     """Compares the current model's held-out outputs with the start model's.
 

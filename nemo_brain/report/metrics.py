@@ -22,6 +22,8 @@ from nemo_brain.report.run_dir import writing
 
 KINDS = ("step", "iteration", "eval")
 SAMPLE_KINDS = ("start", "train", "validation", "final")
+
+
 class MetricsWriter:
     """Appends records to ``run_dir``/metrics.jsonl, one flushed line each. For rank 0 only.
 

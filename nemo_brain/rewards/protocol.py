@@ -101,9 +101,7 @@ def score_groups_in_step(
     return _rewarded(groups, [_number(value, name, shown, i, skip_nonfinite) for i, value in enumerate(values)])
 
 
-def score_groups(
-    reward: Reward, groups: Sequence[SampledGroup], skip_nonfinite: bool = False
-) -> list[RewardedGroup]:
+def score_groups(reward: Reward, groups: Sequence[SampledGroup], skip_nonfinite: bool = False) -> list[RewardedGroup]:
     """The groups with rewards, by one call of the reward.
 
     Raises:

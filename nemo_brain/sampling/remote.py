@@ -154,11 +154,14 @@ class RemoteSampler:
                 on_outputs(1)
                 if len(answers[p]) == n:
                     outputs, logprobs = zip(*(answers[p].pop(index) for index in range(n)), strict=True)
-                    yield p, SampledGroup(
-                        prompts[p],
-                        list(outputs),
-                        proposal_logprobs=list(logprobs),
-                        policy_logprobs=list(logprobs) if plain else None,
+                    yield (
+                        p,
+                        SampledGroup(
+                            prompts[p],
+                            list(outputs),
+                            proposal_logprobs=list(logprobs),
+                            policy_logprobs=list(logprobs) if plain else None,
+                        ),
                     )
 
     async def _output(self, client, prompt: Prompt, index: int, seed: int, iteration: int) -> tuple[Output, float]:

@@ -10,7 +10,7 @@ import logging
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import lightning.pytorch as pl
 import torch
@@ -22,15 +22,25 @@ from nemo.lightning.pytorch import optim as nemo_optim
 from nemo.lightning.pytorch.optim import MegatronOptimizerModule
 from nemo.utils import logging as nemo_logging
 
-from nemo_brain.config.common import CommonTrainConfig, CommonTrainerConfig, LoggerConfig, ModelConfig, PeftConfig
+from nemo_brain.config.common import (
+    CheckpointConfig,
+    CommonTrainConfig,
+    CommonTrainerConfig,
+    LoggerConfig,
+    ModelConfig,
+    PeftConfig,
+)
 from nemo_brain.config.schema import did_you_mean
 from nemo_brain.convert.export import check_target, make_export
+from nemo_brain.convert.mapping import MappedExport
 from nemo_brain.convert.open import start_weights
 from nemo_brain.host import cpu
 from nemo_brain.model.gpt import HAVE_TRANSFORMER_ENGINE, PackedGPTConfig
 from nemo_brain.model.lora import LoRA
 from nemo_brain.model.weights import Weights
 from nemo_brain.training.strategy import PackedStrategy
+
+Strategy = TypeVar("Strategy", bound=PackedStrategy)
 
 
 def quiet() -> None:
@@ -184,11 +194,17 @@ def _run_fields(model: ModelConfig, trainer: CommonTrainerConfig) -> dict[str, A
     return fields
 
 
-def check_export(directory: str | None, gpt: PackedGPTConfig, weights: Weights) -> None:
-    """ValueError where the export to ``model.export_to`` will not be possible."""
-    if directory is not None:
-        make_export(gpt, weights.vocab_size, weights.tokenizer, "model.export_to")
-        check_target(directory, "model.export_to")
+def export_for(key: str, directory: str | None, gpt: PackedGPTConfig, weights: Weights) -> MappedExport | None:
+    """How the model will be written to the directory that ``key`` names; None: nowhere.
+
+    Raises:
+        ValueError: that will not be possible.
+    """
+    if directory is None:
+        return None
+    export = make_export(gpt, weights.vocab_size, weights.tokenizer, key)
+    check_target(directory, key)
+    return export
 
 
 def _dtype(trainer: CommonTrainerConfig) -> torch.dtype:

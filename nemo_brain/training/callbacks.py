@@ -28,6 +28,10 @@ class Driver(pl.Callback):
         self._lr = 0.0
         self._skipped = 0
 
+    def __deepcopy__(self, memo: dict) -> Driver:
+        """NeMo's trainer keeps a copy of what it is made from: not of the training itself, its data and open files."""
+        return self
+
     def __iter__(self) -> Iterator[Batch]:
         while self._batch is not None:
             self._started = time.perf_counter()

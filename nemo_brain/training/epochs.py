@@ -1,65 +1,74 @@
-"""Training by epochs over fixed examples: their order, progress, records, evaluations, and the export at the end.
+"""Training by epochs over fixed examples, some of them held out: what fine-tuning and reward models have in common.
 
-``EpochLoop`` is the training data of the Lightning trainer, and a callback that records each step once the optimizer is
-done, as ``loop.BRAInLoop`` is for iterations. Every rank holds all examples.
+Every rank holds all examples.
 """
 
 from __future__ import annotations
 
-import os
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
-import lightning.pytorch as pl
-from nemo.collections.llm.gpt.model.base import GPTModel
-from omegaconf import DictConfig, OmegaConf
-
-from nemo_brain.config.common import TrainingConfig
-from nemo_brain.convert.export import Export, export_model, make_export
+from nemo_brain.config.common import EpochConfig
+from nemo_brain.core.groups import Group
+from nemo_brain.core.interruption import Interrupted
+from nemo_brain.data.examples import Example
 from nemo_brain.data.order import shuffled
-from nemo_brain.report.metrics import MetricsWriter, prepare_run_dir
-from nemo_brain.report.progress import duration, number, progress
-from nemo_brain.training.build import make_trainer
-from nemo_brain.training.strategy import PackedStrategy
+from nemo_brain.report.progress import progress
+from nemo_brain.training.frame import Frame, State, Steps
+
+AnyExample = TypeVar("AnyExample", bound=Example)
 
 
 @dataclass
-class EpochStep:
-    """One optimizer step on the examples of a global batch (the same on every rank); ``result`` is filled in by it."""
+class EpochState(State):
+    """evaluated: epochs before the last evaluation, None before the first. evaluation: its metrics."""
 
-    epoch: int
-    examples: Sequence[Any]
-    result: Any = None
+    evaluated: int | None = None
+    evaluation: dict[str, Any] | None = None
 
 
-class EpochLoop(pl.Callback):
-    """Yields the run's ``EpochStep``s, records them, evaluates after each epoch and exports the model at the end.
+@dataclass(frozen=True)
+class EpochStep(Generic[AnyExample]):
+    """The batch of an optimizer step: the examples of a global batch, the same on every rank."""
 
-    A subclass says what is recorded of a step and of the held-out examples, and may change how the model is written.
+    examples: Sequence[AnyExample]
+
+    @property
+    def groups(self) -> Sequence[Group]:
+        return [example.group for example in self.examples]
+
+
+def steps_per_epoch(examples: Sequence[Any], global_batch_size: int) -> int:
+    """Batches of an epoch are of equal size, give or take one example."""
+    return -(-len(examples) // global_batch_size)
+
+
+class EpochLoop(Generic[AnyExample]):
+    """Steps on the examples, an evaluation before the first and after each epoch.
+
+    A subclass says what is recorded of a step and of the held-out examples.
 
     Args:
-        config: the run's configuration.
+        config: the training's configuration.
+        frame: of the training.
         examples: of the training.
-        held_out: evaluated after each epoch; none of them: no evaluation.
+        held_out: evaluated before and after; none of them: no evaluation.
     """
 
-    evaluates_start = False  # whether the held-out examples are also evaluated before the first step
-
-    def __init__(self, config: TrainingConfig, examples: Sequence[Any], held_out: Sequence[Any]):
+    def __init__(
+        self,
+        config: EpochConfig,
+        frame: Frame[EpochState],
+        examples: Sequence[AnyExample],
+        held_out: Sequence[AnyExample],
+    ):
         self.config = config
+        self.frame = frame
         self.examples = examples
         self.held_out = held_out
-        self.run_dir = Path(config.run_dir)
-        self.step = 0
-        self._evaluation: Mapping[str, Any] | None = None  # the last one's record
-        self._seconds, self._tokens = 0.0, 0  # of all steps so far
-        # Batches of an epoch are of equal size, give or take one example.
-        self.steps_per_epoch = -(-len(examples) // config.train.global_batch_size)
 
-    def step_metrics(self, result: Any) -> dict[str, Any]:
+    def step_metrics(self, result: Any) -> Mapping[str, Any]:
         """What is recorded of a step, besides what every training records."""
         raise NotImplementedError
 
@@ -67,108 +76,52 @@ class EpochLoop(pl.Callback):
         """The metrics of the held-out examples. All ranks call it together."""
         raise NotImplementedError
 
-    def eval_summary(self, record: Mapping[str, Any]) -> list[tuple[str, str]]:
-        """The last evaluation in rows of a name and a text."""
+    def score(self, metrics: Mapping[str, Any]) -> float:
+        """Of an evaluation, higher is better: ``checkpoint.keep_best``."""
         raise NotImplementedError
 
-    def make_export(self, model: pl.LightningModule) -> Export:
-        """How the model is written to ``model.export_to``."""
-        return make_export(model.config, model.weights.vocab_size, model.weights.tokenizer, "model.export_to")
+    def shown_groups(self) -> Sequence[Group]:
+        """Of the first ``validation.samples`` held-out examples, as the model has them now. All ranks call it."""
+        raise NotImplementedError
 
-    def on_fit_start(self, trainer: pl.Trainer, model: pl.LightningModule) -> None:
-        self.strategy = trainer.strategy
-        self.writer = None
-        if trainer.is_global_zero:
-            self.writer = MetricsWriter(self.run_dir, trainer.loggers, self.config.trainer.log_every_steps)
+    def steps(self) -> Steps:
+        """All epochs."""
+        state, epochs = self.frame.state, self.config.trainer.epochs
+        count = steps_per_epoch(self.examples, self.config.train.global_batch_size)
+        self._evaluate(state.step // count, state.step % count)
+        for epoch in range(state.step // count, epochs):
+            with progress(count, f"epoch {epoch}: training", "steps") as bar:
+                bar.update(state.step % count)
+                for batch, last in self._batches(epoch, state.step % count, count):
+                    yield from self.frame.step(batch, {"epoch": epoch}, self.step_metrics)
+                    bar.update(1)
+                    if not last:
+                        self.frame.save_point()
+            if epoch + 1 == epochs:
+                self.frame.interruption.ignore()  # what is left is short, and nothing to go on with
+            self._evaluate(epoch + 1, 0)
+            self.frame.save_point(last=epoch + 1 == epochs)
 
-    def __iter__(self) -> Iterator[EpochStep]:
-        if self.held_out and self.evaluates_start:
-            self._evaluate(None)
-        count, steps = len(self.examples), self.steps_per_epoch
-        for epoch in range(self.config.trainer.epochs):
-            order = shuffled(count, f"{self.config.seed}/{epoch}")
-            with progress(steps, f"epoch {epoch}: training", "steps") as self._bar:
-                for index in range(steps):
-                    members = order[index * count // steps : (index + 1) * count // steps]
-                    self._current = EpochStep(epoch, [self.examples[i] for i in members])
-                    self._started = time.perf_counter()
-                    yield self._current
+    def _batches(self, epoch: int, start: int, count: int) -> Iterator[tuple[EpochStep[AnyExample], bool]]:
+        """The epoch's batches from ``start`` on, and whether each is its last."""
+        size = len(self.examples)
+        order = shuffled(size, f"{self.config.seed}/{epoch}")
+        for index in range(start, count):
+            members = order[index * size // count : (index + 1) * size // count]
+            yield EpochStep([self.examples[i] for i in members]), index + 1 == count
 
-    def on_before_optimizer_step(self, trainer, model, optimizer) -> None:
-        # Read here: the scheduler has moved on by the end of the batch.
-        self._lr = optimizer.param_groups[0]["lr"]
-
-    def on_train_batch_end(self, trainer, model, outputs, batch, batch_idx) -> None:
-        """Records the step that the optimizer has just made; after the epoch's last one, the evaluation."""
-        step = self._current
-        seconds = time.perf_counter() - self._started
-        self.step += 1
-        self._seconds += seconds
-        self._tokens += step.result.tokens
-        self._write(
-            "step",
-            {
-                "epoch": step.epoch,
-                **self.step_metrics(step.result),
-                "grad_norm": trainer.callback_metrics.get("grad_norm"),
-                "lr": self._lr,
-                "tokens": step.result.tokens,
-                "step_seconds": seconds,
-                "tokens_per_second": step.result.tokens / seconds,
-            },
-        )
-        self._bar.update(1)
-        if any(guard.skipped for guard in self.strategy.guards):
-            raise ValueError(
-                f"the gradient of step {self.step} is not finite, the training stops there: lower optim.lr"
-            )
-        if self.held_out and self.step % self.steps_per_epoch == 0:
-            self._evaluate(step.epoch)
-
-    def on_train_end(self, trainer, model) -> None:
-        """Exports the model. Not after fit: with CUDA, Lightning has moved the weights to the host by then."""
-        directory = self.config.model.export_to
-        if directory is not None:
-            self.strategy.settle()
-            export_model(self.strategy.chunks, self.make_export(model), directory)
-
-    @property
-    def summary(self) -> list[str]:
-        """The end of the training in lines of text."""
-        rows = [] if self._evaluation is None else self.eval_summary(self._evaluation)
-        speed = f"{number(self._tokens / self._seconds)} tokens/s"
-        rows.append(("training", f"{self.step} steps in {duration(self._seconds)}, {speed}"))
-        if self.config.model.export_to is not None:
-            rows.append(("model", self.config.model.export_to))
-        width = max(len(name) for name, _ in rows)
-        return [f"{name:<{width}}  {text}" for name, text in rows]
-
-    def _evaluate(self, epoch: int | None) -> None:
-        """``epoch``: the one that has just ended; None before the first."""
-        self.strategy.settle()
-        self._evaluation = {"epoch": epoch, **self.eval_metrics()}
-        self._write("eval", self._evaluation)
-
-    def _write(self, kind: str, fields: Mapping[str, Any]) -> None:
-        if self.writer:
-            self.writer.write(kind, self.step, fields)
-
-
-def train_epochs(
-    cfg: DictConfig,
-    model: GPTModel,
-    strategy: PackedStrategy,
-    loop: EpochLoop,
-    callbacks: Sequence[pl.Callback],
-) -> None:
-    """Clears the run directory and trains; rank 0 writes the configuration ``cfg`` and prints the summary."""
-    rank_zero = int(os.environ.get("RANK", 0)) == 0
-    if rank_zero:
-        prepare_run_dir(loop.run_dir)
-        (loop.run_dir / "config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True), encoding="utf-8")
-    steps = loop.config.trainer.epochs * loop.steps_per_epoch
-    config = loop.config
-    trainer = make_trainer(config.trainer, config.logger, loop.run_dir, strategy, steps, [loop, *callbacks])
-    trainer.fit(model, train_dataloaders=loop)
-    if rank_zero:
-        print("\n".join(loop.summary))
+    def _evaluate(self, epochs: int, within: int) -> None:
+        """After ``epochs`` epochs and ``within`` steps of the next, if an evaluation is due and still to be made."""
+        state = self.frame.state
+        if not self.held_out or within or state.evaluated == epochs:
+            return
+        with self.frame.saved_if_interrupted():
+            if self.frame.interruption.agreed()[0]:
+                raise Interrupted(self.frame.interruption.reason)
+            self.frame.strategy.settle()
+            metrics = self.eval_metrics()
+            shown = self.shown_groups() if self.config.validation.samples else []
+        state.evaluation, state.evaluated, state.score = metrics, epochs, self.score(metrics)
+        self.frame.write("eval", {"epoch": epochs - 1 if epochs else None, **metrics})
+        last = epochs == self.config.trainer.epochs
+        self.frame.write_samples(epochs, shown, "start" if not epochs else "final" if last else "validation")

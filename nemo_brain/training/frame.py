@@ -110,7 +110,7 @@ class Frame(Generic[AnyState]):
         self._checkpointer = Checkpointer(config, run_dir / "checkpoints", record)
 
     def step(self, batch: Batch, head: Mapping[str, Any], metrics) -> Generator[Batch, Outcome, Outcome]:
-        """One optimizer step, recorded: ``head``, what ``metrics`` makes of the passes' result, and what all kinds have.
+        """One optimizer step, recorded: ``head``, what ``metrics`` makes of the passes' result, and what is common.
 
         Raises:
             ValueError: on every rank, where its gradient is not finite and the run is to stop then.

@@ -13,7 +13,7 @@ from megatron.core import parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing.strategies.base import SaveShardedStrategy
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 from nemo.lightning import MegatronStrategy
-from nemo.lightning._strategy_lib import set_model_parallel_attributes
+from nemo.lightning._strategy_lib import init_model_parallel, set_model_parallel_attributes
 from nemo.lightning.pytorch.plugins.mixed_precision import update_config_with_dtype_overrides
 
 from nemo_brain.core.groups import Prompt, SampledGroup
@@ -60,8 +60,11 @@ class PackedStrategy(MegatronStrategy):
         self._seed = seed
 
     def setup_distributed(self) -> None:
-        """NeMo's, and Megatron's random-number tracker where NeMo leaves it unseeded: on a machine without a GPU."""
+        """NeMo's; Megatron's groups, which it leaves out where the ranks have met before (``host.distributed``); and
+        Megatron's random-number tracker where NeMo leaves it unseeded: on a machine without a GPU."""
         super().setup_distributed()
+        if not parallel_state.model_parallel_is_initialized():
+            init_model_parallel(self.model)
         if not torch.cuda.is_available():
             tensor_parallel.model_parallel_cuda_manual_seed(
                 self._seed + 100 * parallel_state.get_pipeline_model_parallel_rank()

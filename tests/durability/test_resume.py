@@ -24,7 +24,7 @@ from toy_runs import toy_config
 
 from nemo_brain.core.interruption import Interrupted
 from nemo_brain.durability import checkpoint
-from nemo_brain.durability.resume import read_status
+from nemo_brain.report.run_dir import read_status
 from nemo_brain.report.metrics import read_metrics
 from nemo_brain.training.brain.run import run
 

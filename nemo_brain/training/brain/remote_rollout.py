@@ -17,8 +17,8 @@ from nemo_brain.config.brain import Config
 from nemo_brain.convert.export import check_target, export_model, make_export
 from nemo_brain.core.groups import Prompt, SampledGroup
 from nemo_brain.core.interruption import Interruption
-from nemo_brain.core.ranks import on_first_rank
 from nemo_brain.core.packing import chunk_tokens
+from nemo_brain.core.ranks import on_first_rank
 from nemo_brain.model.weights import Weights
 from nemo_brain.sampling.remote import RemoteSampler
 from nemo_brain.sampling.sampler import SamplingOptions
@@ -49,9 +49,7 @@ class RemoteRollout:
             self._export = make_export(gpt, weights.vocab_size, weights.tokenizer, _EXPORT_KEY)
             check_target(self.config.export_to, _EXPORT_KEY)
 
-    def refresh(
-        self, strategy: BRAInStrategy, step: int, options: SamplingOptions, interruption: Interruption
-    ) -> None:
+    def refresh(self, strategy: BRAInStrategy, step: int, options: SamplingOptions, interruption: Interruption) -> None:
         """Gives the server the policy as it stands after ``step`` optimizer steps. A collective of all ranks.
 
         Raises:

@@ -126,9 +126,7 @@ class RolloutWorker:
         if self.remote is not None:
             self.remote.refresh(self.strategy, step, options, self.interruption)
 
-    def sample(
-        self, prompts: Sequence[Prompt], options: SamplingOptions, iteration: int, description: str
-    ) -> Sampling:
+    def sample(self, prompts: Sequence[Prompt], options: SamplingOptions, iteration: int, description: str) -> Sampling:
         """Samples a group for each prompt of this replica's share, and begins to reward them."""
         rank, ranks = self._replicas.rank(), self._replicas.size()
         share = list(prompts[rank::ranks])

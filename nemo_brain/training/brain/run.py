@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,11 +13,12 @@ from transformers import PreTrainedTokenizerFast
 
 from nemo_brain.config.brain import Config, DataConfig, check
 from nemo_brain.convert.adapter import export_adapter
-from nemo_brain.convert.export import check_target, export_model, make_export
+from nemo_brain.convert.export import export_model
 from nemo_brain.core.groups import Prompt, SampledGroup
 from nemo_brain.data.prompts import load_prompts
 from nemo_brain.data.rollouts import read_rollouts
 from nemo_brain.model.reward_head import RewardGPTConfig
+from nemo_brain.objectives import OBJECTIVES, Objective, make_objective
 from nemo_brain.rewards.build import make_reward
 from nemo_brain.rewards.megatron import MegatronReward
 from nemo_brain.training.brain.loop import BRAInLoop
@@ -25,6 +27,7 @@ from nemo_brain.training.brain.remote_rollout import RemoteRollout
 from nemo_brain.training.brain.state import BRAInState
 from nemo_brain.training.brain.strategy import BRAInStrategy
 from nemo_brain.training.build import (
+    export_for,
     make_ddp,
     make_gpt_config,
     make_lora,
@@ -73,19 +76,16 @@ def _parts(config: Config) -> Parts[BRAInGPTModel, BRAInState]:
     )
     prompts, offline, held_out = _data(config, weights.tokenizer)
 
-    exports = {}
-    for key in ("export_to", "export_adapter_to"):
-        if (directory := getattr(config.model, key)) is not None:
-            check_target(directory, f"model.{key}")
-            exports[key] = make_export(gpt, weights.vocab_size, weights.tokenizer, f"model.{key}")
+    merged = export_for("model.export_to", config.model.export_to, gpt, weights)
+    adapter = export_for("model.export_adapter_to", config.model.export_adapter_to, gpt, weights)
 
     def at_end() -> None:
         strategy.settle()
-        if "export_to" in exports:
-            export_model(strategy.chunks, exports["export_to"], config.model.export_to)
-        if "export_adapter_to" in exports:
-            start, directory = config.model.restore_from, config.model.export_adapter_to
-            export_adapter(strategy.chunks, exports["export_adapter_to"], lora, start, directory)
+        if merged is not None:
+            export_model(strategy.chunks, merged, config.model.export_to)
+        if adapter is not None:
+            directory = config.model.export_adapter_to
+            export_adapter(strategy.chunks, adapter, lora, config.model.restore_from, directory)
 
     return Parts(
         model,
@@ -141,3 +141,12 @@ def _prompts(source: Any, key: str, data: DataConfig, tokenizer: PreTrainedToken
         cut = f"{loaded.truncated} of {some}{loaded.tokenised} prompts were cut"
         print(f"{key}: {cut} to {data.max_prompt_tokens} tokens")
     return loaded.prompts
+
+
+def _objective(config: Config) -> Objective:
+    options = config.objective_options
+    if config.objective.name in OBJECTIVES:
+        # conf/brain.yaml sets these for brain: an objective without them is not to stumble over them.
+        for name in {"gamma", "goodness"} - inspect.signature(OBJECTIVES[config.objective.name]).parameters.keys():
+            options.pop(name, None)
+    return make_objective(config.objective.name, **options)

@@ -36,6 +36,10 @@ class PreferenceResult:
     losses_P: torch.Tensor
     tokens: int
 
+    @property
+    def loss(self) -> float:
+        return self.losses_P.mean().item()
+
 
 class PreferencePasses(RewardPasses):
     """``RewardPasses`` that train. Every pair lies in one micro-batch, so one pass is enough."""

@@ -7,25 +7,25 @@ from collections.abc import Sequence
 import lightning.pytorch as pl
 from omegaconf import DictConfig
 
-from nemo_brain.config.reward_model import RewardConfig, check_reward_config
-from nemo_brain.convert.reward import RewardWeights, is_reward_model, new_head, open_reward_model
-from nemo_brain.data.examples import read_examples
+from nemo_brain.config.reward_model import RewardConfig, RewardModelConfig, check_reward_config
+from nemo_brain.convert.export import export_model
+from nemo_brain.convert.reward import RewardExport, RewardWeights, is_reward_model, new_head, open_reward_model
+from nemo_brain.data.examples import checksum, read_examples
 from nemo_brain.data.preferences import load_preferences
 from nemo_brain.model.reward_head import RewardGPTConfig
 from nemo_brain.training.build import (
-    check_export,
+    export_for,
     make_ddp,
     make_gpt_config,
     make_lora,
     make_optimizer,
     make_strategy,
     make_weights,
-    quiet,
-    world_size,
 )
-from nemo_brain.training.epochs import train_epochs
+from nemo_brain.training.epochs import EpochState, steps_per_epoch
 from nemo_brain.training.reward_model.nemo_model import RewardModel
 from nemo_brain.training.reward_model.training import PreferenceLoop, PreferenceStrategy
+from nemo_brain.training.run import Parts, train
 
 
 def train_reward_model(cfg: DictConfig, callbacks: Sequence[pl.Callback] = ()) -> RewardModel:
@@ -37,34 +37,52 @@ def train_reward_model(cfg: DictConfig, callbacks: Sequence[pl.Callback] = ()) -
 
     Raises:
         ValueError: on every rank, for what is wrong with the configuration, the data or the weights.
+        Interrupted: on every rank, when the run was asked to end early; it has been saved.
     """
-    quiet()
     config = check_reward_config(cfg)
-    world_size(config.trainer, config.model)
-    weights = _reward_weights(config)
-    gpt = make_gpt_config(config.model, config.trainer, weights, config.lengths, RewardGPTConfig)
-    if config.model.frozen_layers > gpt.num_layers:
-        raise ValueError(f"model.frozen_layers is {config.model.frozen_layers}, the model has {gpt.num_layers} layers")
-    check_export(config.model.export_to, gpt, weights)
+    return train("reward_model", cfg, config, lambda: _parts(config), callbacks)
+
+
+def _parts(config: RewardConfig) -> Parts[RewardModel, EpochState]:
+    model, state = config.model, EpochState()
+    weights = _reward_weights(model, config.seed)
+    gpt = make_gpt_config(model, config.trainer, weights, config.lengths, RewardGPTConfig)
+    if model.frozen_layers > gpt.num_layers:
+        raise ValueError(f"model.frozen_layers is {model.frozen_layers}, the model has {gpt.num_layers} layers")
+    export = export_for("model.export_to", model.export_to, gpt, weights)
     optim = make_optimizer(config.optim, config.trainer)
     pairs, held_out = read_examples(config.data, config.seed, weights.tokenizer, load_preferences)
-    model = RewardModel(gpt, weights, config.model.frozen_layers, make_lora(config.model.peft, config.seed), optim)
     strategy = make_strategy(
         PreferenceStrategy,
-        config.model,
+        model,
         config.trainer,
         config.train,
+        config.checkpoint,
         make_ddp(config.ddp, config.optim),
         config.seed,
         centering=config.train.centering,
     )
-    train_epochs(cfg, model, strategy, PreferenceLoop(config, pairs, held_out), callbacks)
-    return model
+
+    def at_end() -> None:
+        if export is not None:
+            strategy.settle()
+            subtracted = config.train.subtract_mean and state.evaluation is not None
+            mean = state.evaluation["eval/reward"] if subtracted else 0.0
+            export_model(strategy.chunks, RewardExport(export, mean, config.data.template), model.export_to)
+
+    return Parts(
+        RewardModel(gpt, weights, model.frozen_layers, make_lora(model.peft, config.seed), optim),
+        strategy,
+        state,
+        steps=config.trainer.epochs * steps_per_epoch(pairs, config.train.global_batch_size),
+        data={"pairs": checksum(pairs), "held-out pairs": checksum(held_out)},
+        loop=lambda frame: PreferenceLoop(config, frame, strategy, pairs, held_out),
+        at_end=at_end,
+    )
 
 
-def _reward_weights(config: RewardConfig) -> RewardWeights:
+def _reward_weights(model: RewardModelConfig, seed: int) -> RewardWeights:
     """A reward model to go on with, or a language model with a new head."""
-    model = config.model
     if model.restore_from is not None and not model.gpt and is_reward_model(model.restore_from):
         return open_reward_model(model.restore_from, "model.restore_from")
-    return new_head(make_weights(model, config.seed), model.head_std, config.seed)
+    return new_head(make_weights(model, seed), model.head_std, seed)

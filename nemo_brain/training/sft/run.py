@@ -12,22 +12,22 @@ from functools import partial
 import lightning.pytorch as pl
 from omegaconf import DictConfig
 
-from nemo_brain.config.sft import check_sft_config
+from nemo_brain.config.sft import SFTConfig, check_sft_config
+from nemo_brain.convert.export import export_model
 from nemo_brain.data.demonstrations import load_demonstrations
-from nemo_brain.data.examples import read_examples
+from nemo_brain.data.examples import checksum, read_examples
 from nemo_brain.training.build import (
-    check_export,
+    export_for,
     make_ddp,
     make_gpt_config,
     make_lora,
     make_optimizer,
     make_strategy,
     make_weights,
-    quiet,
-    world_size,
 )
-from nemo_brain.training.epochs import train_epochs
+from nemo_brain.training.epochs import EpochState, steps_per_epoch
 from nemo_brain.training.nemo_model import PackedModel
+from nemo_brain.training.run import Parts, train
 from nemo_brain.training.sft.training import CompletionLoop, CompletionStrategy
 
 
@@ -40,25 +40,40 @@ def fine_tune(cfg: DictConfig, callbacks: Sequence[pl.Callback] = ()) -> PackedM
 
     Raises:
         ValueError: on every rank, for what is wrong with the configuration, the data or the weights.
+        Interrupted: on every rank, when the run was asked to end early; it has been saved.
     """
-    quiet()
     config = check_sft_config(cfg)
-    world_size(config.trainer, config.model)
+    return train("sft", cfg, config, lambda: _parts(config), callbacks)
+
+
+def _parts(config: SFTConfig) -> Parts[PackedModel, EpochState]:
     weights = make_weights(config.model, config.seed)
     gpt = make_gpt_config(config.model, config.trainer, weights, config.lengths)
-    check_export(config.model.export_to, gpt, weights)
+    export = export_for("model.export_to", config.model.export_to, gpt, weights)
     optim = make_optimizer(config.optim, config.trainer)
     load = partial(load_demonstrations, assistant_turns=config.data.assistant_turns)
     examples, held_out = read_examples(config.data, config.seed, weights.tokenizer, load)
-    loop = CompletionLoop(config, examples, held_out)
-    model = PackedModel(gpt, weights, make_lora(config.model.peft, config.seed), optim)
     strategy = make_strategy(
         CompletionStrategy,
         config.model,
         config.trainer,
         config.train,
+        config.checkpoint,
         make_ddp(config.ddp, config.optim),
         config.seed,
     )
-    train_epochs(cfg, model, strategy, loop, callbacks)
-    return model
+
+    def at_end() -> None:
+        if export is not None:
+            strategy.settle()
+            export_model(strategy.chunks, export, config.model.export_to)
+
+    return Parts(
+        PackedModel(gpt, weights, make_lora(config.model.peft, config.seed), optim),
+        strategy,
+        EpochState(),
+        steps=config.trainer.epochs * steps_per_epoch(examples, config.train.global_batch_size),
+        data={"examples": checksum(examples), "held-out examples": checksum(held_out)},
+        loop=lambda frame: CompletionLoop(config, frame, strategy, examples, held_out),
+        at_end=at_end,
+    )
