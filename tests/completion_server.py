@@ -15,12 +15,38 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from nemo_brain.data.tokenizers import byte_tokenizer
+
+TOKENIZER = byte_tokenizer()
+END, VOCAB = TOKENIZER.eos_token_id, len(TOKENIZER)
+TINY = 5  # tokens of a vocabulary whose every output can be counted
 COMMON = {"model", "prompt", "n", "max_tokens", "min_tokens", "seed", "temperature", "top_k", "top_p", "min_p"}
 COMMON |= {"repetition_penalty", "presence_penalty", "frequency_penalty", "stop", "stop_token_ids", "ignore_eos"}
 COMMON |= {"include_stop_str_in_output", "add_special_tokens", "skip_special_tokens", "logprobs", "echo", "stream"}
 NEUTRAL = {"min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0, "top_p": 1.0}
+
+
+def save_model(path: Path, vocab_size: int, end: int, seed: int = 0) -> Path:
+    """A random Llama; among many tokens the end token is made likely enough to be drawn."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        eos_token_id=end,
+        bos_token_id=None,
+        initializer_range=0.5,
+        tie_word_embeddings=False,
+    )
+    model = LlamaForCausalLM(config)
+    if vocab_size > TINY:
+        model.lm_head.weight.data[end] *= 2.5
+    model.save_pretrained(path)
+    return path
 
 
 class CompletionServer:

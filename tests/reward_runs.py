@@ -7,12 +7,18 @@ import logging
 import random
 from pathlib import Path
 
+import pytest
+import torch
 import torch.distributed as dist
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from models import tensors_of
 from omegaconf import DictConfig
 from toy_runs import QUIET, ROOT, GradientRecorder
 
+from nemo_brain.data.preferences import load_preferences
+from nemo_brain.data.tokenizers import byte_tokenizer
+from nemo_brain.model.reward_head import HEAD
 from nemo_brain.report.metrics import read_metrics
 from nemo_brain.training.reward_model.run import train_reward_model
 
@@ -59,3 +65,31 @@ def recorded_training(pairs: Path, run_dir: Path, *overrides: str) -> dict:
         "gradients": recorder.steps,
         "metrics": read_metrics(run_dir / "metrics.jsonl") if dist.get_rank() == 0 else None,
     }
+
+
+# fp32; sums over ranks and micro-batches are taken in different orders.
+RELATIVE = 1e-5
+TIMINGS = ("step_seconds", "tokens_per_second", "tokens")
+RUN = ("trainer.epochs=2", "train.centering=0.1", "data.holdout=4")
+
+
+def compare(expected: dict, ranks: list[dict], model: Path) -> None:
+    for ours, theirs in zip(ranks[0]["metrics"], expected["metrics"], strict=True):
+        for name in theirs.keys() - {*TIMINGS, "kind", "eval/reliability"}:
+            assert ours[name] == pytest.approx(theirs[name], rel=RELATIVE, abs=1e-6), (theirs["step"], name)
+    for step, full in enumerate(expected["gradients"]):
+        seen = {}
+        for rank in ranks:
+            seen |= rank["gradients"][step]
+            for name, gradient in rank["gradients"][step].items():
+                error = (gradient - full[name]).norm() / full[name].norm()
+                assert error < RELATIVE, (step, name, float(error))
+        assert seen.keys() == full.keys() and HEAD in seen
+    for name, tensor in tensors_of(expected["model"]).items():
+        torch.testing.assert_close(tensors_of(model)[name], tensor, rtol=0, atol=1e-5)
+
+
+def loaded(pairs: Path) -> list:
+    return load_preferences(
+        str(pairs), tokenizer=byte_tokenizer(), template=None, max_prompt_tokens=16, max_output_tokens=16
+    ).examples

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 
 import pytest
 from omegaconf import OmegaConf
+from schemas import file_keys, message, schema_keys
 from toy_runs import ROOT, composed, toy_config
 
-from nemo_brain.config.brain import Config, check
+from nemo_brain.config.brain import check
 from nemo_brain.config.serve_reward import ServeConfig, check_serve
 from nemo_brain.core.packing import LAYOUTS
 from nemo_brain.model.gpt import HAVE_TRANSFORMER_ENGINE
@@ -25,32 +25,6 @@ CONFIGS = sorted({path.stem for path in (ROOT / "conf").glob("*.yaml")} - OTHERS
 def one_process(monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
-
-
-def schema_keys(kind: type = Config, prefix: str = "") -> set[str]:
-    """The dotted keys of the schema; a section of free keys (optim, reward ...) counts as one."""
-    keys = set()
-    for item in dataclasses.fields(kind):
-        nested = dataclasses.is_dataclass(item.default_factory)
-        keys |= schema_keys(item.default_factory, f"{prefix}{item.name}.") if nested else {prefix + item.name}
-    return keys
-
-
-def file_keys(section: dict, free: set[str], prefix: str = "") -> set[str]:
-    keys = set()
-    for name, value in section.items():
-        key = prefix + name
-        keys |= file_keys(value, free, f"{key}.") if isinstance(value, dict) and key not in free else {key}
-    return keys
-
-
-def message(*overrides: str, then=None) -> str:
-    """What the user reads: the error of ``check``, or of what comes after it."""
-    with pytest.raises(ValueError) as caught:
-        config = check(toy_config(*overrides))
-        if then is not None:
-            then(config)
-    return str(caught.value)
 
 
 def describe(config):

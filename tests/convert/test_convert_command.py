@@ -9,9 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_convert import SMOLLM2, llama, write_gguf
-from test_convert_architectures import CONFIGS, TOKENS, random_model
-from test_export import tensors_of
+from architectures import CONFIGS, TOKENS, random_model
+from models import SMOLLM2, llama, tensors_of, write_gguf
 from toy_runs import ROOT
 from transformers import AutoModelForCausalLM, AutoTokenizer
 

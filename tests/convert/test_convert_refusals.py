@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from test_convert_architectures import CONFIGS, LLAMA3_ROPE, VOCAB, random_model
+from architectures import CONFIGS, LLAMA3_ROPE, VOCAB, random_model
 
 from nemo_brain.convert.export import make_export
 from nemo_brain.convert.open import open_weights

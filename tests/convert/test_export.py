@@ -10,9 +10,23 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import torch.nn.functional as F
+from models import (
+    LLAMA_LIKE,
+    ONE,
+    PP2,
+    TEXTS,
+    TOKENS,
+    TP2,
+    VIRTUAL_PP2,
+    VOCAB,
+    build,
+    exported_logits,
+    llama,
+    padded,
+    tensors_of,
+    write_gguf,
+)
 from ranks import run_ranks
-from safetensors import safe_open
-from test_convert import ONE, PP2, TEXTS, TOKENS, TP2, VIRTUAL_PP2, build, forward, llama, padded, write_gguf
 from toy_runs import toy_config
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
@@ -26,33 +40,6 @@ from nemo_brain.model.gpt import PackedGPTConfig
 from nemo_brain.model.random_weights import RandomWeights
 from nemo_brain.model.weights import load_weights
 from nemo_brain.training.brain.run import run
-
-VOCAB = 258  # the byte tokenizer's; padded in every layout here
-LLAMA_LIKE = {
-    "num_layers": 4,
-    "hidden_size": 32,
-    "ffn_hidden_size": 48,
-    "num_attention_heads": 4,
-    "num_query_groups": 2,
-    "seq_length": 64,
-    "init_method_std": 0.2,
-    "normalization": "RMSNorm",
-    "gated_linear_unit": True,
-    "add_bias_linear": False,
-    "position_embedding_type": "rope",
-    "share_embeddings_and_output_weights": False,
-    "hidden_dropout": 0.0,
-}
-
-
-def tensors_of(directory: Path) -> dict[str, torch.Tensor]:
-    found = {}
-    for file in sorted(directory.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as opened:
-            for name in opened.keys():  # noqa: SIM118 (no mapping)
-                assert name not in found
-                found[name] = opened.get_tensor(name)
-    return found
 
 
 def reexport(source: Path, layouts: list[tuple], target: Path, shard_bytes: int) -> None:
@@ -129,15 +116,6 @@ def test_the_models_own_dtype_is_written(tmp_path):
     assert {tensor.dtype for tensor in tensors_of(tmp_path / "model").values()} == {torch.bfloat16}
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", torch_dtype="auto")
     assert model.dtype == torch.bfloat16
-
-
-def exported_logits(gpt: dict, layout: tuple, target: Path) -> torch.Tensor | None:
-    chunks = build(gpt, VOCAB, layout)
-    weights = RandomWeights(gpt, VOCAB, byte_tokenizer(), seed=3)
-    load_weights(chunks, weights)
-    export_model(chunks, make_export(chunks[0].config, VOCAB, weights.tokenizer, "test"), target)
-    with torch.no_grad():
-        return forward(chunks, TOKENS)
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from models import tensors_of
 from ranks import run_ranks
-from test_export import tensors_of
 from toy_runs import toy_config
 
 from nemo_brain.convert.command import main

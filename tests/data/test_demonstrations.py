@@ -6,9 +6,9 @@ import json
 import string
 
 import pytest
+from chat_tokenizers import BLUE, END, RED, USER, VALUES, chat_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
-from test_preferences import BLUE, END, RED, USER, VALUES, chat_tokenizer
 
 from nemo_brain.data.demonstrations import load_demonstrations
 from nemo_brain.data.examples import split_conversations

@@ -5,10 +5,10 @@ from __future__ import annotations
 import gzip
 import json
 import math
-import string
 
 import numpy as np
 import pytest
+from chat_tokenizers import BLUE, END, RED, USER, VALUES, chat_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -16,9 +16,6 @@ from nemo_brain.data.examples import split_conversations
 from nemo_brain.data.preferences import load_preferences
 from nemo_brain.data.tokenizers import byte_tokenizer
 from nemo_brain.report.preferences import preference_metrics, preference_summary
-
-END = 256
-CHAT_TEMPLATE = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}[assistant] "
 
 
 def load(source, template=None, tokenizer=None, prompt=100, output=100):
@@ -29,12 +26,6 @@ def load(source, template=None, tokenizer=None, prompt=100, output=100):
         max_prompt_tokens=prompt,
         max_output_tokens=output,
     )
-
-
-def chat_tokenizer():
-    tokenizer = byte_tokenizer()
-    tokenizer.chat_template = CHAT_TEMPLATE
-    return tokenizer
 
 
 def texts(record: dict, template: str | None = None) -> tuple[str, str, str]:
@@ -49,8 +40,6 @@ def texts(record: dict, template: str | None = None) -> tuple[str, str, str]:
     return pair.group.prompt.text, *decoded
 
 
-USER = {"role": "user", "content": "What colour?"}
-BLUE, RED = ({"role": "assistant", "content": colour} for colour in ("Blue.", "Red."))
 HH = "\n\nHuman: Hi \n\nAssistant: Hello.\n\nHuman: What colour?\n\nAssistant:"
 
 
@@ -154,11 +143,6 @@ def test_messages_without_a_chat_template_are_refused():
         load([{"prompt": [USER], "chosen": [BLUE], "rejected": [RED]}])
 
 
-VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.text(string.printable, max_size=9),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["role", "content"]), inner),
-    max_leaves=6,
-)
 SIDES = VALUES | st.sampled_from([[USER, BLUE], [USER, RED], [BLUE], HH, HH + " a", "\n\nHuman: a", "\n\nAssistant:"])
 
 

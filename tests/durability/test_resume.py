@@ -5,107 +5,25 @@ Runs are forks of the test process (tests/ranks.py), so that each costs seconds;
 
 from __future__ import annotations
 
-import functools
 import json
-import logging
 import os
 import pickle
 import random
 import resource
 import shutil
-import signal
-import tempfile
 import time
 from pathlib import Path
 
 import pytest
+from layouts import PP2, TP2
 from ranks import Ranks, run_ranks
-from toy_runs import toy_config
+from resumed_runs import STEPS, compare, failure, last_samples, records, train, undisturbed
 
-from nemo_brain.core.interruption import Interrupted
 from nemo_brain.durability import checkpoint
 from nemo_brain.report.run_dir import read_status
-from nemo_brain.report.metrics import read_metrics
-from nemo_brain.training.brain.run import run
 
-RUN = (
-    "trainer.max_iterations=3",
-    "trainer.val_every_iterations=2",
-    "rollout.prompts_per_iteration=8",
-    "rollout.outputs_per_prompt=4",
-    "train.global_batch_size=4",
-    "train.epochs_per_iteration=2",
-    "data.holdout=4",
-    "rollout.save=true",
-    "optim.adam_eps=1e-3",  # as in test_parity: rounding of tiny gradients stays tiny in other layouts
-    "optim.sched={name: WarmupPolicy, warmup_steps: 3, min_lr: 1e-3}",
-)
-STEPS = 12
-TIMES = ("_seconds", "tokens_per_second", "peak_memory_gib")
-TP2 = "model.tensor_model_parallel_size=2"
-PP2 = "model.pipeline_model_parallel_size=2"
 DISTRIBUTED = "optim.use_distributed_optimizer=true"
 ASYNC = "checkpoint.async_save=true"
-
-
-def train(run_dir: str, *overrides: str, stop_after: int | None = None) -> str:
-    """One rank of a run; ``stop_after``: SIGTERM comes in the middle of that step. Returns how it ended."""
-    logging.disable(logging.WARNING)
-    if stop_after is not None:
-        _signal_in_step(stop_after)
-    try:
-        run(toy_config(f"run_dir={run_dir}", *RUN, *overrides))
-    except Interrupted as reason:
-        return str(reason)
-    return "finished"
-
-
-def _signal_in_step(step: int) -> None:
-    from nemo_brain.training.brain.passes import BRAInPasses
-
-    original, calls = BRAInPasses.train, []
-
-    def counted(self, *args, **kwargs):
-        calls.append(1)
-        if len(calls) == step and int(os.environ["RANK"]) == 0:
-            os.kill(os.getpid(), signal.SIGTERM)  # one rank is told; all of them stop
-        return original(self, *args, **kwargs)
-
-    BRAInPasses.train = counted
-
-
-def records(run_dir: Path) -> list[dict]:
-    """The metrics without times, in their order."""
-    return [
-        {name: value for name, value in record.items() if not name.endswith(TIMES)}
-        for record in sorted(read_metrics(run_dir / "metrics.jsonl"), key=lambda r: (r["step"], r["kind"]))
-    ]
-
-
-@functools.cache
-def undisturbed(*overrides: str, ranks: int = 1) -> tuple[list[dict], str]:
-    with tempfile.TemporaryDirectory() as scratch:
-        assert run_ranks(train, ranks, f"{scratch}/run", "checkpoint.at_end=false", *overrides) == ["finished"] * ranks
-        return records(Path(scratch, "run")), last_samples(Path(scratch, "run"))
-
-
-def last_samples(run_dir: Path) -> str:
-    """The held-out outputs at the end, as they were written."""
-    lines = (run_dir / "samples.jsonl").read_text().splitlines()
-    return "\n".join(line for line in lines if json.loads(line)["kind"] == "final")
-
-
-def compare(run_dir: Path, expected: list[dict], tolerance: float) -> None:
-    found = records(run_dir)
-    assert [(r["kind"], r["step"]) for r in found] == [(r["kind"], r["step"]) for r in expected]
-    for ours, theirs in zip(found, expected, strict=True):
-        assert ours.keys() == theirs.keys()
-        for name in theirs.keys() - ({"tokens", "proposal_gap"} if tolerance else set()):
-            if tolerance and isinstance(theirs[name], float):
-                absolute = 2e-5 if "kl_to_prior" in name else 1e-7  # as in test_parity
-                assert ours[name] == pytest.approx(theirs[name], rel=tolerance, abs=absolute), (theirs["step"], name)
-            else:
-                assert ours[name] == theirs[name], (theirs["step"], name)
 
 
 SAME = {
@@ -179,12 +97,6 @@ def test_kill_9_anywhere_costs_at_most_the_work_since_the_last_checkpoint(tmp_pa
     compare(run_dir, expected, tolerance=0)
     assert last_samples(run_dir) == samples
     assert not [path for path in (run_dir / "checkpoints").iterdir() if path.name.startswith(".")]
-
-
-def failure(run_dir: Path, *overrides: str, ranks: int = 1) -> str:
-    with pytest.raises(AssertionError) as caught:
-        run_ranks(train, ranks, str(run_dir), *overrides)
-    return str(caught.value)
 
 
 @pytest.fixture(scope="module")

@@ -129,7 +129,7 @@ def test_a_run_that_hangs_prints_every_ranks_stacks_and_ends(tmp_path):
 SCRIPT = """
 import sys
 from pathlib import Path
-sys.path[:0] = [{root!r}, {tests!r}]
+sys.path[:0] = [{root!r}, {root!r} + "/tests", {here!r}]
 from nemo_brain.host import cpu
 cpu.enable()
 from nemo_brain.training.entry import launch
@@ -141,7 +141,7 @@ launch(Path({root!r}) / "conf", "toy", lambda cfg: run(cfg, callbacks=[Fails(Fal
 
 def test_torchrun_shows_the_first_failure_as_the_root_cause(tmp_path):
     script = tmp_path / "script.py"
-    script.write_text(SCRIPT.format(root=str(ROOT), tests=str(ROOT / "tests")))
+    script.write_text(SCRIPT.format(root=str(ROOT), here=str(Path(__file__).parent)))
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}", str(script)]
     data = f"data.train={ROOT}/examples/data/prompts.jsonl"
     command = [sys.executable, *launcher, data, f"run_dir={tmp_path}/run", *QUIET, *SMALL]

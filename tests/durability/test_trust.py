@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_run import NO_VALIDATION, records, train
+from small_runs import NO_VALIDATION, records, train
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
 from nemo_brain.convert.open import open_weights

@@ -9,11 +9,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from qkv import D, H, draw
 
+from nemo_brain.model import attention
 from nemo_brain.model.attention import GroupAttention, packed_attention
-from nemo_brain.training.nemo_model import attention
 
-H, D = 4, 8
 LAYOUTS = {
     "unequal segments": [[3, 2, 4, 1]],
     "equal segments": [[2, 3, 3, 3]],
@@ -40,12 +40,6 @@ def dense(q, k, v, mask, scale=D**-0.5) -> torch.Tensor:
     k, v = (tensor.repeat_interleave(q.shape[0] // k.shape[0], dim=0) for tensor in (k, v))
     scores = (q @ k.transpose(1, 2) * scale).masked_fill(~mask, float("-inf"))
     return scores.softmax(-1) @ v
-
-
-def draw(positions: int, kv_heads: int, seed: int = 0) -> list[torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    shapes = [(heads, positions, D) for heads in (H, kv_heads, kv_heads)]
-    return [torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True) for shape in shapes]
 
 
 def one_by_one(q_SHD, k_MKD, v_MKD, sequences, scale) -> torch.Tensor:
@@ -105,7 +99,7 @@ def test_unsupported_attention_is_refused():
             GroupAttention(config, layer_number=1)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
 def test_the_cuda_kernel_equals_the_dense_mask(kv_heads):
     layout = LAYOUTS["blocks and padding"]

@@ -202,7 +202,7 @@ def test_wrong_arguments(changes, message):
         vocab_parallel_logprobs(**{"logits": torch.zeros(2, V), "targets": torch.tensor([0, 1]), **changes})
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_on_a_gpu_without_waiting_for_it():
     for dtype, temperature, real_vocab_size in CASES:
         logits, targets, grad = (tensor.cuda() for tensor in draw(dtype, real_vocab_size))

@@ -13,18 +13,19 @@ from pathlib import Path
 import lightning.pytorch as pl
 import pytest
 import torch
+from architectures import CONFIGS, GROUPS, TOKENS, random_model
+from layouts import PP2, SP, TP2, VIRTUAL
+from models import tensors_of
+from parity import LEARNED, RUN
+from parity import compare as compare_runs
 from peft import PeftModel
 from ranks import run_ranks
+from resumed_runs import compare as compare_records
+from resumed_runs import failure, train, undisturbed
+from reward_runs import RUN as REWARD_RUN
+from reward_runs import compare as compare_trainings
 from reward_runs import recorded_training, write_pairs
-from test_config import message
-from test_convert_architectures import CONFIGS, GROUPS, TOKENS, random_model
-from test_export import tensors_of
-from test_parity import LEARNED, PP2, RUN, SP, TP2, VIRTUAL
-from test_parity import compare as compare_runs
-from test_resume import compare as compare_records
-from test_resume import failure, train, undisturbed
-from test_reward_model import RUN as REWARD_RUN
-from test_reward_model import compare as compare_trainings
+from schemas import message
 from torch.distributed.checkpoint import FileSystemReader
 from toy_runs import ROOT, recorded_run
 from transformers import AutoModelForCausalLM
@@ -32,10 +33,10 @@ from transformers import AutoModelForCausalLM
 from nemo_brain.convert.export import export_model, make_export
 from nemo_brain.data.tokenizers import byte_tokenizer
 from nemo_brain.durability import checkpoint
+from nemo_brain.model import lora
 from nemo_brain.model.parameters import VOCABULARY_TENSORS, global_parameters, is_adapter, unwrap
 from nemo_brain.model.random_weights import normal
 from nemo_brain.model.reward_head import HEAD
-from nemo_brain.training.nemo_model import lora
 
 DIM, ALPHA = 4, 8
 PEFT = f"model.peft={{dim: {DIM}, alpha: {ALPHA}}}"

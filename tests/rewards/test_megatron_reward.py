@@ -11,11 +11,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from layouts import PP2, SP, TP2
+from parity import RUN, compare
 from ranks import run_ranks
-from reward_runs import recorded_training, write_pairs
+from reward_runs import loaded, recorded_training, write_pairs
 from safetensors.torch import load_file, save_file
-from test_parity import RUN, compare
-from test_reward_model import PP2, SP, TP2, loaded
 from toy_runs import recorded_run, toy_config
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, LlamaConfig
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import httpx
 import pytest
 from ranks import free_port
-from test_reward_huggingface import CLOSE, OUTPUTS, PROMPTS, chat_ids, one_by_one, save_reward_model, scores, user
+from scored_models import CLOSE, OUTPUTS, PROMPTS, chat_ids, one_by_one, save_reward_model, scores, user
 from toy_runs import ROOT, composed
 
 from nemo_brain.config.serve_reward import check_serve

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_attention import draw
+from qkv import draw
 
 from nemo_brain.model.attention import packed_attention
 from nemo_brain.sampling.kv_cache import KVCache, vacate

@@ -16,13 +16,13 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from completion_server import CompletionServer
+from completion_server import END, TINY, TOKENIZER, VOCAB, CompletionServer, save_model
 from laws import SIGNIFICANT, chi_square
+from models import LLAMA_LIKE, ONE, exported_logits
 from omegaconf import OmegaConf
 from ranks import free_port, run_ranks
-from test_export import LLAMA_LIKE, ONE, exported_logits
 from toy_runs import toy_config
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
 from nemo_brain.config.brain import RemoteConfig, check
 from nemo_brain.core import http as http_client
@@ -31,32 +31,9 @@ from nemo_brain.data.tokenizers import byte_tokenizer
 from nemo_brain.sampling.remote import RemoteSampler, request_seed
 from nemo_brain.sampling.sampler import SamplingOptions
 
-TOKENIZER = byte_tokenizer()
-END, VOCAB = TOKENIZER.eos_token_id, len(TOKENIZER)
 PROMPTS = [Prompt(f"p{i}", text, list(text.encode())) for i, text in enumerate(["a", "Straße", "<eos>", "xyz" * 5])]
 OPTIONS = SamplingOptions(outputs=4, max_new_tokens=6)
-TINY, LENGTH, ROWS = 5, 3, 3_000  # of the test of the law: tokens, tokens of an output, outputs
-
-
-def save_model(path: Path, vocab_size: int, end: int, seed: int = 0) -> Path:
-    """A random Llama; among many tokens the end token is made likely enough to be drawn."""
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=vocab_size,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        eos_token_id=end,
-        bos_token_id=None,
-        initializer_range=0.5,
-        tie_word_embeddings=False,
-    )
-    model = LlamaForCausalLM(config)
-    if vocab_size > TINY:
-        model.lm_head.weight.data[end] *= 2.5
-    model.save_pretrained(path)
-    return path
+LENGTH, ROWS = 3, 3_000  # of the test of the law: tokens of an output, outputs
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from ranks import free_port
-from test_resume import RUN, compare, undisturbed
+from resumed_runs import RUN, compare, undisturbed
 from toy_runs import QUIET, ROOT
 
 from nemo_brain.core.interruption import EXIT_CODE

@@ -9,13 +9,13 @@ import re
 from pathlib import Path
 
 import pytest
+from chat_tokenizers import TOKENIZERS
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from omegaconf.errors import GrammarParseError
-from test_data import TOKENIZERS
 
 from nemo_brain.config.brain import Config, check
 from nemo_brain.config.reward_model import RewardConfig, check_reward_config

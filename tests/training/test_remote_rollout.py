@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from completion_server import CompletionServer
+from completion_server import END, VOCAB, CompletionServer, save_model
+from layouts import PP2, TP2
 from ranks import run_ranks
-from test_remote_sampling import END, VOCAB, save_model
 from toy_runs import recorded_run
 
-TP2 = "model.tensor_model_parallel_size=2"
-PP2 = "model.pipeline_model_parallel_size=2"
 RUN = (
     "trainer.max_iterations=2",
     "rollout.prompts_per_iteration=8",

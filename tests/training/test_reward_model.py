@@ -11,11 +11,12 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import torch.nn.functional as F
+from layouts import PP2, SP, TP2
+from models import tensors_of
 from omegaconf import OmegaConf
 from ranks import run_ranks
-from reward_runs import TOY, recorded_training, reward_config, write_pairs
-from safetensors import safe_open
-from test_config import file_keys, schema_keys
+from reward_runs import RUN, TOY, compare, loaded, recorded_training, reward_config, write_pairs
+from schemas import file_keys, schema_keys
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, LlamaForSequenceClassification
 
 from nemo_brain.config.reward_model import RewardConfig, check_reward_config
@@ -23,20 +24,11 @@ from nemo_brain.convert.reward import open_reward_model
 from nemo_brain.core.groups import Group, Output, Prompt
 from nemo_brain.core.packing import plan
 from nemo_brain.data.examples import split_conversations
-from nemo_brain.data.preferences import load_preferences
-from nemo_brain.data.tokenizers import byte_tokenizer
 from nemo_brain.model.reward_head import HEAD
 from nemo_brain.model.reward_passes import RewardPasses
 from nemo_brain.training.reward_model.passes import preference_losses
 from nemo_brain.training.reward_model.run import train_reward_model
 
-# fp32; sums over ranks and micro-batches are taken in different orders.
-RELATIVE = 1e-5
-RUN = ("trainer.epochs=2", "train.centering=0.1", "data.holdout=4")
-TP2 = "model.tensor_model_parallel_size=2"
-PP2 = "model.pipeline_model_parallel_size=2"
-SP = "model.sequence_parallel=true"
-TIMINGS = ("step_seconds", "tokens_per_second", "tokens")
 LAYOUTS = {
     "full recompute": (1, ["model.recompute=full"]),
     "selective recompute": (1, ["model.recompute=selective"]),
@@ -65,27 +57,6 @@ def reference(pairs, tmp_path_factory) -> dict:
     run_dir = tmp_path_factory.mktemp("reference")
     (result,) = run_ranks(recorded_training, 1, pairs, run_dir, *RUN)
     return {**result, "model": run_dir / "model"}
-
-
-def tensors_of(directory: Path) -> dict[str, torch.Tensor]:
-    with safe_open(directory / "model.safetensors", framework="pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-
-
-def compare(expected: dict, ranks: list[dict], model: Path) -> None:
-    for ours, theirs in zip(ranks[0]["metrics"], expected["metrics"], strict=True):
-        for name in theirs.keys() - {*TIMINGS, "kind", "eval/reliability"}:
-            assert ours[name] == pytest.approx(theirs[name], rel=RELATIVE, abs=1e-6), (theirs["step"], name)
-    for step, full in enumerate(expected["gradients"]):
-        seen = {}
-        for rank in ranks:
-            seen |= rank["gradients"][step]
-            for name, gradient in rank["gradients"][step].items():
-                error = (gradient - full[name]).norm() / full[name].norm()
-                assert error < RELATIVE, (step, name, float(error))
-        assert seen.keys() == full.keys() and HEAD in seen
-    for name, tensor in tensors_of(expected["model"]).items():
-        torch.testing.assert_close(tensors_of(model)[name], tensor, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -125,12 +96,6 @@ def test_the_comparison_can_fail(pairs, reference, tmp_path):
     results = run_ranks(recorded_training, 1, pairs, tmp_path / "run", *RUN, "train.centering=0.11")
     with pytest.raises(AssertionError):
         compare(reference, results, tmp_path / "run" / "model")
-
-
-def loaded(pairs: Path) -> list:
-    return load_preferences(
-        str(pairs), tokenizer=byte_tokenizer(), template=None, max_prompt_tokens=16, max_output_tokens=16
-    ).examples
 
 
 def test_loss_and_gradient_are_those_of_plain_torch(pairs, tmp_path):

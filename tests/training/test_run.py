@@ -6,26 +6,15 @@ import json
 import math
 from pathlib import Path
 
-import lightning.pytorch as pl
 import pytest
 from omegaconf import OmegaConf
-from ranks import run_ranks
+from small_runs import NO_VALIDATION, records, train
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from toy_runs import ROOT, toy_config
+from toy_runs import ROOT
 
 from nemo_brain.config.brain import check
 from nemo_brain.report.metrics import read_metrics, read_samples
-from nemo_brain.training.brain.run import run
 
-# One step per iteration on all of its 8 groups.
-SMALL = (
-    "trainer.max_iterations=2",
-    "rollout.prompts_per_iteration=8",
-    "rollout.outputs_per_prompt=2",
-    "train.global_batch_size=8",
-    "train.epochs_per_iteration=1",
-)
-NO_VALIDATION = "data.holdout=0"
 SEED = {"kind", "step", "iteration"}
 # docs: these names are stable.
 STEP = SEED | {"loss", "kl_alpha_beta", "ess_alpha", "ess_beta", "max_alpha", "grad_norm", "lr", "tokens"}
@@ -42,32 +31,6 @@ def constant(prompts, outputs, *, references, metadata):
 def never(prompts, outputs, *, references, metadata):
     raise AssertionError("the rewards are in the file")
 """
-
-
-class LearningRates(pl.Callback):
-    """The learning rate with which each optimizer step is made."""
-
-    def __init__(self):
-        self.used: list[float] = []
-
-    def on_before_optimizer_step(self, trainer, module, optimizer) -> None:
-        self.used.append(trainer.optimizers[0].param_groups[0]["lr"])
-
-
-def train(run_dir: Path, *overrides: str) -> list[float]:
-    """A run on one process; returns the learning rates that the optimizer had."""
-
-    def rank() -> list[float]:
-        rates = LearningRates()
-        run(toy_config(*SMALL, f"run_dir={run_dir}", *overrides), callbacks=[rates])
-        return rates.used
-
-    (used,) = run_ranks(rank, 1)
-    return used
-
-
-def records(run_dir: Path, kind: str) -> list[dict]:
-    return [record for record in read_metrics(run_dir / "metrics.jsonl") if record["kind"] == kind]
 
 
 def without_timings(run_dir: Path) -> list[dict]:

@@ -12,11 +12,12 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import torch.distributed as dist
+from layouts import PP2, SP, TP2
+from models import tensors_of
 from omegaconf import DictConfig, OmegaConf
 from ranks import run_ranks
 from reward_runs import TOY as REWARD_TOY
-from test_config import file_keys, schema_keys
-from test_reward_model import PP2, SP, TP2, tensors_of
+from schemas import file_keys, schema_keys
 from toy_runs import QUIET, GradientRecorder, composed
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
