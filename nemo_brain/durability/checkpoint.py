@@ -103,9 +103,7 @@ def damage(path: Path, rank: int, ranks: int) -> str | None:
         if manifest["format"] > FORMAT:
             return f"{path}: its format {manifest['format']} is newer than this version's {FORMAT}: update nemo_brain"
         if manifest["format"] < FORMAT:
-            return (
-                f"{path}: its format {manifest['format']} is an earlier version's, which this one does not read"
-            )
+            return f"{path}: its format {manifest['format']} is an earlier version's, which this one does not read"
         expected = sorted(manifest["files"].items())
         if rank == 0:
             read_index(path)

@@ -16,8 +16,8 @@ from resumed_runs import RUN, compare, undisturbed
 from toy_runs import QUIET, ROOT
 
 from nemo_brain.core.interruption import EXIT_CODE
-from nemo_brain.report.run_dir import read_status
 from nemo_brain.report.metrics import read_metrics
+from nemo_brain.report.run_dir import read_status
 
 SCRIPT = [str(ROOT / "examples" / "megatron_brain.py"), "--config-name", "toy"]
 
