@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import logging
 import os
 import signal
@@ -17,6 +16,8 @@ from toy_runs import toy_config
 
 from nemo_brain.core.interruption import Interrupted
 from nemo_brain.report.metrics import read_metrics
+from nemo_brain.report.run_dir import LINE_FILES
+from nemo_brain.training.brain.passes import BRAInPasses
 from nemo_brain.training.brain.run import run
 
 RUN = (
@@ -38,7 +39,7 @@ def train(run_dir: str, *overrides: str, stop_after: int | None = None) -> str:
     """One rank of a run; ``stop_after``: SIGTERM comes in the middle of that step. Returns how it ended."""
     logging.disable(logging.WARNING)
     if stop_after is not None:
-        _signal_in_step(stop_after)
+        signal_in_step(BRAInPasses, stop_after)
     try:
         run(toy_config(f"run_dir={run_dir}", *RUN, *overrides))
     except Interrupted as reason:
@@ -46,10 +47,9 @@ def train(run_dir: str, *overrides: str, stop_after: int | None = None) -> str:
     return "finished"
 
 
-def _signal_in_step(step: int) -> None:
-    from nemo_brain.training.brain.passes import BRAInPasses
-
-    original, calls = BRAInPasses.train, []
+def signal_in_step(passes: type, step: int) -> None:
+    """Rank 0 sends itself SIGTERM in the middle of that optimizer step; ``passes``: those that the step is made by."""
+    original, calls = passes.train, []
 
     def counted(self, *args, **kwargs):
         calls.append(1)
@@ -57,28 +57,28 @@ def _signal_in_step(step: int) -> None:
             os.kill(os.getpid(), signal.SIGTERM)  # one rank is told; all of them stop
         return original(self, *args, **kwargs)
 
-    BRAInPasses.train = counted
+    passes.train = counted
 
 
 def records(run_dir: Path) -> list[dict]:
-    """The metrics without times, in their order."""
+    """The metrics without times, in the order in which they stand in the file."""
     return [
         {name: value for name, value in record.items() if not name.endswith(TIMINGS)}
-        for record in sorted(read_metrics(run_dir / "metrics.jsonl"), key=lambda r: (r["step"], r["kind"]))
+        for record in read_metrics(run_dir / "metrics.jsonl")
     ]
 
 
+def written(run_dir: Path) -> dict[str, bytes]:
+    """The other files that grow line by line."""
+    return {name: (run_dir / name).read_bytes() for name in LINE_FILES[1:] if (run_dir / name).exists()}
+
+
 @functools.cache
-def undisturbed(*overrides: str, ranks: int = 1) -> tuple[list[dict], str]:
+def undisturbed(*overrides: str, ranks: int = 1) -> tuple[list[dict], dict[str, bytes]]:
+    """The records of a run that nothing happened to, and what it wrote line by line."""
     with tempfile.TemporaryDirectory() as scratch:
         assert run_ranks(train, ranks, f"{scratch}/run", "checkpoint.at_end=false", *overrides) == ["finished"] * ranks
-        return records(Path(scratch, "run")), last_samples(Path(scratch, "run"))
-
-
-def last_samples(run_dir: Path) -> str:
-    """The held-out outputs at the end, as they were written."""
-    lines = (run_dir / "samples.jsonl").read_text().splitlines()
-    return "\n".join(line for line in lines if json.loads(line)["kind"] == "final")
+        return records(Path(scratch, "run")), written(Path(scratch, "run"))
 
 
 def compare(run_dir: Path, expected: list[dict], tolerance: float) -> None:

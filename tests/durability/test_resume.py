@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from layouts import PP2, TP2
 from ranks import Ranks, run_ranks
-from resumed_runs import STEPS, compare, failure, last_samples, records, train, undisturbed
+from resumed_runs import STEPS, compare, failure, records, train, undisturbed, written
 
 from nemo_brain.durability import checkpoint
 from nemo_brain.report.run_dir import read_status
@@ -39,14 +39,14 @@ SAME = {
 @pytest.mark.parametrize(("ranks", "overrides"), SAME.values(), ids=SAME)
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path, ranks, overrides):
     """Told to stop in the middle of iterations and at the end of one; every number of the rest is the same."""
-    expected, samples = undisturbed(*(o for o in overrides if "checkpoint" not in o), ranks=ranks)
+    expected, files = undisturbed(*(o for o in overrides if "checkpoint" not in o), ranks=ranks)
     for stop in (3, 1, 4):  # after steps 3, 4 (an iteration's last) and 8
         ends = run_ranks(train, ranks, str(tmp_path / "run"), *overrides, stop_after=stop)
         assert "signal SIGTERM" in ends[0] and "finished" not in ends
         assert read_status(tmp_path / "run")["state"] == "interrupted"
     assert run_ranks(train, ranks, str(tmp_path / "run"), *overrides) == ["finished"] * ranks
     compare(tmp_path / "run", expected, tolerance=0)
-    assert last_samples(tmp_path / "run") == samples
+    assert written(tmp_path / "run") == files
     assert not list(tmp_path.glob("run/previous/*"))
 
 
@@ -75,7 +75,7 @@ KILLED = {"one process": (1, [], 11), "PP2": (2, [PP2], 7), "PP2, async": (2, [P
 @pytest.mark.parametrize(("ranks", "overrides", "points"), KILLED.values(), ids=KILLED)
 def test_kill_9_anywhere_costs_at_most_the_work_since_the_last_checkpoint(tmp_path, ranks, overrides, points):
     """SIGKILL for one rank or all, at random moments of sampling, scoring, training and saving."""
-    expected, samples = undisturbed(*(o for o in overrides if "checkpoint" not in o), ranks=ranks)
+    expected, files = undisturbed(*(o for o in overrides if "checkpoint" not in o), ranks=ranks)
     seed = int(os.environ.get("KILL_SEED", time.time_ns() % 10**6))
     print(f"KILL_SEED={seed}")
     draw = random.Random(seed)
@@ -95,7 +95,7 @@ def test_kill_9_anywhere_costs_at_most_the_work_since_the_last_checkpoint(tmp_pa
             shutil.rmtree(run_dir)
     assert run_ranks(train, ranks, *options) == ["finished"] * ranks
     compare(run_dir, expected, tolerance=0)
-    assert last_samples(run_dir) == samples
+    assert written(run_dir) == files
     assert not [path for path in (run_dir / "checkpoints").iterdir() if path.name.startswith(".")]
 
 

@@ -12,6 +12,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import torch.distributed as dist
+from demonstrations import sft_config, write_demonstrations
 from layouts import PP2, SP, TP2
 from models import tensors_of
 from omegaconf import DictConfig, OmegaConf
@@ -49,20 +50,6 @@ LAYOUTS = {
         [TP2, PP2, SP, VIRTUAL, "model.recompute=full"],
     ),
 }
-
-
-def write_demonstrations(path: Path, count: int = 32) -> Path:
-    """Completions of letters, of 1 to 14 tokens, one of them cut to 16 tokens; prompts of 5 or 6."""
-    draw = random.Random(0)
-    with path.open("w") as file:
-        for index in range(count):
-            completion = "".join(draw.choices("abcdefgh", k=20 if index == 3 else draw.randint(1, 13)))
-            file.write(json.dumps({"prompt": f"Say {index}", "completion": completion}) + "\n")
-    return path
-
-
-def sft_config(*overrides: str) -> DictConfig:
-    return composed("sft", *QUIET, *overrides)
 
 
 def recorded(demonstrations: Path, run_dir: Path, *overrides: str, callbacks: tuple[pl.Callback, ...] = ()) -> dict:

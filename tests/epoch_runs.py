@@ -1,0 +1,62 @@
+"""Trainings by epochs on toy data, stopped and gone on with: fine-tuning and reward models alike."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import tempfile
+from pathlib import Path
+
+from demonstrations import sft_config, write_demonstrations
+from ranks import run_ranks
+from resumed_runs import records, signal_in_step, written
+from reward_runs import TOY, reward_config, write_pairs
+
+from nemo_brain.core.interruption import Interrupted
+from nemo_brain.training.reward_model.passes import PreferencePasses
+from nemo_brain.training.reward_model.run import train_reward_model
+from nemo_brain.training.sft.passes import CompletionPasses
+from nemo_brain.training.sft.run import fine_tune
+
+KINDS = ("sft", "reward_model")
+# 3 epochs of 4 steps on 28 examples, 4 held out.
+RUN = (
+    "trainer.epochs=3",
+    "train.global_batch_size=7",
+    "data.holdout=4",
+    "validation.samples=3",
+    "optim.sched={name: WarmupPolicy, warmup_steps: 3, min_lr: 1e-3}",
+)
+STEPS = 12
+
+
+def train(kind: str, run_dir: str, *overrides: str, stop_after: int | None = None) -> str:
+    """One rank of a training; ``stop_after``: SIGTERM comes in the middle of that step. Returns how it ended."""
+    logging.disable(logging.WARNING)
+    if stop_after is not None:
+        signal_in_step(CompletionPasses if kind == "sft" else PreferencePasses, stop_after)
+    options = (f"run_dir={run_dir}", f"data.train={_examples(kind)}", *RUN, *overrides)
+    try:
+        if kind == "sft":
+            toy = [option for option in TOY if not option.startswith("model.head_std")]
+            fine_tune(sft_config(*toy, *options))
+        else:
+            train_reward_model(reward_config(*TOY, *options))
+    except Interrupted as reason:
+        return str(reason)
+    return "finished"
+
+
+@functools.cache
+def undisturbed(kind: str, *overrides: str, ranks: int = 1) -> tuple[list[dict], dict[str, bytes]]:
+    """The records of a training that nothing happened to, and what it wrote line by line."""
+    with tempfile.TemporaryDirectory() as scratch:
+        run_dir = f"{scratch}/run"
+        assert run_ranks(train, ranks, kind, run_dir, "checkpoint.at_end=false", *overrides) == ["finished"] * ranks
+        return records(Path(run_dir)), written(Path(run_dir))
+
+
+@functools.cache
+def _examples(kind: str) -> Path:
+    folder = Path(tempfile.mkdtemp(prefix="examples"))
+    return (write_demonstrations if kind == "sft" else write_pairs)(folder / "examples.jsonl")
