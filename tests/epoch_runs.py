@@ -28,6 +28,12 @@ RUN = (
     "optim.sched={name: WarmupPolicy, warmup_steps: 3, min_lr: 1e-3}",
 )
 STEPS = 12
+# Written once, in the test process: its forks have the same path.
+_FOLDER = tempfile.TemporaryDirectory(prefix="examples")
+_EXAMPLES = {
+    "sft": write_demonstrations(Path(_FOLDER.name, "demonstrations.jsonl")),
+    "reward_model": write_pairs(Path(_FOLDER.name, "pairs.jsonl")),
+}
 
 
 def train(kind: str, run_dir: str, *overrides: str, stop_after: int | None = None) -> str:
@@ -35,7 +41,7 @@ def train(kind: str, run_dir: str, *overrides: str, stop_after: int | None = Non
     logging.disable(logging.WARNING)
     if stop_after is not None:
         signal_in_step(CompletionPasses if kind == "sft" else PreferencePasses, stop_after)
-    options = (f"run_dir={run_dir}", f"data.train={_examples(kind)}", *RUN, *overrides)
+    options = (f"run_dir={run_dir}", f"data.train={_EXAMPLES[kind]}", *RUN, *overrides)
     try:
         if kind == "sft":
             toy = [option for option in TOY if not option.startswith("model.head_std")]
@@ -54,9 +60,3 @@ def undisturbed(kind: str, *overrides: str, ranks: int = 1) -> tuple[list[dict],
         run_dir = f"{scratch}/run"
         assert run_ranks(train, ranks, kind, run_dir, "checkpoint.at_end=false", *overrides) == ["finished"] * ranks
         return records(Path(run_dir)), written(Path(run_dir))
-
-
-@functools.cache
-def _examples(kind: str) -> Path:
-    folder = Path(tempfile.mkdtemp(prefix="examples"))
-    return (write_demonstrations if kind == "sft" else write_pairs)(folder / "examples.jsonl")

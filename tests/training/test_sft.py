@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
-import random
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -15,11 +13,11 @@ import torch.distributed as dist
 from demonstrations import sft_config, write_demonstrations
 from layouts import PP2, SP, TP2
 from models import tensors_of
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from ranks import run_ranks
 from reward_runs import TOY as REWARD_TOY
 from schemas import file_keys, schema_keys
-from toy_runs import QUIET, GradientRecorder, composed
+from toy_runs import GradientRecorder
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nemo_brain.config.sft import SFTConfig, check_sft_config
