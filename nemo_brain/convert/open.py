@@ -69,7 +69,13 @@ def start_weights(restore_from: str | None, gpt: dict | None, tokenizer: str | N
 
 
 def _open_checkpoint(path: Path) -> RunWeights:
-    configuration = checkpoint.read_json(path / "run.json")["configuration"]
+    run = checkpoint.read_json(path / "run.json")
+    configuration = run["configuration"]
+    if run["kind"] == "reward_model":
+        raise ValueError(
+            f"{path} holds a reward model, no language model: go on with its training, which writes it to "
+            "model.export_to at its end, for reward.restore_from"
+        )
     if configuration["model"].get("peft") is not None:
         raise ValueError(
             f"{path} holds adapters alone (model.peft): go on with the run, which writes merged weights to "

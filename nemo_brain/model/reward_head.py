@@ -38,6 +38,9 @@ class RewardGPTModel(PackedGPTModel):
             del self.output_layer
             self.reward_head = RewardHead(self.config)
 
+    def is_head(self, key: str) -> bool:
+        return key.endswith(HEAD)
+
     def forward(self, tokens_1S, positions_1S, attention, select_K, *_, **__) -> torch.Tensor:
         """One chunk's forward pass over one packed row.
 
