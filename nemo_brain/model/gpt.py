@@ -96,15 +96,9 @@ class PackedGPTModel(MCoreGPTModel):
         return hidden
 
     def sharded_state_dict(self, *args, **kwargs) -> dict:
-        """Megatron's; of a model with adapters the part that trains, because all else stays the start model's."""
+        """Megatron's; of a model with adapters their part alone, because all else stays the start model's."""
         state = super().sharded_state_dict(*args, **kwargs)
-        if not any(map(is_adapter, state)):
-            return state
-        return {key: value for key, value in state.items() if is_adapter(key) or self.is_head(key)}
-
-    def is_head(self, key: str) -> bool:
-        """Whether a checkpoint's key belongs to a head that trains beside adapters: a language model has none."""
-        return False
+        return {key: value for key, value in state.items() if is_adapter(key)} or state
 
     def _output(self, hidden_TH, targets_T, temperatures) -> torch.Tensor:
         """What ``output_layer`` computes: log-probs [E, T] of the targets, or logits [T, V] without targets."""

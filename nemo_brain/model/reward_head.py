@@ -9,8 +9,10 @@ import re
 from dataclasses import dataclass
 
 import torch
+from megatron.core.transformer.module import MegatronModule
 
 from nemo_brain.model.gpt import PackedGPTConfig, PackedGPTModel
+from nemo_brain.model.parameters import is_adapter
 
 HEAD = "reward_head.weight"  # the head's canonical name: [1, H], whole on every tensor-parallel rank
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
@@ -38,8 +40,12 @@ class RewardGPTModel(PackedGPTModel):
             del self.output_layer
             self.reward_head = RewardHead(self.config)
 
-    def is_head(self, key: str) -> bool:
-        return key.endswith(HEAD)
+    def sharded_state_dict(self, *args, **kwargs) -> dict:
+        """Megatron's for any module, for its GPT's wants an output layer; with adapters, theirs and the head's part."""
+        state = MegatronModule.sharded_state_dict(self, *args, **kwargs)
+        if not any(map(is_adapter, state)):
+            return state
+        return {key: value for key, value in state.items() if is_adapter(key) or key.endswith(HEAD)}
 
     def forward(self, tokens_1S, positions_1S, attention, select_K, *_, **__) -> torch.Tensor:
         """One chunk's forward pass over one packed row.
