@@ -28,7 +28,8 @@ def launch(configurations: Path, name: str, train: Callable[[DictConfig], object
         try:
             train(cfg)
         except Interrupted as reason:
-            print(f"stopped: {reason}; saved. The same command goes on from there.", file=sys.stderr)
+            goes_on = "the same command goes on from the last checkpoint, or starts anew before the first step"
+            print(f"stopped: {reason}; {goes_on}", file=sys.stderr)
             sys.exit(EXIT_CODE)
         except ValueError as error:
             # Ours name the key or the line and the remedy, and need no traceback. Those of libraries keep theirs.

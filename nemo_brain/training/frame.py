@@ -175,7 +175,8 @@ class Frame(Generic[AnyState]):
         try:
             yield
         except Interrupted:
-            self.save()
+            if self.state.step:  # before, there is nothing to go on with, and the optimizer has no state to be read
+                self.save()
             self._checkpointer.finish()
             raise
 

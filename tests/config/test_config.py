@@ -13,7 +13,8 @@ from nemo_brain.config.brain import check
 from nemo_brain.config.serve_reward import ServeConfig, check_serve
 from nemo_brain.core.packing import LAYOUTS
 from nemo_brain.model.gpt import HAVE_TRANSFORMER_ENGINE
-from nemo_brain.training.brain.run import _data, _objective
+from nemo_brain.training.brain.data import read_data
+from nemo_brain.training.brain.run import _objective
 from nemo_brain.training.build import make_ddp, make_gpt_config, make_optimizer, make_weights, world_size
 
 # Configurations of another kind: ServeConfig, and those of test_reward_model.py and test_sft.py.
@@ -46,7 +47,7 @@ def reduction(config):
 def read(config):
     weights = make_weights(config.model, config.seed)
     make_gpt_config(config.model, config.trainer, weights, config.lengths)
-    return _data(config, weights.tokenizer)
+    return read_data(config.data, config.seed, weights.tokenizer, config.rollout.max_new_tokens, None)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

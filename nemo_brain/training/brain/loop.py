@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from nemo_brain.config.brain import Config
-from nemo_brain.core.groups import Prompt, RewardedGroup, Rollout, SampledGroup, ScoredGroup, output_matrix
+from nemo_brain.core.groups import Prompt, RewardedGroup, Rollout, ScoredGroup, output_matrix
 from nemo_brain.core.ranks import on_all_ranks
 from nemo_brain.data.order import prompts_of_iteration, shuffled, visits
 from nemo_brain.data.rollouts import write_rollout
@@ -22,13 +22,12 @@ from nemo_brain.objectives import Objective
 from nemo_brain.report.evaluate import evaluate, rollout_metrics
 from nemo_brain.report.progress import progress
 from nemo_brain.report.run_dir import writing
-from nemo_brain.rewards.protocol import CollectiveReward, Reward
 from nemo_brain.sampling.sampler import SamplingOptions
+from nemo_brain.training.brain.data import BRAInData
 from nemo_brain.training.brain.passes import Scores, StepResult
-from nemo_brain.training.brain.remote_rollout import RemoteRollout
 from nemo_brain.training.brain.rollout import RolloutWorker
 from nemo_brain.training.brain.state import BRAInState
-from nemo_brain.training.brain.strategy import BRAInStrategy, TrainStep
+from nemo_brain.training.brain.strategy import TrainStep
 from nemo_brain.training.frame import Frame, Steps
 
 _VALIDATION = -1  # the "iteration" of validation draws: the same at every validation, so that its noise is shared
@@ -41,36 +40,26 @@ class BRAInLoop:
     Args:
         config: the run's configuration.
         frame: of the training.
-        strategy, objective: of the model in training.
-        prompts: training prompts, or none if there are ``offline`` groups.
-        offline: groups sampled elsewhere, trained on instead of sampling.
-        held_out: validation prompts; none of them: no validation.
-        reward: scores outputs.
-        remote: samples in place of the policy's own ranks.
+        worker: makes the groups.
+        objective: of the model in training.
+        data: what it is made on.
     """
 
     def __init__(
         self,
         config: Config,
         frame: Frame[BRAInState],
-        strategy: BRAInStrategy,
+        worker: RolloutWorker,
         objective: Objective,
-        prompts: Sequence[Prompt],
-        offline: Sequence[SampledGroup],
-        held_out: Sequence[Prompt],
-        reward: Reward | CollectiveReward,
-        remote: RemoteRollout | None,
+        data: BRAInData,
     ):
         self.config = config
         self.frame = frame
-        self.strategy = strategy
+        self.worker = worker
         self.objective = objective
-        self.prompts = prompts
+        self.prompts, self.held_out = data.prompts, data.held_out
         # Log-probs of other kernels are not comparable with the policy's.
-        self.offline = [dataclasses.replace(group, prior_logprobs=None) for group in offline]
-        self.held_out = held_out
-        self.reward = reward
-        self.remote = remote
+        self.offline = [dataclasses.replace(group, prior_logprobs=None) for group in data.offline]
         rollout = config.rollout
         self._sampling = SamplingOptions(
             outputs=rollout.outputs_per_prompt,
@@ -88,15 +77,16 @@ class BRAInLoop:
 
     def steps(self) -> Steps:
         """Algorithm 1."""
-        state, worker, total = self.frame.state, self._worker(), self.config.trainer.max_iterations
+        state, total = self.frame.state, self.config.trainer.max_iterations
+        self.worker.setup()
         if self.held_out and not state.start:
-            self._validate(worker, 0)
+            self._validate(0)
         elif self._validation_due():  # a run that was stopped in one
-            self._validate(worker, state.step // self.config.steps_per_iteration)
+            self._validate(state.step // self.config.steps_per_iteration)
         for iteration in range(state.step // self.config.steps_per_iteration, total):
             if not state.rollout:
                 with self.frame.saved_if_interrupted():
-                    state.rollout = self._make_rollout(worker, iteration)
+                    state.rollout = self._make_rollout(iteration)
             with progress(self.config.steps_per_iteration, f"iteration {iteration}: training", "steps") as bar:
                 bar.update(state.step % self.config.steps_per_iteration)
                 for batch, last in self._batches(iteration, state.rollout):
@@ -110,28 +100,28 @@ class BRAInLoop:
             if done:
                 self.frame.interruption.ignore()  # what is left is short, and nothing to go on with
             if self._validation_due():
-                self._validate(worker, iteration + 1)
+                self._validate(iteration + 1)
             self.frame.save_point(last=drifted or done, always=drifted)
             if drifted:
                 return
 
     # One iteration.
 
-    def _make_rollout(self, worker: RolloutWorker, iteration: int) -> list[ScoredGroup]:
+    def _make_rollout(self, iteration: int) -> list[ScoredGroup]:
         """The iteration's scored groups; begins its record."""
         record: dict[str, float] = {}
         untrained = self.frame.state.step == 0
         with _timed(record, "sample_seconds"):
             if self.offline:
-                rewarded, temperature = self._offline_groups(worker, iteration), None
+                rewarded, temperature = self._offline_groups(iteration), None
             else:
                 prompts = self._prompts(iteration)
-                worker.refresh(self.frame.state.step, self._sampling)  # q' <- q
-                sampled = worker.sample(prompts, self._sampling, iteration, f"iteration {iteration}: sampling")
-                rewarded = worker.reward(sampled)
+                self.worker.refresh(self.frame.state.step, self._sampling)  # q' <- q
+                sampled = self.worker.sample(prompts, self._sampling, iteration, f"iteration {iteration}: sampling")
+                rewarded = self.worker.reward(sampled)
                 temperature = self._sampling.temperature if self.config.rollout.rescore_proposal else None
         with _timed(record, "score_seconds"):
-            scored, gap = worker.score(rewarded, temperature, untrained)
+            scored, gap = self.worker.score(rewarded, temperature, untrained)
         if self.offline:
             self._remember(iteration, scored)
         self.frame.state.record = {**record, **self._record(iteration, scored, gap), "train_seconds": 0.0}
@@ -197,12 +187,12 @@ class BRAInLoop:
         count = self.config.rollout.prompts_per_iteration
         return [index for index, _ in visits(len(self.offline), iteration, count, self.config.seed)]
 
-    def _offline_groups(self, worker: RolloutWorker, iteration: int) -> list[RewardedGroup]:
+    def _offline_groups(self, iteration: int) -> list[RewardedGroup]:
         """The iteration's offline groups, rewarded where they came without a reward."""
         order = self._visits(iteration)
         missing = [index for index in dict.fromkeys(order) if not isinstance(self.offline[index], RewardedGroup)]
         if missing:
-            found = worker.reward_offline([self.offline[index] for index in missing])
+            found = self.worker.reward_offline([self.offline[index] for index in missing])
             for index, group in zip(missing, found, strict=True):
                 self.offline[index] = group
         return [group for index in order if isinstance(group := self.offline[index], RewardedGroup)]
@@ -221,7 +211,7 @@ class BRAInLoop:
         last = iterations == self.config.trainer.max_iterations
         return bool(self.held_out) and not within and iterations > self.frame.state.validated and (every or last)
 
-    def _validate(self, worker: RolloutWorker, iteration: int) -> None:
+    def _validate(self, iteration: int) -> None:
         """Samples for the held-out prompts, compares with the start model, and records it.
 
         Every validation uses the same draws, so start and current model differ by their weights only.
@@ -229,28 +219,19 @@ class BRAInLoop:
         state = self.frame.state
         with self.frame.saved_if_interrupted():
             prompts = on_all_ranks(lambda: list(self.held_out))
-            worker.refresh(state.step, self._validation)
-            rewarded = worker.reward(worker.sample(prompts, self._validation, _VALIDATION, "validation: sampling"))
-            groups, _ = worker.score(rewarded, 1.0, untrained=state.step == 0)
+            self.worker.refresh(state.step, self._validation)
+            rewarded = self.worker.reward(
+                self.worker.sample(prompts, self._validation, _VALIDATION, "validation: sampling")
+            )
+            groups, _ = self.worker.score(rewarded, 1.0, untrained=state.step == 0)
             if iteration == 0:
-                state.reference_rewards = worker.reference_rewards(prompts)
+                state.reference_rewards = self.worker.reference_rewards(prompts)
                 state.start = groups
         result = evaluate(state.start, groups, state.reference_rewards)
         state.score, state.validated = result.reward.mean, iteration
         self.frame.write("eval", {"iteration": iteration, **result.as_metrics()})
         last = iteration == self.config.trainer.max_iterations
         self.frame.write_samples(iteration, groups, "start" if iteration == 0 else "final" if last else "validation")
-
-    def _worker(self) -> RolloutWorker:
-        return RolloutWorker(
-            self.strategy,
-            self.reward,
-            self.remote,
-            self.frame.interruption,
-            seed=self.config.seed,
-            run_dir=self.frame.run_dir,
-            skip_nonfinite=self.config.train.on_nonfinite == "skip",
-        )
 
 
 def _step_metrics(result: StepResult) -> dict[str, Any]:

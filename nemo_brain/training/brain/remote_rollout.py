@@ -13,7 +13,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from nemo.collections.llm.gpt.model.base import GPTConfig
 
-from nemo_brain.config.brain import Config
+from nemo_brain.config.brain import RemoteConfig
 from nemo_brain.convert.export import check_target, export_model, make_export
 from nemo_brain.core.groups import Prompt, SampledGroup
 from nemo_brain.core.interruption import Interruption
@@ -31,16 +31,21 @@ _EXPORT_KEY = "rollout.remote.export_to"
 class RemoteRollout:
     """Samples from the server of ``rollout.remote``.
 
+    Args:
+        config: that section.
+        gpt, weights: of the policy.
+        layout: of the rows in which the prior scores what the server has sampled.
+        block: so many row positions are scored at a time.
+
     Raises:
         ValueError: the model cannot be exported for the server, the directory for it is taken, or the API key is not
             set.
     """
 
-    def __init__(self, config: Config, gpt: GPTConfig, weights: Weights):
-        self.config = config.rollout.remote
-        # As many positions as fill the pipeline are scored at a time.
-        self._block = config.train.micro_batch_tokens * config.model.pipeline_model_parallel_size
-        self._layout = config.layout
+    def __init__(self, config: RemoteConfig, gpt: GPTConfig, weights: Weights, layout: str, block: int):
+        self.config = config
+        self._block = block
+        self._layout = layout
         self._weights = weights
         self._export = None
         self._served: int | None = None

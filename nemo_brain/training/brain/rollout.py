@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core import parallel_state
 
 from nemo_brain.core.groups import (
@@ -108,13 +109,31 @@ class RolloutWorker:
         self._seed = seed
         self._run_dir = run_dir
         self._skip_nonfinite = skip_nonfinite
-        self._members = parallel_state.get_model_parallel_group()
-        self._replicas = parallel_state.get_data_parallel_group()
-        self._first = self._members.rank() == 0
-        on_first_rank(lambda: load_reward(reward), self._members)
         self._collective = getattr(reward, "collective", False)
+
+    def setup(self) -> None:
+        """Has the reward load what it needs. Once, when the model has been set up.
+
+        Raises:
+            ValueError: it cannot; on every rank.
+        """
+        on_first_rank(lambda: load_reward(self.reward_model), self._members)
         if self._collective:
-            reward.setup(strategy)
+            self.reward_model.setup(self.strategy)
+
+    @property
+    def _members(self) -> dist.ProcessGroup:
+        """The ranks of this model replica."""
+        return parallel_state.get_model_parallel_group()
+
+    @property
+    def _replicas(self) -> dist.ProcessGroup:
+        """This rank's counterparts in all replicas."""
+        return parallel_state.get_data_parallel_group()
+
+    @property
+    def _first(self) -> bool:
+        return self._members.rank() == 0
 
     def refresh(self, step: int, options: SamplingOptions) -> None:
         """q' <- q: from now on the policy as it stands, after ``step`` optimizer steps, is sampled from.

@@ -3,27 +3,23 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import lightning.pytorch as pl
-from hydra.utils import instantiate
 from omegaconf import DictConfig
-from transformers import PreTrainedTokenizerFast
 
-from nemo_brain.config.brain import Config, DataConfig, check
+from nemo_brain.config.brain import Config, check
 from nemo_brain.convert.adapter import export_adapter
 from nemo_brain.convert.export import export_model
-from nemo_brain.core.groups import Prompt, SampledGroup
-from nemo_brain.data.prompts import load_prompts
-from nemo_brain.data.rollouts import read_rollouts
 from nemo_brain.model.reward_head import RewardGPTConfig
 from nemo_brain.objectives import OBJECTIVES, Objective, make_objective
 from nemo_brain.rewards.build import make_reward
 from nemo_brain.rewards.megatron import MegatronReward
+from nemo_brain.training.brain.data import read_data
 from nemo_brain.training.brain.loop import BRAInLoop
 from nemo_brain.training.brain.nemo_model import BRAInGPTModel
 from nemo_brain.training.brain.remote_rollout import RemoteRollout
+from nemo_brain.training.brain.rollout import RolloutWorker
 from nemo_brain.training.brain.state import BRAInState
 from nemo_brain.training.brain.strategy import BRAInStrategy
 from nemo_brain.training.build import (
@@ -35,6 +31,7 @@ from nemo_brain.training.build import (
     make_strategy,
     make_weights,
 )
+from nemo_brain.training.frame import Frame
 from nemo_brain.training.run import Parts, train
 
 
@@ -61,7 +58,11 @@ def _parts(config: Config) -> Parts[BRAInGPTModel, BRAInState]:
     if isinstance(reward, MegatronReward):
         reward_gpt = make_gpt_config(config.model, config.trainer, reward.weights, config.lengths, RewardGPTConfig)
         reward.configure(reward_gpt, weights.tokenizer, config.data.template)
-    remote = RemoteRollout(config, gpt, weights) if config.rollout.remote is not None else None
+    remote = None
+    if config.rollout.remote is not None:
+        # As many positions as fill the pipeline are scored at a time.
+        block = config.train.micro_batch_tokens * config.model.pipeline_model_parallel_size
+        remote = RemoteRollout(config.rollout.remote, gpt, weights, config.layout, block)
     lora = make_lora(config.model.peft, config.seed)
     model = BRAInGPTModel(gpt, weights, objective, lora, make_optimizer(config.optim, config.trainer))
     strategy = make_strategy(
@@ -74,8 +75,13 @@ def _parts(config: Config) -> Parts[BRAInGPTModel, BRAInState]:
         config.seed,
         prior_placement=config.prior.placement,
     )
-    prompts, offline, held_out = _data(config, weights.tokenizer)
-
+    data = read_data(
+        config.data,
+        config.seed,
+        weights.tokenizer,
+        max_new_tokens=config.rollout.max_new_tokens,
+        max_held_out=config.validation.max_prompts,
+    )
     merged = export_for("model.export_to", config.model.export_to, gpt, weights)
     adapter = export_for("model.export_adapter_to", config.model.export_adapter_to, gpt, weights)
 
@@ -87,60 +93,27 @@ def _parts(config: Config) -> Parts[BRAInGPTModel, BRAInState]:
             directory = config.model.export_adapter_to
             export_adapter(strategy.chunks, adapter, lora, config.model.restore_from, directory)
 
+    def loop(frame: Frame[BRAInState]) -> BRAInLoop:
+        worker = RolloutWorker(
+            strategy,
+            reward,
+            remote,
+            frame.interruption,
+            seed=config.seed,
+            run_dir=frame.run_dir,
+            skip_nonfinite=config.train.on_nonfinite == "skip",
+        )
+        return BRAInLoop(config, frame, worker, objective, data)
+
     return Parts(
         model,
         strategy,
         BRAInState(),
         steps=config.trainer.max_iterations * config.steps_per_iteration,
-        data={"prompts": len(prompts), "groups": len(offline), "held-out prompts": len(held_out)},
-        loop=lambda frame: BRAInLoop(config, frame, strategy, objective, prompts, offline, held_out, reward, remote),
+        data=data.sizes,
+        loop=loop,
         at_end=at_end,
     )
-
-
-def _data(
-    config: Config, tokenizer: PreTrainedTokenizerFast
-) -> tuple[Sequence[Prompt], Sequence[SampledGroup], Sequence[Prompt]]:
-    """Training prompts, offline groups and held-out prompts, all read and checked before training."""
-    data = config.data
-    held_out: Sequence[Prompt] = []
-    train: Sequence[Prompt] = []
-    offline: Sequence[SampledGroup] = []
-    if data.validation is not None:
-        held_out = _prompts(data.validation, "data.validation", data, tokenizer)
-    if data.rollouts is not None:
-        offline = read_rollouts(
-            data.rollouts,
-            tokenizer=tokenizer,
-            template=data.template,
-            max_prompt_tokens=data.max_prompt_tokens,
-            max_new_tokens=config.rollout.max_new_tokens,
-            key="data.rollouts",
-        )
-    else:
-        train = _prompts(data.train, "data.train", data, tokenizer)
-        if data.validation is None and data.holdout:
-            holdout = int(data.holdout) if data.holdout >= 1 else data.holdout
-            train, held_out = train.split(holdout, config.seed)
-    return train, offline, held_out[: config.validation.max_prompts]
-
-
-def _prompts(source: Any, key: str, data: DataConfig, tokenizer: PreTrainedTokenizerFast):
-    """The prompts of a file, of several, or of a target that Hydra makes."""
-    if isinstance(source, Mapping):
-        try:
-            source = instantiate(source, _convert_="all")
-        except Exception as error:  # Hydra wraps what the target raises
-            cause = " ".join(str(error.__cause__ or error).split())
-            raise ValueError(f"{key}: _target_={source.get('_target_')} failed: {cause}") from error
-    loaded = load_prompts(
-        source, key=key, tokenizer=tokenizer, template=data.template, max_prompt_tokens=data.max_prompt_tokens
-    )
-    if loaded.truncated:
-        some = "the first " if loaded.tokenised < len(loaded.prompts) else ""
-        cut = f"{loaded.truncated} of {some}{loaded.tokenised} prompts were cut"
-        print(f"{key}: {cut} to {data.max_prompt_tokens} tokens")
-    return loaded.prompts
 
 
 def _objective(config: Config) -> Objective:
