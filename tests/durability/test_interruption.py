@@ -62,8 +62,9 @@ def test_a_reward_that_is_waited_for_does_not_keep_a_run_from_ending(tmp_path, r
         "checkpoint.allow_changes=[reward.function]",
     )
     hangs.touch()
-    for ended, seconds in run_ranks(_told, ranks, told, tmp_path, *arguments):
-        assert ended == "signal SIGTERM" and seconds < 20
+    ends = run_ranks(_told, ranks, told, tmp_path, *arguments)
+    assert ends[told][0] == "signal SIGTERM"
+    assert all(ended != "finished" and seconds < 20 for ended, seconds in ends)
     assert read_status(run_dir) == {"state": "interrupted", "step": 0}
     hangs.unlink()
     assert run_ranks(train, ranks, *arguments) == ["finished"] * ranks
