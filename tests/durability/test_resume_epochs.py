@@ -114,4 +114,4 @@ def test_other_data_another_kind_and_other_keys_are_refused(tmp_path):
     assert "is of another kind of training (sft)" in failure(run_dir, "reward_model")
     assert "on other data (examples: 28:" in failure(run_dir, "sft", "data.holdout=5")
     said = failure(run_dir, "sft", "optim.lr=1e-3")
-    assert "optim.lr: 0.003 -> 0.001" in said and "checkpoint.allow_changes=[optim.lr]" in said
+    assert "optim.lr: 0.0003 -> 0.001" in said and "checkpoint.allow_changes=[optim.lr]" in said
