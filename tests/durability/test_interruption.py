@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from completion_server import END, VOCAB, CompletionServer, save_model
 from layouts import PP2, TP2
 from ranks import run_ranks
 from resumed_runs import compare, train, undisturbed, written
@@ -71,3 +72,17 @@ def test_a_reward_that_is_waited_for_does_not_keep_a_run_from_ending(tmp_path, r
     expected, files = undisturbed(*overrides, ranks=ranks)
     compare(run_dir, expected, tolerance=0)
     assert written(run_dir) == files
+
+
+@pytest.mark.parametrize(("ranks", "overrides"), [(1, []), (2, [PP2])], ids=["one process", "PP2"])
+def test_an_inference_server_that_is_waited_for_does_not_keep_a_run_from_ending(tmp_path, ranks, overrides):
+    answer = threading.Event()
+    with CompletionServer(save_model(tmp_path / "other", VOCAB, END)) as server:
+        server.before = lambda body: ((tmp_path / "waiting").touch(), answer.wait(120))
+        remote = f"rollout.remote={{url: {server.url}, model: policy, timeout_seconds: 100}}"
+        options = [remote, "rollout.rescore_proposal=false", "data.holdout=0", *overrides]
+        ends = run_ranks(_told, ranks, 0, tmp_path, str(tmp_path / "run"), *options)
+        answer.set()
+    assert ends[0][0] == "signal SIGTERM"
+    assert all(ended != "finished" and seconds < 20 for ended, seconds in ends)
+    assert read_status(tmp_path / "run")["state"] == "interrupted"
