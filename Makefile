@@ -11,11 +11,12 @@ PYTHON ?=
 CANDIDATES := $(if $(PYTHON),$(PYTHON),python3.11 python3.12 python3)
 SUITABLE := import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))
 
-.PHONY: help demo test lint install clean
+.PHONY: help demo test golden lint install clean
 
 help:
 	@echo "make demo     train the quickstart model on this machine's CPU (conf/quickstart.yaml)"
 	@echo "make test     lint, then the whole test suite"
+	@echo "make golden   record the metrics in tests/golden/ anew, after a change that was meant to move them"
 	@echo "make lint     ruff, and which room may import which"
 	@echo "make install  only make .venv (the others do so by themselves)"
 	@echo "make clean    remove .venv, caches and build outputs; runs/ stays"
@@ -26,6 +27,9 @@ demo: $(STAMP)
 # pytest comes last, so that its summary is the last thing on the screen.
 test: lint
 	@$(RUN) -m pytest
+
+golden: $(STAMP)
+	@$(RUN) tests/golden_runs.py tests/golden
 
 lint: $(STAMP)
 	@$(RUN) -m ruff check .
