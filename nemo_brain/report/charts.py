@@ -180,7 +180,7 @@ def reliability_diagram(diagrams: Sequence[tuple[str, str, Records | None]]) -> 
         sizes.set_ylim(0, 4 * max(b["pairs"] for b in bins))
         sizes.set_axis_off()
         spoken = (f"{percent(b['confidence'])} sure: {percent(b['accuracy'])} of {b['pairs']} right" for b in bins)
-        legend = [*curves, Series("as sure as right", [], [], "ink-soft", "--")]
+        legend = [*curves, Series("perfect calibration", [], [], "ink-soft", "--")]
         return Panel(title, caption, "", legend, _svg(figure, title, "; ".join(spoken)))
 
 

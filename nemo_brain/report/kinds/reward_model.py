@@ -54,7 +54,7 @@ class RewardModelReport(EpochReport):
                 found.append(Tile(title, text(last[name]), ", ".join([*before, *([words] if words else [])])))
 
         tile("Held-out accuracy", "eval/accuracy", tenths, interval(last, "eval/accuracy", tenths))
-        tile("Log-loss", "eval/log_loss", nats, f"nats, {nats(CHANCE)} by guessing")
+        tile("Log-loss", "eval/log_loss", nats, f"{nats(CHANCE)} by guessing")
         tile("Calibration error", "eval/calibration_error", tenths, "mean |confidence − accuracy|")
         if (gap := _gap(last)) is not None:
             chosen, rejected = (number(last[f"eval/{name}_reward"]) for name in ("chosen", "rejected"))

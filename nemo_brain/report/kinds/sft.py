@@ -44,9 +44,6 @@ class SFTReport(EpochReport):
         if last.get("eval/perplexity") is not None:
             words = "of the start model" if before is None else f"from {self._start_perplexity()}"
             found.append(Tile("Held-out perplexity", number(last["eval/perplexity"]), words))
-        if last.get("eval/completions") is not None:
-            words = f"of {number(last.get('eval/completion_tokens'))} tokens"
-            found.append(Tile("Held-out completions", number(last["eval/completions"]), words))
         return found + self.training_tiles()
 
     def panels(self) -> list[Panel]:
@@ -75,7 +72,7 @@ class SFTReport(EpochReport):
             ]
             rows.append(Row([Cell(before.get("prompt")), Cell(reference), *outputs]))
         columns = [("Prompt", ""), ("Demonstration", ""), ("Start model", ""), (f"After epoch {epochs}", "")]
-        return Comparison("One sampled output each, start model against the model after training", [], columns, rows)
+        return Comparison("One sampled output each, with the same draws before and after", [], columns, rows)
 
     def eval_summary(self) -> Rows:
         last = self.last
