@@ -1,4 +1,4 @@
-"""The charts of the report: curves, the KL-reward frontier and the time split, as inline SVG in the page's theme."""
+"""The charts of the report as inline SVG in the page's theme: curves, KL-reward frontier, time split, calibration."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
-from nemo_brain.report.progress import number
+from nemo_brain.report.text import number, percent
 
 # Colours that stand for CSS variables: matplotlib draws with the key, the page shows the variable.
 COLOURS = {"#010101": "ink-soft", "#020202": "line", "#030301": "c1", "#030302": "c2", "#030303": "c3"}
@@ -148,6 +148,40 @@ def time_split(iterations: Records) -> Panel:
             bottom += height
         ax.xaxis.set_major_locator(_ticks(integer=True))
         return Panel(title, caption, "", parts, _svg(figure, title, "; ".join(map(_spoken, parts))))
+
+
+def reliability_diagram(diagrams: Sequence[tuple[str, str, Records | None]]) -> Panel:
+    """Accuracy over confidence, a curve for each (label, colour, bins of ``preferences.reliability``); bars show how
+    many pairs the bins of the last one hold."""
+    title, caption = "Calibration", "How often the model is right where it is how sure; the bars count the pairs."
+    diagrams = [(label, colour, bins) for label, colour, bins in diagrams if bins]
+    if not diagrams:
+        return Panel(title, caption, needs("eval"), [], None)
+    curves = [
+        Series(label, [b["confidence"] for b in bins], [b["accuracy"] for b in bins], colour, "o-")
+        for label, colour, bins in diagrams
+    ]
+    with matplotlib.rc_context(_STYLE):
+        figure, ax = _figure("confidence", "accuracy")
+        ax.plot([0.5, 1], [0.5, 1], "--", color=_DRAWN["ink-soft"], linewidth=1.2)
+        for curve in curves:
+            ax.plot(curve.x, _floats(curve.y), curve.style, color=_DRAWN[curve.colour], markersize=4)
+        for axis in (ax.xaxis, ax.yaxis):
+            axis.set_major_formatter(PercentFormatter(1, decimals=0))
+        ax.set_xlim(0.49, 1.01)
+        ax.set_ylim(-0.02, 1.05)
+        *_, (_, colour, bins) = diagrams
+        sizes = ax.twinx()
+        for b in bins:
+            middle = (b["low"] + b["high"]) / 2
+            sizes.bar(middle, b["pairs"], 0.9 * (b["high"] - b["low"]), color=_DRAWN[colour], alpha=0.2)
+            sizes.annotate(number(b["pairs"]), (middle, b["pairs"]), ha="center", va="bottom")
+        # The bars stay in the lower quarter.
+        sizes.set_ylim(0, 4 * max(b["pairs"] for b in bins))
+        sizes.set_axis_off()
+        spoken = (f"{percent(b['confidence'])} sure: {percent(b['accuracy'])} of {b['pairs']} right" for b in bins)
+        legend = [*curves, Series("perfect calibration", [], [], "ink-soft", "--")]
+        return Panel(title, caption, "", legend, _svg(figure, title, "; ".join(spoken)))
 
 
 def needs(kind: str) -> str:

@@ -132,8 +132,8 @@ def read_samples(path: str | Path) -> list[dict[str, Any]]:
 class RunSummary:
     """A run in a few numbers: what the final summary and the head of the report show.
 
-    ``start`` and ``last`` are eval records (None before the first); seconds are sums over iterations, and
-    ``train_tokens_per_second`` is the tokens of all optimizer steps over the seconds of these steps.
+    ``start`` and ``last`` are eval records (None before the first); seconds are sums over iterations, but
+    ``step_seconds`` over optimizer steps; ``train_tokens_per_second`` is the tokens of these over their seconds.
     """
 
     iterations: int
@@ -143,6 +143,7 @@ class RunSummary:
     sample_seconds: float
     score_seconds: float
     train_seconds: float
+    step_seconds: float
     train_tokens_per_second: float | None
     peak_memory_gib: float | None
 
@@ -165,6 +166,7 @@ def summarize(records: Sequence[Mapping[str, Any]]) -> RunSummary:
         sample_seconds=total("iteration", "sample_seconds"),
         score_seconds=total("iteration", "score_seconds"),
         train_seconds=total("iteration", "train_seconds"),
+        step_seconds=step_seconds,
         train_tokens_per_second=total("step", "tokens") / step_seconds if step_seconds else None,
         peak_memory_gib=max(memory, default=None),
     )

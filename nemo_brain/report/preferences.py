@@ -7,9 +7,6 @@ as often as that.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import numpy as np
 
 from nemo_brain.report.evaluate import win_rate_interval, win_score
@@ -54,16 +51,4 @@ def reliability(gap_P: np.ndarray, score_P: np.ndarray) -> list[dict[str, float]
         }
         for index in range(BINS)
         if np.any(bin_P == index)
-    ]
-
-
-def preference_summary(record: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """An eval record in rows of a name and a text."""
-    low, high = record["eval/accuracy_ci_low"], record["eval/accuracy_ci_high"]
-    return [
-        ("accuracy", f"{record['eval/accuracy']:.1%} (95% CI {low:.1%} to {high:.1%}) on {record['eval/pairs']} pairs"),
-        ("log-loss", f"{record['eval/log_loss']:.3f} nats (0.693 by guessing)"),
-        ("reward", f"{record['eval/reward']:.2f}, standard deviation {record['eval/reward_std']:.2f}"),
-        ("calibration", f"mean error {record['eval/calibration_error']:.1%}; confidence, accuracy, pairs:"),
-        *(("", f"{b['confidence']:.0%}  {b['accuracy']:.0%}  {b['pairs']}") for b in record["eval/reliability"]),
     ]

@@ -25,8 +25,8 @@ from nemo_brain.durability.supervision import Supervisor
 from nemo_brain.host.distributed import connect
 from nemo_brain.report.metrics import MetricsWriter, read_metrics
 from nemo_brain.report.page import write_report
-from nemo_brain.report.progress import summary_lines
 from nemo_brain.report.run_dir import locked, prepare_run_dir, write_status
+from nemo_brain.report.summary import summary_lines
 from nemo_brain.training.build import make_loggers, make_trainer, quiet, world_size
 from nemo_brain.training.callbacks import Driver
 from nemo_brain.training.frame import AnyState, Frame, Loop
@@ -112,7 +112,7 @@ def train(
             trainer.fit(parts.model, train_dataloaders=driver, ckpt_path=str(earlier[0]) if earlier else None)
         if _first():
             report = write_report(run_dir)
-            print("\n".join(summary_lines(read_metrics(run_dir / "metrics.jsonl"), report)))
+            print("\n".join(summary_lines(read_metrics(run_dir / "metrics.jsonl"), record["configuration"], report)))
     return parts.model
 
 

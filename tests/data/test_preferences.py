@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from nemo_brain.data.examples import split_conversations
 from nemo_brain.data.preferences import load_preferences
 from nemo_brain.data.tokenizers import byte_tokenizer
-from nemo_brain.report.preferences import preference_metrics, preference_summary
+from nemo_brain.report.preferences import preference_metrics
 
 
 def load(source, template=None, tokenizer=None, prompt=100, output=100):
@@ -186,4 +186,3 @@ def test_metrics_by_hand():
     assert [(b["pairs"], b["accuracy"]) for b in bins] == [(1, 0.5), (2, 0.5), (1, 1.0)]
     assert [b["confidence"] for b in bins] == pytest.approx([0.5, 0.8, 27 / 28])
     assert record["eval/calibration_error"] == pytest.approx((0 + 2 * 0.3 + 1 / 28) / 4)
-    assert "62.5%" in dict(preference_summary(record))["accuracy"]

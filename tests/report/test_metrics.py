@@ -21,7 +21,9 @@ from nemo_brain.report.metrics import (
     summarize,
     write_samples,
 )
-from nemo_brain.report.progress import LogProgress, duration, number, progress, summary_lines
+from nemo_brain.report.progress import LogProgress, progress
+from nemo_brain.report.summary import summary_lines
+from nemo_brain.report.text import duration, number
 
 
 def strict(line):
@@ -173,7 +175,7 @@ def test_summary_sums_up_the_records():
         ]
     )
     assert (run.iterations, run.steps, run.start["eval/reward"], run.last["eval/reward"]) == (2, 2, 0.0, 1.0)
-    assert (run.sample_seconds, run.score_seconds, run.train_seconds) == (5.0, 0.5, 4.0)
+    assert (run.sample_seconds, run.score_seconds, run.train_seconds, run.step_seconds) == (5.0, 0.5, 4.0, 4.0)
     # 600 tokens in 4 s; the mean of the steps' rates would be 200.
     assert (run.train_tokens_per_second, run.peak_memory_gib) == (150.0, 3.0)
 
@@ -193,12 +195,12 @@ def test_summary_lines_say_what_changed():
         "eval/kl_to_prior": 12.34,
         "eval/prompts": 32,
     }
-    text = "\n".join(summary_lines([record], "runs/a/report.html"))
+    text = "\n".join(summary_lines([record], {}, "runs/a/report.html"))
     assert "0.12 -> 0.50 (95% CI 0.40 to 0.60) on 32 prompts" in text
     assert "+0.38, p < 0.001 (paired t-test)" in text
     assert "80%\n" in text and "12.3 nats" in text and "runs/a/report.html" in text
     assert "reference" not in text
-    assert "not evaluated" in summary_lines([])[0]
+    assert "not evaluated" in summary_lines([], {}, "report.html")[0]
 
 
 def test_numbers_and_durations_for_people():

@@ -3,53 +3,31 @@
 import re
 import subprocess
 import sys
-from html.parser import HTMLParser
 
 import pytest
+from pages import Page
 
-from nemo_brain.core.groups import Group, Output, Prompt
+from nemo_brain.core.groups import Output, Prompt, RewardedGroup, ScoredGroup
 from nemo_brain.report.__main__ import main
 from nemo_brain.report.charts import CURVE_POINTS
 from nemo_brain.report.evaluate import evaluate
+from nemo_brain.report.kinds.brain import BRAInReport
 from nemo_brain.report.metrics import MetricsWriter, read_metrics, write_samples
-from nemo_brain.report.page import TEXT_CHARACTERS, compare, panels, training_groups, verdict, write_report
+from nemo_brain.report.page import TEXT_CHARACTERS, write_report
 
 HOSTILE = "<script>alert('x')</script><img src=x onerror=alert(1)>"
 CHARTS = 10
-VOID = {"meta", "img", "br", "hr", "input", "link"}
-
-
-class Page(HTMLParser):
-    """Collects elements and checks that they nest."""
-
-    def __init__(self, html):
-        super().__init__()
-        self.open, self.elements, self.ids = [], [], []
-        self.feed(html)
-        assert self.open == []
-
-    def handle_starttag(self, tag, attributes):
-        self.elements.append((tag, dict(attributes)))
-        self.ids += [value for name, value in attributes if name == "id"]
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attributes):
-        self.elements.append((tag, dict(attributes)))
-        self.ids += [value for name, value in attributes if name == "id"]
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def count(self, tag):
-        return sum(name == tag for name, _ in self.elements)
 
 
 def held_out(shift, text="an output"):
     return [
-        Group(
+        ScoredGroup(
             Prompt(f"p{i}", f"prompt {i} {HOSTILE}", [1], reference=f"gold {HOSTILE}"),
-            [Output([1, 2], f"{text} {i} {HOSTILE}", True, i + shift + 0.1 * i * shift, -3.0, -2.0, -2.0)] * 2,
+            [Output([1, 2], f"{text} {i} {HOSTILE}", True)] * 2,
+            rewards=[i + shift + 0.1 * i * shift] * 2,
+            prior_logprobs=[-3.0] * 2,
+            proposal_logprobs=[-2.0] * 2,
+            policy_logprobs=[-2.0] * 2,
         )
         for i in range(4)
     ]
@@ -128,7 +106,16 @@ def test_charts_follow_the_theme(run_dir):
 def test_an_empty_directory_says_what_is_missing(tmp_path):
     html = report(tmp_path)
     Page(html)
-    for name in ("config.yaml", "iteration records", "eval records", "samples.jsonl"):
+    for name in ("config.yaml", "step records", "samples.jsonl"):
+        assert f"<li>{name}" in html
+    assert "Nothing has been recorded yet" in html
+
+
+def test_a_run_whose_records_hold_nothing_says_what_is_missing(tmp_path):
+    MetricsWriter(tmp_path).write("step", 1, {"iteration": None})
+    html = report(tmp_path)
+    Page(html)
+    for name in ("iteration records", "eval records"):
         assert f"<li>{name}" in html
     assert html.count("No data:") == CHARTS
     assert "not been evaluated" in html
@@ -177,13 +164,14 @@ def test_long_outputs_and_curves_stay_small(run_dir):
     writer = MetricsWriter(run_dir)
     for step in range(3, 3003):
         writer.write("step", step, {"iteration": 2, "grad_norm": 1.0 + step % 2})
-    long = Group(Prompt("p0", "x" * 300_000, [1]), [Output([1], "y" * 300_000, True, 1.0)])
+    long = RewardedGroup(Prompt("p0", "x" * 300_000, [1]), [Output([1], "y" * 300_000, True)], rewards=[1.0])
     write_samples(run_dir, 3, [long], "train")
     html = report(run_dir)
     assert "y" * TEXT_CHARACTERS in html and "y" * (TEXT_CHARACTERS + 1) not in html
     assert "(295,000 more)" in html
     assert len(html) < 1_000_000
-    curve = next(p for p in panels(read_metrics(run_dir / "metrics.jsonl"), {}) if p.title == "Gradient norm").series[0]
+    records = read_metrics(run_dir / "metrics.jsonl")
+    curve = next(p for p in BRAInReport(records, [], {}).panels() if p.title == "Gradient norm").series[0]
     assert len(curve.x) <= CURVE_POINTS
     # Pairs of neighbours average out: 1, 2, 1, 2, ... becomes about 1.5 everywhere.
     assert all(abs(y - 1.5) < 0.13 for y in curve.y[1:])
@@ -198,7 +186,8 @@ def test_verdict_claims_a_change_only_where_the_interval_excludes_zero():
         (-0.3, -0.1, "fell"),
         (None,) * 2 + ("no clear",),
     ]:
-        assert words in verdict([record | {name: 0.2, f"{name}_ci_low": low, f"{name}_ci_high": high}])
+        changed = record | {name: 0.2, f"{name}_ci_low": low, f"{name}_ci_high": high}
+        assert words in BRAInReport([changed], [], {}).verdict()
 
 
 def test_the_final_outputs_are_compared_with_the_start_by_id():
@@ -210,12 +199,18 @@ def test_the_final_outputs_are_compared_with_the_start_by_id():
             "outputs": [{"text": "t", "reward": r} for r in rewards],
         }
 
+    def compare(samples):
+        return BRAInReport([], samples, {}).comparison()
+
     samples = [sample("start", 0, "a", 1.0, 2.0), sample("start", 0, "b", 0.0), sample("validation", 1, "a", 9.0)]
-    assert compare(samples)["iteration"] == 1
+    assert compare(samples).columns[2][0] == "Iteration 1"
     samples += [sample("final", 2, "b", 0.0), sample("final", 2, "a", 1.0), sample("final", 2, "new", 1.0)]
     comparison = compare(samples)
-    assert [(row["after"]["id"], row["difference"]) for row in comparison["rows"]] == [("b", 0.0), ("a", -0.5)]
-    assert (comparison["better"], comparison["same"], comparison["worse"]) == (0, 1, 1)
+    assert [(row.cells[2].note.text, row.key) for row in comparison.rows] == [
+        ("reward 0.00", 0.0),
+        ("reward 1.00", -0.5),
+    ]
+    assert [count.text for count in comparison.counts] == ["0 better", "1 the same", "1 worse"]
     assert compare(samples[:2]) is None
 
 
@@ -229,10 +224,10 @@ def test_training_groups_are_the_latest_and_the_first():
         }
         for i in (1, 2, 3)
     ]
-    found = training_groups(samples)
+    found = BRAInReport([], samples, {}).training_groups()
     assert [iteration for iteration, _ in found] == [3, 1]
     assert [output["text"] for output in found[0][1][0]["outputs"]] == ["h", "l"]
-    assert len(training_groups(samples[:1])) == 1
+    assert len(BRAInReport([], samples[:1], {}).training_groups()) == 1
 
 
 def test_the_command_writes_the_report(run_dir):

@@ -190,7 +190,13 @@ def test_cuts_are_counted_and_the_end_is_summed_up(demonstrations, tmp_path, cap
     lines = capfd.readouterr().out.splitlines()
     cut = "data.train: of 32 examples 22 prompts were cut to 5 tokens, 1 outputs to 16"
     assert [line for line in lines if line.startswith("data.train")] == [cut]
-    assert [line.split("  ")[0] for line in lines[-4:]] == ["held-out loss", "perplexity", "training", "model"]
+    assert [line.split("  ")[0] for line in lines[-5:]] == [
+        "held-out loss",
+        "perplexity",
+        "training",
+        "model",
+        "report",
+    ]
 
 
 class Spoil(pl.Callback):
