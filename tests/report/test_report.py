@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from nemo_brain.core.groups import Group, Output, Prompt
+from nemo_brain.core.groups import Output, Prompt, RewardedGroup, ScoredGroup
 from nemo_brain.report.__main__ import main
 from nemo_brain.report.charts import CURVE_POINTS
 from nemo_brain.report.evaluate import evaluate
@@ -47,9 +47,13 @@ class Page(HTMLParser):
 
 def held_out(shift, text="an output"):
     return [
-        Group(
+        ScoredGroup(
             Prompt(f"p{i}", f"prompt {i} {HOSTILE}", [1], reference=f"gold {HOSTILE}"),
-            [Output([1, 2], f"{text} {i} {HOSTILE}", True, i + shift + 0.1 * i * shift, -3.0, -2.0, -2.0)] * 2,
+            [Output([1, 2], f"{text} {i} {HOSTILE}", True)] * 2,
+            rewards=[i + shift + 0.1 * i * shift] * 2,
+            prior_logprobs=[-3.0] * 2,
+            proposal_logprobs=[-2.0] * 2,
+            policy_logprobs=[-2.0] * 2,
         )
         for i in range(4)
     ]
@@ -177,7 +181,7 @@ def test_long_outputs_and_curves_stay_small(run_dir):
     writer = MetricsWriter(run_dir)
     for step in range(3, 3003):
         writer.write("step", step, {"iteration": 2, "grad_norm": 1.0 + step % 2})
-    long = Group(Prompt("p0", "x" * 300_000, [1]), [Output([1], "y" * 300_000, True, 1.0)])
+    long = RewardedGroup(Prompt("p0", "x" * 300_000, [1]), [Output([1], "y" * 300_000, True)], rewards=[1.0])
     write_samples(run_dir, 3, [long], "train")
     html = report(run_dir)
     assert "y" * TEXT_CHARACTERS in html and "y" * (TEXT_CHARACTERS + 1) not in html
