@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -15,12 +16,11 @@ from transformers import PreTrainedTokenizerFast
 
 from benchmarks import common, models
 from benchmarks.sampling import sampled_groups, text_prompts, transformers_model
-from nemo_brain.core.groups import Group, Output, Prompt
+from nemo_brain.core.groups import Group, Output, Prompt, ScoredGroup
 from nemo_brain.core.packing import chunk_tokens
-from nemo_brain.model.passes import GroupPasses
 from nemo_brain.objectives import make_objective
 from nemo_brain.sampling.sampler import Sampler, SamplingOptions
-from nemo_brain.training.brain.passes import Scores
+from nemo_brain.training.brain.passes import BRAInPasses, Scores
 from nemo_brain.training.brain.prior import ResidentPrior
 
 PYTHON = common.ROOT / "benchmarks" / ".venv-trl" / "bin" / "python"
@@ -153,16 +153,13 @@ def _tokenizer(model: models.Trainable) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def _group(size: str, shape: tuple[int, int, int]) -> Group:
+def _group(size: str, shape: tuple[int, int, int]) -> ScoredGroup:
     """A group of real text: prompt and outputs are pieces of this repository's documents."""
     prompt, output, n = shape
     tokens = text_prompts(size, n, prompt + output)
-    random = models.groups_of(1, prompt, output, n, vocab=1)[0].outputs  # for their scores
-    outputs = [
-        Output(piece.token_ids[-output:], "", True, scored.reward, scored.prior_logprob, scored.proposal_logprob)
-        for piece, scored in zip(tokens, random, strict=True)
-    ]
-    return Group(Prompt("p", "", tokens[0].token_ids[:prompt]), outputs)
+    (scored,) = models.groups_of(1, prompt, output, n, vocab=1)
+    outputs = [Output(piece.token_ids[-output:], "", True) for piece in tokens]
+    return dataclasses.replace(scored, prompt=Prompt("p", "", tokens[0].token_ids[:prompt]), outputs=outputs)
 
 
 def _request(group: Group) -> dict:
@@ -202,7 +199,7 @@ def _brain_iteration(model, prior, prompt: Prompt, shape) -> Callable[[], None]:
     """Sampling, scoring and a step as the loop makes them, without its files."""
     _, output, n = shape
     frozen = ResidentPrior([prior])
-    passes = GroupPasses(model.config, "shared_prefix", 16384)
+    passes = BRAInPasses(model.config, "shared_prefix", 16384)
     objective = make_objective("brain", gamma=0.1)
     decode = getattr(model.weights.tokenizer, "decode", lambda ids, **_: str(ids))
     tokenizer = SimpleNamespace(eos_token_id=-1, decode=decode)
@@ -213,11 +210,18 @@ def _brain_iteration(model, prior, prompt: Prompt, shape) -> Callable[[], None]:
         with frozen.chunks(model.chunks) as chunks:
             prior_GN = passes.logprobs(chunks, groups)[0]
         policy_GN = passes.logprobs(model.chunks, groups)[0]
-        for g, group in enumerate(groups):
-            for i, one in enumerate(group.outputs):
-                one.reward = float(i % 3)
-                one.prior_logprob, one.proposal_logprob = prior_GN[g, i].item(), policy_GN[g, i].item()
-        scores = Scores.of(groups, keep_truncated=True)
-        model.step(lambda: passes.train(model.chunks, groups, scores, objective, policy_GN))
+        scored = [
+            ScoredGroup(
+                group.prompt,
+                group.outputs,
+                rewards=[float(i % 3) for i in range(n)],
+                prior_logprobs=prior,
+                proposal_logprobs=policy,
+                policy_logprobs=policy,
+            )
+            for group, prior, policy in zip(groups, prior_GN.tolist(), policy_GN.tolist(), strict=True)
+        ]
+        scores = Scores.of(scored, keep_truncated=True)
+        model.step(lambda: passes.train(model.chunks, scored, scores, objective, policy_GN))
 
     return iterate

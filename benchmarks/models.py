@@ -26,13 +26,12 @@ from nemo.lightning.megatron_parallel import MaskedTokenLossReduction
 from torch.nn.functional import scaled_dot_product_attention
 
 from nemo_brain.convert.open import open_weights
-from nemo_brain.core.groups import Group, Output, Prompt
+from nemo_brain.core.groups import Output, Prompt, ScoredGroup
 from nemo_brain.model.gpt import PackedGPTConfig
-from nemo_brain.model.passes import GroupPasses
 from nemo_brain.model.random_weights import RandomWeights
 from nemo_brain.model.weights import Weights, load_weights
 from nemo_brain.objectives import make_objective
-from nemo_brain.training.brain.passes import Scores
+from nemo_brain.training.brain.passes import BRAInPasses, Scores
 
 SMOLLM2 = "SmolLM2-135M"
 _LLAMA = dict(
@@ -66,7 +65,9 @@ def weights_of(size: str) -> Weights:
     return RandomWeights({**_LLAMA, **gpt}, vocab, tokenizer=None, seed=1)
 
 
-def groups_of(count: int, prompt: int, output: int | Sequence[int], n: int, vocab: int, seed: int = 0) -> list[Group]:
+def groups_of(
+    count: int, prompt: int, output: int | Sequence[int], n: int, vocab: int, seed: int = 0
+) -> list[ScoredGroup]:
     """Groups of random tokens, scored at random; ``output``: the length of every output, or of each of the n."""
     random = np.random.default_rng(seed)
     lengths = [output] * n if isinstance(output, int) else output
@@ -74,11 +75,20 @@ def groups_of(count: int, prompt: int, output: int | Sequence[int], n: int, voca
     def tokens(length: int) -> list[int]:
         return random.integers(0, vocab, length).tolist()
 
-    def one(length: int) -> Output:
-        prior, proposal, reward = random.normal(-length, 1), random.normal(-length, 1), random.normal(0, 0.1)
-        return Output(tokens(length), "", True, reward, prior_logprob=prior, proposal_logprob=proposal)
+    def logprobs() -> list[float]:
+        return random.normal(np.negative(lengths), 1.0).tolist()
 
-    return [Group(Prompt(f"p{g}", "", tokens(prompt)), [one(length) for length in lengths]) for g in range(count)]
+    return [
+        ScoredGroup(
+            Prompt(f"p{g}", "", tokens(prompt)),
+            [Output(tokens(length), "", True) for length in lengths],
+            rewards=random.normal(0.0, 0.1, n).tolist(),
+            prior_logprobs=logprobs(),
+            proposal_logprobs=logprobs(),
+            policy_logprobs=logprobs(),
+        )
+        for g in range(count)
+    ]
 
 
 @dataclass
@@ -149,9 +159,9 @@ def bare(size: str, kind: type[GPTConfig] = PackedGPTConfig, **options) -> tuple
     return chunk, config, weights
 
 
-def brain_step(model: Trainable, groups: Sequence[Group], layout: str, budget: int = 16384) -> Callable[[], None]:
+def brain_step(model: Trainable, groups: Sequence[ScoredGroup], layout: str, budget: int = 16384) -> Callable[[], None]:
     """BRAIn's optimizer step on these groups."""
-    passes = GroupPasses(model.config, layout, budget)
+    passes = BRAInPasses(model.config, layout, budget)
     scores = Scores.of(groups, keep_truncated=True)
     objective = make_objective("brain", gamma=0.1)
     return partial(model.step, lambda: passes.train(model.chunks, groups, scores, objective))

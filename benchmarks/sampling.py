@@ -10,7 +10,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks import common, models
-from nemo_brain.core.groups import Group, Prompt
+from nemo_brain.core.groups import Prompt, SampledGroup
 from nemo_brain.sampling.sampler import Sampler, SamplingOptions
 
 TITLE = "Sampling, against transformers"
@@ -83,7 +83,7 @@ def profile(smoke: bool) -> list[dict]:
     return [{"title": f"ours, {case[0]} rows, n = {case[1]}", "operations": common.fresh(_operations, size, case)}]
 
 
-def sampled_groups(sampler: Sampler, prompts: list[Prompt], iteration: int) -> list[Group]:
+def sampled_groups(sampler: Sampler, prompts: list[Prompt], iteration: int) -> list[SampledGroup]:
     """All groups, in the order in which they were finished."""
     return [group for _, group in sampler.sample(prompts, seed=0, iteration=iteration)]
 

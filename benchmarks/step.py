@@ -9,7 +9,8 @@ from megatron.core.pipeline_parallel import schedules
 
 from benchmarks import common, models
 from nemo_brain.core.packing import Chunk, chunk_tokens, pack
-from nemo_brain.training.nemo_model import passes
+from nemo_brain.model import passes as scoring
+from nemo_brain.training.brain import passes
 
 TITLE = "One training step, against NeMo's own"
 METHOD = """
@@ -131,8 +132,8 @@ def _timed(size: str, shape: tuple[int, int, int], repeats: int, seconds: float)
 def _parts(model: models.Trainable, step: Callable[[], None]) -> dict[str, float]:
     """Seconds of one step by what they are spent on."""
     with common.Stopwatch() as watch:
-        watch.watch(passes, "plan", "planning")
-        watch.watch(passes, "pack", "packing")
+        watch.watch(scoring, "plan", "planning")
+        watch.watch(scoring, "pack", "packing")
         watch.watch(passes._Loss, "__call__", "objective and coefficients")
         watch.watch(passes, "coefficients", "objective and coefficients")
         watch.watch(model.chunks[0], "forward", "forward")

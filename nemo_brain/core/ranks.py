@@ -56,10 +56,11 @@ def on_all_ranks(
         raise  # all ranks have agreed on it
     except Exception as failure:
         error = failure
-    for failure in gathered(None if error is None else _portable(error), group):
+    for failure in gathered(None if error is None else (_said(error), _portable(error)), group):
         if failure is not None:
+            said, copy = failure
             # A rank with an error of its own raises that one's, unless it is the same: its traceback is worth more.
-            raise error if error is not None and _said(error) == _said(failure) else failure
+            raise error if error is not None and _said(error) == said else copy
     return result
 
 

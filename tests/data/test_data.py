@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertTokenizer, PreTrainedTokenizerFast
 
-from nemo_brain.core.groups import Group, Output, Prompt, Rollout
+from nemo_brain.core.groups import Group, Output, Prompt, RewardedGroup, Rollout, SampledGroup, ScoredGroup
 from nemo_brain.data.order import prompts_of_iteration, visits
 from nemo_brain.data.prompts import load_prompts, split_holdout
 from nemo_brain.data.rollouts import read_rollouts, write_rollout
@@ -487,25 +487,38 @@ def test_repeated_prompts_of_an_iteration_have_numbered_ids():
 
 
 def group(id_="a", prompt="hé", reference=None, metadata=None, **scores):
-    outputs = [
-        Output([*b"yes", 256], "yes", True, **scores),
-        Output(list(b"no"), "no", False, **scores),
-        Output([256], "", True, **scores),
-    ]
-    return Group(Prompt(id_, prompt, list(prompt.encode()), reference, metadata or {}), outputs)
+    """Three outputs; ``scores``: vectors of a stage."""
+    outputs = [Output([*b"yes", 256], "yes", True), Output(list(b"no"), "no", False), Output([256], "", True)]
+    kind = RewardedGroup if "rewards" in scores else SampledGroup
+    return kind(Prompt(id_, prompt, list(prompt.encode()), reference, metadata or {}), outputs, **scores)
 
 
 def test_rollouts_round_trip(tmp_path):
     path = tmp_path / "new" / "rollouts.jsonl"
-    scores = {"reward": 0.1, "prior_logprob": -3.25, "proposal_logprob": -1 / 3}
-    first = Rollout(0, [group("a", "x", "gold", {"tag": [1]}, **scores), group("b", "x")])
+    scores = {
+        "rewards": [0.1, 0.2, 0.3],
+        "prior_logprobs": [-3.25, -2.0, 0.0],
+        "proposal_logprobs": [-1 / 3, -2 / 3, -1.0],
+    }
+    sampled = group("b", "x", proposal_logprobs=scores["proposal_logprobs"])
+    first = Rollout(0, [group("a", "x", "gold", {"tag": [1]}, **scores), sampled, group("c", "x")])
     second = Rollout(1, [group("a", "x", **scores)])
     write_rollout(path, first)
     write_rollout(path, second)
     assert read(path) == first.groups + second.groups
     record = json.loads(path.read_text().splitlines()[0])
     assert (record["id"], record["prompt"], record["iteration"], record["tag"]) == ("a", "x", 0, [1])
-    assert record["outputs"][1] == {"text": "no", "token_ids": list(b"no"), "ended": False, **scores}
+    of_the_second = {name.removesuffix("s"): values[1] for name, values in scores.items()}
+    assert record["outputs"][1] == {"text": "no", "token_ids": list(b"no"), "ended": False, **of_the_second}
+
+
+def test_a_scored_group_is_written_as_a_rewarded_one(tmp_path):
+    """What the policy gave it is of that run alone."""
+    scores = {"rewards": [1.0] * 3, "prior_logprobs": [-2.0] * 3, "proposal_logprobs": [-1.0] * 3}
+    rewarded = group(**scores)
+    scored = ScoredGroup(rewarded.prompt, rewarded.outputs, **scores, policy_logprobs=[-3.0] * 3)
+    write_rollout(tmp_path / "r.jsonl", Rollout(0, [scored]))
+    assert read(tmp_path / "r.jsonl") == [rewarded]
 
 
 def test_written_rollouts_are_not_templated_again(tmp_path):
@@ -515,25 +528,26 @@ def test_written_rollouts_are_not_templated_again(tmp_path):
     write_rollout(tmp_path / "r.jsonl", Rollout(0, [Group(prompt, outputs)]))
     (back,) = read(tmp_path / "r.jsonl", tokenizer, "chat")
     del prompt.metadata["outputs"]  # a rollout's own key
-    assert back == Group(prompt, outputs)
+    assert back == SampledGroup(prompt, outputs)
 
 
-def test_a_resumed_runs_repeated_iteration_replaces_the_earlier_lines(tmp_path):
+def test_a_repeated_iteration_replaces_the_earlier_lines(tmp_path):
+    def rewards(source):
+        return [(group_.prompt.id, group_.rewards[0]) for group_ in read(source)]
+
     path = tmp_path / "r.jsonl"
-    write_rollout(path, Rollout(0, [group("a", reward=0.0), group("b", reward=0.0)]))
-    write_rollout(path, Rollout(0, [group("b", reward=1.0)]))
-    assert [(g.prompt.id, g.outputs[0].reward) for g in read(path)] == [("a", 0.0), ("b", 1.0)]
+    write_rollout(path, Rollout(0, [group("a", rewards=[0.0] * 3), group("b", rewards=[0.0] * 3)]))
+    write_rollout(path, Rollout(0, [group("b", rewards=[1.0] * 3)]))
+    assert rewards(path) == [("a", 0.0), ("b", 1.0)]
     other = tmp_path / "s.jsonl"
-    write_rollout(other, Rollout(0, [group("a", reward=2.0)]))
-    assert [(g.prompt.id, g.outputs[0].reward) for g in read([path, other])] == [("a", 0.0), ("b", 1.0), ("a", 2.0)]
+    write_rollout(other, Rollout(0, [group("a", rewards=[2.0] * 3)]))
+    assert rewards([path, other]) == [("a", 0.0), ("b", 1.0), ("a", 2.0)]
 
 
 def test_outputs_without_a_finite_reward_are_not_written(tmp_path):
     nan, inf = float("nan"), float("inf")
-    some_, few, failed = group("a", reward=1.0), group("b", reward=1.0), group("c")
-    some_.outputs[1].reward = nan
-    few.outputs[0].reward, few.outputs[2].reward = inf, -inf
-    failed.outputs = failed.outputs[:1]  # of a validation whose reward failed
+    some_, few = group("a", rewards=[1.0, nan, 1.0]), group("b", rewards=[inf, 1.0, -inf])
+    failed = SampledGroup(group("c").prompt, group().outputs[:1])  # of a validation whose reward failed
     write_rollout(tmp_path / "r.jsonl", Rollout(0, [some_, few, failed]))
     records = [json.loads(line) for line in (tmp_path / "r.jsonl").read_text().splitlines()]
     texts_ = [(record["id"], [output["text"] for output in record["outputs"]]) for record in records]
@@ -604,7 +618,7 @@ def test_bad_rollout_lines_name_the_place_and_the_remedy(tmp_path, line, message
 def test_example_rollouts_are_valid():
     groups = read(EXAMPLES / "rollouts.jsonl")
     assert [len(group_.outputs) for group_ in groups] == [4, 4, 4, 4]
-    assert all(output.reward is not None for group_ in groups for output in group_.outputs)
+    assert all(isinstance(group_, RewardedGroup) and len(group_.rewards) == 4 for group_ in groups)
 
 
 def test_these_rooms_do_not_import_nemo():

@@ -162,7 +162,8 @@ def test_outputs_without_a_finite_reward_are_left_out_of_the_step(tmp_path, rewa
     spoiled = [json.loads(line) for line in (first / "nonfinite_rewards_0.jsonl").read_text().splitlines()]
     assert len(spoiled) == 8
     for group in spoiled:
-        assert [math.isfinite(output["reward"]) for output in group["outputs"]] == [False, True, True, True]
+        assert [math.isfinite(reward) for reward in group["rewards"]] == [False, True, True, True]
+        assert len(group["outputs"]) == 4
     for sample in map(json.loads, (first / "samples.jsonl").read_text().splitlines()):
         assert (sample["outputs"][0]["reward"], sample["outputs"][0]["weight"]) == (None, 0.0)
         assert sum(output["weight"] for output in sample["outputs"]) == pytest.approx(1.0)

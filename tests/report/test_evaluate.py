@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from nemo_brain.core.groups import Group, Output, Prompt
+from nemo_brain.core.groups import Output, Prompt, ScoredGroup
 from nemo_brain.report.evaluate import (
     evaluate,
     mean_interval,
@@ -18,18 +18,15 @@ from nemo_brain.report.evaluate import (
 
 
 def group(name, rewards, policy=None, prior=None, lengths=None, ended=True):
-    outputs = [
-        Output(
-            token_ids=[1] * (lengths[i] if lengths else 3),
-            text="y",
-            ended=ended,
-            reward=reward,
-            policy_logprob=None if policy is None else policy[i],
-            prior_logprob=None if prior is None else prior[i],
-        )
-        for i, reward in enumerate(rewards)
-    ]
-    return Group(Prompt(id=name, text="x", token_ids=[1]), outputs)
+    count = len(rewards)
+    return ScoredGroup(
+        Prompt(id=name, text="x", token_ids=[1]),
+        [Output([1] * length, "y", ended) for length in lengths or [3] * count],
+        rewards=list(rewards),
+        policy_logprobs=policy or [-1.0] * count,
+        prior_logprobs=prior or [-1.0] * count,
+        proposal_logprobs=[math.nan] * count,  # of no account in any statistic
+    )
 
 
 def groups(rewards):
@@ -141,14 +138,13 @@ def test_mean_interval_covers():
 def test_kl_averages_outputs_then_prompts():
     current = [
         group("p0", [0, 0], policy=[-1.0, -2.0], prior=[-3.0, -8.0]),  # mean of 2 and 6
-        group("p1", [0], policy=[-1.0], prior=[-2.0]),
-        group("p2", [0]),  # no log-probs: left out
+        group("p1", [math.nan], policy=[-1.0], prior=[-2.0]),  # its reward is of no account here
     ]
-    result = evaluate(groups([[0], [0], [0]]), current)
-    for i, name in enumerate(("p0", "p1", "p2")):
+    result = evaluate(groups([[0], [0]]), current)
+    for i, name in enumerate(("p0", "p1")):
         assert current[i].prompt.id == name
     assert result.kl_to_prior.mean == pytest.approx(2.5)
-    assert math.isnan(evaluate(groups([[0]]), groups([[0]])).kl_to_prior.mean)
+    assert evaluate(groups([[0]]), groups([[0]])).kl_to_prior.mean == 0.0
 
 
 def test_references_are_a_ceiling_where_given():
@@ -158,13 +154,11 @@ def test_references_are_a_ceiling_where_given():
     assert evaluate(start, start, [None, None]).reference_reward is None
 
 
-def test_different_prompts_and_missing_rewards_are_refused():
+def test_different_prompts_are_refused():
     with pytest.raises(ValueError, match="same held-out prompts"):
         evaluate(groups([[0], [0]]), groups([[0], [0]])[::-1])
     with pytest.raises(ValueError, match="at least one"):
         evaluate([], [])
-    with pytest.raises(ValueError, match=r"'p0'.*reward"):
-        evaluate(groups([[0, 1]]), groups([[0, None]]))
 
 
 def test_rewards_that_are_not_finite_are_left_out_of_the_statistics():
@@ -186,7 +180,7 @@ def test_rewards_that_are_not_finite_are_left_out_of_the_statistics():
 def test_rollout_metrics_by_hand():
     rollout = [
         group("a", [1.0, 3.0], policy=[-4.0, -6.0], prior=[-5.0, -9.0], lengths=[2, 4]),
-        group("b", [0.0, -2.0], policy=[-1.0, None], prior=[-1.5, -1.0], lengths=[6, 8], ended=False),
+        group("b", [0.0, -2.0], policy=[-1.0, -1.0], prior=[-1.5, -1.25], lengths=[6, 8], ended=False),
     ]
     assert rollout_metrics(rollout, n=2, proposal_gap=0.25) == pytest.approx(
         {
@@ -194,7 +188,7 @@ def test_rollout_metrics_by_hand():
             "reward/mean": 0.5,
             "reward/std": math.sqrt((0.25 + 6.25 + 0.25 + 6.25) / 4),
             "reward/best_of_n": 1.5,
-            "kl_to_prior": (1 + 3 + 0.5) / 3,
+            "kl_to_prior": (1 + 3 + 0.5 + 0.25) / 4,
             "proposal_gap": 0.25,
             "prompts/truncated_fraction": 0.0,
             "outputs/length": 5.0,
@@ -204,7 +198,9 @@ def test_rollout_metrics_by_hand():
 
 
 def test_rollout_metrics_leave_out_what_is_unknown():
-    unscored = rollout_metrics([group("a", [None, None])], n=2)
-    assert set(unscored) == {"prompts/truncated_fraction", "outputs/length", "outputs/ended_fraction"}
+    unrewarded = rollout_metrics([group("a", [math.nan, math.inf])], n=2)
+    always = {"reward/nonfinite", "kl_to_prior", "prompts/truncated_fraction"}
+    assert set(unrewarded) == always | {"outputs/length", "outputs/ended_fraction"}
+    assert unrewarded["reward/nonfinite"] == 2
     # The best of one is no best of two.
     assert rollout_metrics([group("a", [1.0, 2.0]), group("b", [9.0])], n=2)["reward/best_of_n"] == 2.0

@@ -4,24 +4,24 @@ import io
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from nemo_brain.core.groups import Group, Output, Prompt
+from nemo_brain.core.groups import Group, Output, Prompt, RewardedGroup
 from nemo_brain.report import progress as progress_module
 from nemo_brain.report.metrics import (
     MetricsWriter,
-    locked,
-    prepare_run_dir,
     read_metrics,
     read_samples,
     summarize,
     write_samples,
 )
 from nemo_brain.report.progress import LogProgress, progress
+from nemo_brain.report.run_dir import rewind
 from nemo_brain.report.summary import summary_lines
 from nemo_brain.report.text import duration, number
 
@@ -98,19 +98,44 @@ def test_a_broken_line_elsewhere_is_named(tmp_path):
     assert read_metrics(tmp_path / "none.jsonl") == []
 
 
-def test_a_resumed_run_has_the_last_word(tmp_path):
-    writer = MetricsWriter(tmp_path)
-    for step, loss in [(1, 1.0), (2, 2.0), (3, 3.0), (2, 20.0)]:
-        writer.write("step", step, {"iteration": 1, "loss": loss})
-    assert [(r["step"], r["loss"]) for r in read_metrics(tmp_path / "metrics.jsonl")] == [(1, 1.0), (2, 20.0), (3, 3.0)]
+def test_a_resumed_run_writes_each_step_once(tmp_path):
+    """To metrics.jsonl and TensorBoard, which keeps a file per process and has seen the steps that come again."""
+
+    def logged(steps: dict[int, float], goes_on_from: int | None = None) -> int:
+        """Bytes of metrics.jsonl after the first step."""
+        logger = TensorBoardLogger(tmp_path, name="", version="tensorboard")
+        writer, sizes = MetricsWriter(tmp_path, [logger]), []
+        if goes_on_from is not None:
+            writer.purge_after(goes_on_from)
+        for step, loss in steps.items():
+            writer.write("step", step, {"iteration": 1, "loss": loss})
+            sizes.append((tmp_path / "metrics.jsonl").stat().st_size)
+        logger.experiment.close()
+        return sizes[0]
+
+    size = logged({1: 1.0, 2: 2.0, 3: 3.0, 4: 4.0})
+    rewind(tmp_path, {"metrics.jsonl": size})
+    logged({2: 20.0, 3: 30.0}, goes_on_from=1)
+    expected = [(1, 1.0), (2, 20.0), (3, 30.0)]
+    assert [(r["step"], r["loss"]) for r in read_metrics(tmp_path / "metrics.jsonl")] == expected
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == expected
+
+
+def test_only_tensorboard_is_told_that_steps_come_again(tmp_path):
+    class Logger:  # as W&B's, which has an experiment of another kind
+        experiment = object()
+
+    MetricsWriter(tmp_path, [Logger()]).purge_after(3)
 
 
 def test_samples_keep_text_rewards_and_weights(tmp_path):
     text = "a\u2028b\nc\ud800"  # a line separator, a newline, half a surrogate pair
-    outputs = [Output([1], text, True, reward=1.0), Output([1], "z", True, reward=float("nan"))]
-    group = Group(Prompt("p", "x", [1], reference="gold"), outputs)
+    outputs = [Output([1], text, True), Output([1], "z", True)]
+    group = RewardedGroup(Prompt("p", "x", [1], reference="gold"), outputs, rewards=[1.0, float("nan")])
     write_samples(tmp_path, 3, [group], "train", alpha=torch.tensor([[0.75, 0.25, 0.0]]))
-    write_samples(tmp_path, 0, [group], "start")
+    write_samples(tmp_path, 0, [Group(group.prompt, outputs)], "start")
     train, start = read_samples(tmp_path / "samples.jsonl")
     assert (train["iteration"], train["kind"], train["id"], train["prompt"], train["reference"]) == (
         3,
@@ -121,36 +146,7 @@ def test_samples_keep_text_rewards_and_weights(tmp_path):
     )
     assert train["outputs"][0] == {"text": "a\u2028b\nc?", "reward": 1.0, "weight": 0.75}
     assert train["outputs"][1] == {"text": "z", "reward": None, "weight": 0.25}
-    assert start["outputs"][0]["weight"] is None
-
-
-def test_an_earlier_run_moves_away_whole_and_foreign_files_stay(tmp_path):
-    run_dir = tmp_path / "a" / "run"
-    assert prepare_run_dir(run_dir) == run_dir and run_dir.is_dir()
-    for k in (1, 2):
-        (run_dir / "metrics.jsonl").write_text(f"run {k}")
-        (run_dir / "checkpoints").mkdir()
-        (run_dir / "checkpoints" / "last").write_text(f"weights {k}")
-        (run_dir / "mine.txt").write_text("notes")
-        prepare_run_dir(run_dir)
-        assert sorted(p.name for p in run_dir.iterdir()) == ["mine.txt", "previous"]
-    assert (run_dir / "previous/1/metrics.jsonl").read_text() == "run 1"
-    assert (run_dir / "previous/2/checkpoints/last").read_text() == "weights 2"
-
-
-def test_a_resumed_run_keeps_its_files(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text("x")
-    prepare_run_dir(tmp_path, resume=True)
-    assert (tmp_path / "metrics.jsonl").read_text() == "x"
-
-
-def test_a_directory_that_cannot_be_written_is_named_with_the_remedy(tmp_path):
-    (tmp_path / "file").write_text("")
-    # Not even root may write to these.
-    for path in (tmp_path / "file", tmp_path / "file" / "run", Path("/proc/run"), Path("/proc/sys")):
-        for use in (prepare_run_dir, lambda path: locked(path).__enter__()):
-            with pytest.raises(ValueError, match=rf"run_dir={path}: cannot write there .*; set run_dir to"):
-                use(path)
+    assert start["outputs"][0] == {"text": "a\u2028b\nc?", "reward": None, "weight": None}
 
 
 def test_a_full_disk_is_named_with_the_remedy(tmp_path):

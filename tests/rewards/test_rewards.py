@@ -7,10 +7,10 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from nemo_brain.core.groups import Group, Output, Prompt
+from nemo_brain.core.groups import Output, Prompt, RewardedGroup, SampledGroup
 from nemo_brain.rewards.build import make_reward
 from nemo_brain.rewards.function import FunctionReward
-from nemo_brain.rewards.protocol import compute_rewards, score_groups
+from nemo_brain.rewards.protocol import compute_rewards, score_groups, score_groups_in_step
 from nemo_brain.rewards.toy import letter_fraction
 
 OUTPUTS = ["a", "bb", "ccc", "dddd", "eeeee"]
@@ -33,18 +33,52 @@ def length(prompts, outputs, *, references, metadata, scale=1.0):
     return [scale * len(output) for output in outputs]
 
 
-def test_score_groups_calls_the_reward_once_and_sets_every_output():
+def test_score_groups_calls_the_reward_once_and_keeps_what_is_known_of_the_groups():
     calls = []
 
     def reward(prompts, outputs, *, references, metadata):
         calls.append((prompts, outputs, references, metadata))
         return [1.0, 2.0, 3.0]
 
-    one = Group(Prompt("a", "x", [1], "gold", {"k": 1}), [Output([1], "u", True), Output([1], "v", True)])
-    two = Group(Prompt("b", "y", [1]), [Output([1], "w", False, reward=9.0)])
-    score_groups(reward, [one, two])
+    outputs = [Output([1], text, text != "w") for text in "uvw"]
+    one = SampledGroup(Prompt("a", "x", [1], "gold", {"k": 1}), outputs[:2], proposal_logprobs=[-1.0, -2.0])
+    two = RewardedGroup(Prompt("b", "y", [1]), outputs[2:], prior_logprobs=[-3.0], rewards=[9.0])
+    rewarded = score_groups(reward, [one, two])
     assert calls == [(["x", "x", "y"], ["u", "v", "w"], ["gold", "gold", None], [{"k": 1}, {"k": 1}, {}])]
-    assert [output.reward for group in (one, two) for output in group.outputs] == [1.0, 2.0, 3.0]
+    assert rewarded == [
+        RewardedGroup(one.prompt, one.outputs, proposal_logprobs=[-1.0, -2.0], rewards=[1.0, 2.0]),
+        RewardedGroup(two.prompt, two.outputs, prior_logprobs=[-3.0], rewards=[3.0]),
+    ]
+    assert two.rewards == [9.0]
+
+
+def test_score_groups_in_step_checks_what_the_reward_returns():
+    """The same groups with rewards as from a reward that is called by one rank alone."""
+
+    class Collective:
+        collective, name = True, "mine"
+
+        def score(self, groups, alone):
+            assert alone
+            return [[float(len(output.text)) for output in group.outputs] for group in groups]
+
+    def group(id_, *texts):
+        return SampledGroup(
+            Prompt(id_, "x", [1]), [Output([1], text, True) for text in texts], policy_logprobs=[-1.0] * len(texts)
+        )
+
+    groups = [group("a", "", "b"), group("b", "ccc")]
+    rewarded = score_groups_in_step(Collective(), groups, alone=True)
+    assert [one.rewards for one in rewarded] == [[0.0, 1.0], [3.0]]
+    assert rewarded == [
+        RewardedGroup(one.prompt, one.outputs, policy_logprobs=one.policy_logprobs, rewards=rewards)
+        for one, rewards in zip(groups, [[0.0, 1.0], [3.0]], strict=True)
+    ]
+    Collective.score = lambda self, groups, alone: [[0.0, 1.0], [float("nan")]]
+    with pytest.raises(ValueError, match=r"the reward mine returned nan for output 2: 'ccc' to the prompt 'x'"):
+        score_groups_in_step(Collective(), groups, alone=True)
+    *_, last = score_groups_in_step(Collective(), groups, alone=True, skip_nonfinite=True)
+    assert np.isnan(last.rewards).all()
 
 
 @pytest.mark.parametrize(

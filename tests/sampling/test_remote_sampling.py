@@ -5,11 +5,13 @@ The server is tests/completion_server.py: a real HTTP server on this machine wit
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -26,8 +28,9 @@ from transformers import AutoModelForCausalLM
 
 from nemo_brain.config.brain import RemoteConfig, check
 from nemo_brain.core import http as http_client
-from nemo_brain.core.groups import Group, Prompt
+from nemo_brain.core.groups import Prompt, SampledGroup
 from nemo_brain.data.tokenizers import byte_tokenizer
+from nemo_brain.sampling import remote as remote_module
 from nemo_brain.sampling.remote import RemoteSampler, request_seed
 from nemo_brain.sampling.sampler import SamplingOptions
 
@@ -53,15 +56,21 @@ def sampler(where: CompletionServer | str, options: SamplingOptions = OPTIONS, *
     return RemoteSampler(remote, options, TOKENIZER, VOCAB)
 
 
-def sampled(sampler: RemoteSampler, prompts=PROMPTS, seed=1, iteration=2) -> list[Group]:
+def finished(sampler: RemoteSampler, prompts=PROMPTS, seed=1, iteration=2, **options) -> Iterator:
+    """What ``sample`` yields, without the signs that nothing came for a while."""
+    with contextlib.closing(sampler.sample(prompts, seed, iteration, **options)) as answers:
+        yield from (answer for answer in answers if answer is not None)
+
+
+def sampled(sampler: RemoteSampler, prompts=PROMPTS, seed=1, iteration=2) -> list[SampledGroup]:
     """The groups in the order of their prompts."""
-    pairs = list(sampler.sample(prompts, seed, iteration))
+    pairs = list(finished(sampler, prompts, seed, iteration))
     assert sorted(index for index, _ in pairs) == list(range(len(prompts)))
     assert all(group.prompt is prompts[index] for index, group in pairs)
     return [group for _, group in sorted(pairs, key=lambda pair: pair[0])]
 
 
-def tokens_of(groups: list[Group]) -> list:
+def tokens_of(groups: list[SampledGroup]) -> list:
     return [[output.token_ids for output in group.outputs] for group in groups]
 
 
@@ -79,7 +88,7 @@ def test_outputs_are_as_the_local_sampler_gives_them(directory, kind, dialect):
     options = SamplingOptions(outputs=6, max_new_tokens=12)
     with CompletionServer(directory, kind) as server:
         remote = sampler(server, options, server=dialect)
-        pairs = list(remote.sample(PROMPTS, 1, 2, reports.append))
+        pairs = list(finished(remote, on_outputs=reports.append))
         assert len(server.bodies) == 24
     assert sum(reports) == 24
     model = AutoModelForCausalLM.from_pretrained(directory)
@@ -87,14 +96,14 @@ def test_outputs_are_as_the_local_sampler_gives_them(directory, kind, dialect):
     for index, group in pairs:
         assert group.prompt is PROMPTS[index] and len(group.outputs) == 6
         assert len({tuple(output.token_ids) for output in group.outputs}) > 1, "outputs have draws of their own"
-        for output in group.outputs:
+        assert group.policy_logprobs == group.proposal_logprobs and group.prior_logprobs is None
+        for output, logprob in zip(group.outputs, group.proposal_logprobs, strict=True):
             assert output.ended == (END in output.token_ids)
             assert output.token_ids.count(END) == output.ended and (not output.ended or output.token_ids[-1] == END)
             assert output.ended or len(output.token_ids) == 12
             assert output.text == TOKENIZER.decode(output.token_ids[: -1 if output.ended else None], False)
             # fp32; twelve tokens.
-            assert abs(output.proposal_logprob - teacher_forced(model, group.prompt, output.token_ids)) < 1e-4
-            assert output.policy_logprob == output.proposal_logprob and output.reward is None
+            assert abs(logprob - teacher_forced(model, group.prompt, output.token_ids)) < 1e-4
             lengths.append(len(output.token_ids))
     assert min(lengths) < 12 == max(lengths), "some outputs end, some are cut off"
 
@@ -125,7 +134,7 @@ def test_outputs_follow_the_models_law(tmp_path, temperature):
     tokenizer.eos_token = tokenizer.convert_ids_to_tokens(0)
     with CompletionServer(tmp_path, processed=temperature != 1) as server:
         config.url = server.url + "/v1/"
-        ((_, group),) = RemoteSampler(config, options, tokenizer, TINY).sample([prompt], 7, 0)
+        (group,) = sampled(RemoteSampler(config, options, tokenizer, TINY), [prompt], 7, 0)
     law = {}
     for length in range(1, LENGTH + 1):
         for output in itertools.product(range(TINY), repeat=length):
@@ -136,9 +145,9 @@ def test_outputs_follow_the_models_law(tmp_path, temperature):
     counts = np.array([index[tuple(output.token_ids)] for output in group.outputs])
     probs = np.array(list(law.values()))
     assert chi_square(counts, probs) > SIGNIFICANT
-    for output in group.outputs:
-        assert abs(output.proposal_logprob - math.log(law[tuple(output.token_ids)])) < 1e-4
-        assert (output.policy_logprob is None) == (temperature != 1)
+    for output, logprob in zip(group.outputs, group.proposal_logprobs, strict=True):
+        assert abs(logprob - math.log(law[tuple(output.token_ids)])) < 1e-4
+    assert group.policy_logprobs == (None if temperature != 1 else group.proposal_logprobs)
     # The test can fail: a law at another temperature is recognised as another one.
     other = np.array([math.exp(teacher_forced(model, prompt, list(output), 1.2 * temperature)) for output in law])
     assert chi_square(counts, other) < SIGNIFICANT
@@ -159,25 +168,47 @@ def test_groups_come_as_they_are_finished_and_closing_ends_the_requests(director
 
     with CompletionServer(directory) as server:
         server.before = late
-        order = [index for index, _ in sampler(server, concurrency=16).sample(PROMPTS, 1, 2)]
+        order = [index for index, _ in finished(sampler(server, concurrency=16))]
         assert order[-1] == 0 and len(order) == 4
 
         # Requests go on while the caller works on a group.
         server.bodies.clear()
         server.before = lambda body: time.sleep(0.01)
-        groups = sampler(server, concurrency=2).sample(PROMPTS, 1, 2)
+        groups = finished(sampler(server, concurrency=2))
         next(groups)
         assert until(lambda: len(server.bodies) == 16)
         groups.close()
 
         server.bodies.clear()
         server.before = lambda body: time.sleep(0 if body["prompt"] == PROMPTS[0].token_ids else 9)
-        groups = sampler(server, concurrency=4).sample(PROMPTS, 1, 2)
+        groups = finished(sampler(server, concurrency=4))
         next(groups)
         started = time.monotonic()
         groups.close()
         assert time.monotonic() - started < 4
         assert len(server.bodies) < 16
+    assert not any(thread.name == "rollout.remote" for thread in threading.enumerate())
+
+
+def test_the_caller_is_not_kept_waiting_for_a_slow_server(directory, monkeypatch):
+    """It hears that nothing has come yet, and can close meanwhile."""
+    monkeypatch.setattr(remote_module, "_POLL_SECONDS", 0.05)
+    go = threading.Event()
+    with CompletionServer(directory) as server:
+        server.before = lambda body: go.wait(20)
+        answers = sampler(server).sample(PROMPTS[:1], 1, 2)
+        assert [next(answers) for _ in range(3)] == [None] * 3
+        go.set()
+        (place, group), *rest = [answer for answer in answers if answer is not None]
+        assert (place, len(group.outputs), rest) == (0, 4, [])
+
+        go.clear()
+        answers = sampler(server).sample(PROMPTS[:1], 1, 2)
+        assert next(answers) is None
+        started = time.monotonic()
+        answers.close()
+        assert time.monotonic() - started < 4
+        go.set()
     assert not any(thread.name == "rollout.remote" for thread in threading.enumerate())
 
 
@@ -325,9 +356,9 @@ def test_refresh_loads_the_exported_model(directory, tmp_path):
 
     def errors(groups, model) -> list[float]:
         return [
-            abs(output.proposal_logprob - teacher_forced(model, group.prompt, output.token_ids))
+            abs(logprob - teacher_forced(model, group.prompt, output.token_ids))
             for group in groups
-            for output in group.outputs
+            for output, logprob in zip(group.outputs, group.proposal_logprobs, strict=True)
         ]
 
     with CompletionServer(directory) as server:
@@ -341,7 +372,7 @@ def test_refresh_loads_the_exported_model(directory, tmp_path):
         assert (tmp_path / "note").read_text() == str(tmp_path / "policy")
 
 
-def iteration_of_a_rank(url: str, target: Path) -> list[tuple[int, Group]]:
+def iteration_of_a_rank(url: str, target: Path) -> list[tuple[int, SampledGroup]]:
     """What a rank of two data-parallel replicas does in an iteration: export, reload, its share of the prompts."""
     exported_logits(LLAMA_LIKE, ONE, target)
     rank = dist.get_rank()
@@ -350,7 +381,7 @@ def iteration_of_a_rank(url: str, target: Path) -> list[tuple[int, Group]]:
         remote.refresh(target)
     dist.barrier()
     share = PROMPTS[rank::2]
-    return [(2 * index + rank, group) for index, group in remote.sample(share, 1, 2)]
+    return [(2 * index + rank, group) for index, group in finished(remote, share)]
 
 
 def test_ranks_share_a_server(directory, tmp_path):
@@ -359,8 +390,8 @@ def test_ranks_share_a_server(directory, tmp_path):
         groups = [group for _, group in sorted((pair for share in shares for pair in share), key=lambda pair: pair[0])]
         assert tokens_of(groups) == tokens_of(sampled(sampler(server)))
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "policy")
-    output = groups[0].outputs[0]
-    assert abs(output.proposal_logprob - teacher_forced(model, PROMPTS[0], output.token_ids)) < 1e-4  # fp32; six tokens
+    (logprob, *_), (output, *_) = groups[0].proposal_logprobs, groups[0].outputs
+    assert abs(logprob - teacher_forced(model, PROMPTS[0], output.token_ids)) < 1e-4  # fp32; six tokens
 
 
 @pytest.mark.parametrize(

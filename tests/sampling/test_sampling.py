@@ -19,7 +19,7 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from ranks import run_ranks
 
-from nemo_brain.core.groups import Group, Output, Prompt
+from nemo_brain.core.groups import Group, Output, Prompt, SampledGroup
 from nemo_brain.model.gpt import PackedGPTConfig
 from nemo_brain.model.passes import GroupPasses
 from nemo_brain.model.random_weights import RandomWeights
@@ -80,7 +80,7 @@ def build(gpt: dict, vocab_size: int, tensor=1, stages=1, virtual=None, sequence
     return chunks, config
 
 
-def in_order(sampled: Iterable[tuple[int, Group]]) -> list[Group]:
+def in_order(sampled: Iterable[tuple[int, SampledGroup]]) -> list[SampledGroup]:
     """The groups in their prompts' order; each comes once."""
     pairs = sorted(sampled, key=lambda pair: pair[0])
     assert [index for index, _ in pairs] == list(range(len(pairs)))
@@ -103,10 +103,7 @@ def sampled(layouts: list[dict], gpt: dict = GPT) -> list[dict]:
             groups = in_order(Sampler(chunks, config, TOKENIZER, options).sample(PROMPTS, seed=1, iteration=2))
             expected = passes.logprobs(chunks, groups, (temperature, 1.0))
             ours = torch.tensor(
-                [
-                    [[getattr(o, name) for o in g.outputs] for g in groups]
-                    for name in ("proposal_logprob", "policy_logprob")
-                ]
+                [[getattr(group, name) for group in groups] for name in ("proposal_logprobs", "policy_logprobs")]
             )
             result[temperature] = dict(groups=groups, errors=(ours - expected).abs().amax((1, 2)).tolist())
         assert all(chunk.training for chunk in chunks), "the model's mode is left as it was"
@@ -141,8 +138,9 @@ def test_every_layout_samples_the_same_outputs_with_their_log_probs(gpt):
             assert output.token_ids.count(END) == output.ended and (not output.ended or output.token_ids[-1] == END)
             assert output.ended or len(output.token_ids) == 70
             assert output.text == TOKENIZER.decode(output.token_ids[: -1 if output.ended else None], False)
-            same = output.proposal_logprob == output.policy_logprob
-            assert same == (temperature == 1.0), "the temperature enters log q' only"
+        for group in result["groups"]:
+            for sampled_from, policy in zip(group.proposal_logprobs, group.policy_logprobs, strict=True):
+                assert (sampled_from == policy) == (temperature == 1.0), "the temperature enters log q' only"
     assert tokens_of(reference[1.0]["groups"]) != tokens_of(reference[1.4]["groups"])
     for ranks, layouts in (LAYOUTS if gpt is GPT else GPT2_LAYOUTS).items():
         for results in run_ranks(sampled, ranks, layouts, gpt):
@@ -226,7 +224,7 @@ SEQUENCES = [s for n in range(1, LENGTH + 1) for s in itertools.product(range(SM
 LAWS = [{}, dict(temperature=1.4), dict(top_k=3), dict(top_p=0.8, temperature=1.4), dict(top_k=4, top_p=0.9)]
 
 
-def sampled_laws(tensor: int) -> tuple[dict, list[list[Output]]]:
+def sampled_laws(tensor: int) -> tuple[dict, list[SampledGroup]]:
     """log p of every continuation of one prompt, by teacher forcing, and 6,000 outputs under each of LAWS."""
     chunks, config = build(SMALL_GPT, SMALL, tensor=tensor, divisible=4)
     prompt = Prompt("p", "", [1, 4, 2])
@@ -238,7 +236,7 @@ def sampled_laws(tensor: int) -> tuple[dict, list[list[Output]]]:
     for changes in LAWS:
         options = SamplingOptions(outputs=ROWS, max_new_tokens=LENGTH, rows_in_flight=ROWS, **changes)
         ((_, group),) = Sampler(chunks, config, tokenizer, options).sample([prompt], 1, 0)
-        samples.append(group.outputs)
+        samples.append(group)
     return logprobs, samples
 
 
@@ -269,22 +267,22 @@ def test_outputs_follow_the_model_law():
     (logprobs, samples), *others = *run_ranks(sampled_laws, 1, 1), *run_ranks(sampled_laws, 2, 2)
     for _, split in others:
         for one, two in zip(samples, split, strict=True):
-            assert [output.token_ids for output in one] == [output.token_ids for output in two]
+            assert tokens_of([one]) == tokens_of([two])
             # fp32; three tokens.
-            gap = [abs(a.proposal_logprob - b.proposal_logprob) for a, b in zip(one, two, strict=True)]
-            assert max(gap) < 1e-5
+            np.testing.assert_allclose(two.proposal_logprobs, one.proposal_logprobs, rtol=0, atol=1e-5)
     sizes = []
-    for changes, outputs in zip(LAWS, samples, strict=True):
+    for changes, group in zip(LAWS, samples, strict=True):
         law = sequence_law(logprobs, **changes)
         index = {output: i for i, output in enumerate(law)}
         probs = np.array(list(law.values()))
         assert probs.sum() == pytest.approx(1, abs=1e-5)  # fp32 log-probs, by teacher forcing
-        drawn_outputs = [tuple(output.token_ids) for output in outputs]
+        drawn_outputs = [tuple(output.token_ids) for output in group.outputs]
         assert set(drawn_outputs) <= law.keys(), changes
-        for output, ids in zip(outputs, drawn_outputs, strict=True):
+        scored = zip(drawn_outputs, group.proposal_logprobs, group.policy_logprobs, strict=True)
+        for ids, sampled_from, policy in scored:
             # log q' is the truncated, renormalised law's; log q is the model's. fp32, three tokens.
-            assert abs(output.proposal_logprob - np.log(law[ids])) < 1e-5, changes
-            assert abs(output.policy_logprob - logprobs[ids]) < 1e-5, changes
+            assert abs(sampled_from - np.log(law[ids])) < 1e-5, changes
+            assert abs(policy - logprobs[ids]) < 1e-5, changes
         counts = np.array([index[ids] for ids in drawn_outputs])
         assert chi_square(counts, probs) > SIGNIFICANT, changes
         # The test can fail: a law a fifth warmer is recognised as another one.

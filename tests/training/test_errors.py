@@ -13,6 +13,7 @@ import torch.distributed as dist
 from ranks import free_port, run_ranks
 from toy_runs import QUIET, ROOT, toy_config
 
+from nemo_brain.core.groups import RewardedGroup
 from nemo_brain.data.rollouts import read_rollouts
 from nemo_brain.data.tokenizers import byte_tokenizer
 from nemo_brain.training.brain.run import run
@@ -167,7 +168,7 @@ def test_a_reward_fails_on_every_data_parallel_rank(name, rewards, tmp_path):
     assert message.endswith(f"(the 4 groups sampled in this iteration are in {path})")
     groups = read_rollouts(path, tokenizer=byte_tokenizer(), template=None, max_prompt_tokens=32, max_new_tokens=8)
     assert len({group.prompt.id for group in groups}) == 4
-    rewarded = [all(output.reward is not None for output in group.outputs) for group in groups]
+    rewarded = [isinstance(group, RewardedGroup) for group in groups]
     assert rewarded == ([True, True, False, False] if name == "raises_on_rank_1" else [False] * 4)
 
 
@@ -190,21 +191,36 @@ def test_a_reward_that_cannot_be_loaded_is_named_before_anything_is_sampled(rewa
 EARLY = {
     "sizes": (["model.tensor_model_parallel_size=3"], "must divide the number of processes (2)"),
     "world size": (["trainer.devices=4"], "trainer.devices (4) x trainer.num_nodes (1) is 4"),
-    "missing file": (["data.train=/none.jsonl"], "data.train: cannot read /none.jsonl"),
-    "missing reward": (["reward.function=nemo_brain.rewards.toy.none"], "has no 'none'"),
     "unknown key": (["+rollot.save=true"], "did you mean rollout"),
+}
+# What is looked for on every rank, which then agree on what they have found.
+MISSING = {
+    "file": (["data.train=/none.jsonl"], "data.train: cannot read /none.jsonl"),
+    "reward": (["reward.function=nemo_brain.rewards.toy.none"], "has no 'none'"),
 }
 
 
+@pytest.fixture
+def earlier(tmp_path):
+    """An earlier run's file: it is not touched by a run that cannot start."""
+    file = tmp_path / "run" / "metrics.jsonl"
+    file.parent.mkdir()
+    file.write_text("{}\n")
+    yield file
+    assert [path.name for path in file.parent.iterdir()] == ["metrics.jsonl"] and file.read_text() == "{}\n"
+
+
 @pytest.mark.parametrize("case", EARLY)
-def test_a_mistake_in_the_configuration_stops_every_rank_before_they_meet(case, tmp_path):
+def test_a_mistake_in_the_configuration_stops_every_rank_before_they_meet(case, earlier):
     overrides, part = EARLY[case]
-    earlier = tmp_path / "run" / "metrics.jsonl"
-    earlier.parent.mkdir()
-    earlier.write_text("{}\n")
-    results = run_ranks(failing, 2, f"run_dir={tmp_path}/run", *overrides)
+    results = run_ranks(failing, 2, f"run_dir={earlier.parent}", *overrides)
     assert all(part in message and not met for message, _, met in results), results
-    assert earlier.read_text() == "{}\n"  # an earlier run's files are not touched by a run that cannot start
+
+
+@pytest.mark.parametrize("case", MISSING)
+def test_what_is_missing_stops_every_rank_before_anything_is_written(case, earlier):
+    overrides, part = MISSING[case]
+    assert part in refused(2, f"run_dir={earlier.parent}", *overrides)
 
 
 def test_a_bad_line_is_named_by_file_and_line(tmp_path):

@@ -22,11 +22,11 @@ from nemo_brain.config.reward_model import RewardConfig, check_reward_config
 from nemo_brain.config.schema import keys
 from nemo_brain.config.serve_reward import ServeConfig, check_serve
 from nemo_brain.config.sft import SFTConfig, check_sft_config
-from nemo_brain.core.groups import Group, Output, Rollout
+from nemo_brain.core.groups import Output, RewardedGroup, Rollout, as_json, from_json
 from nemo_brain.data.preferences import load_preferences
 from nemo_brain.data.prompts import load_prompts
 from nemo_brain.data.rollouts import read_rollouts, write_rollout
-from nemo_brain.durability.checkpoint import groups_as_json, groups_from_json, read_json, write_text
+from nemo_brain.durability.checkpoint import read_json, write_text
 from nemo_brain.report.metrics import read_samples, write_samples
 
 fuzzed = settings(derandomize=True, deadline=None, database=None, max_examples=150)
@@ -162,11 +162,12 @@ def test_any_prompt_file_is_taken_or_refused_with_its_line(scratch, content, tem
     loaded = taken(scratch / "p.jsonl", content, lambda path: load_prompts(path, template=template, **OPTIONS))
     if loaded is None:
         return
-    groups = [Group(prompt, [Output([5], "a", False, 0.0), Output([6], "b", True, 1.0)]) for prompt in loaded.prompts]
+    outputs = [Output([5], "a", False), Output([6], "b", True)]
+    groups = [RewardedGroup(prompt, outputs, rewards=[0.0, 1.0]) for prompt in loaded.prompts]
     assert all(0 <= token < len(TOKENIZER) for group in groups for token in group.prompt.token_ids)
     # What was taken can be written, and read again: by checkpoints, reports and later runs.
-    write_text(scratch / "groups.json", json.dumps(groups_as_json(groups)))
-    assert groups_from_json(read_json(scratch / "groups.json")) == groups
+    write_text(scratch / "groups.json", json.dumps(as_json(groups)))
+    assert from_json(read_json(scratch / "groups.json"), RewardedGroup) == groups
     for name in ("r.jsonl", "samples.jsonl"):
         (scratch / name).unlink(missing_ok=True)
     write_rollout(scratch / "r.jsonl", Rollout(0, groups))
@@ -183,10 +184,10 @@ def test_any_rollout_file_is_taken_or_refused_with_its_line(scratch, content, te
         return read_rollouts(path, template=template, max_new_tokens=4, **OPTIONS)
 
     groups = taken(scratch / "r.jsonl", content, read)
-    for output in (output for group in groups or () for output in group.outputs):
-        assert 1 <= len(output.token_ids) <= 4
-        for score in (output.reward, output.prior_logprob, output.proposal_logprob):
-            assert score is None or math.isfinite(score)
+    for group in groups or ():
+        assert all(1 <= len(output.token_ids) <= 4 for output in group.outputs)
+        for scores in (getattr(group, "rewards", None), group.prior_logprobs, group.proposal_logprobs):
+            assert scores is None or (len(scores) == len(group.outputs) and all(map(math.isfinite, scores)))
 
 
 @fuzzed

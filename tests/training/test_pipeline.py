@@ -30,5 +30,5 @@ def test_pipeline_from_a_start_model_to_text_by_transformers(tmp_path):
         for name in ("sft", "reward_model", "brain")
     }
     assert kinds["sft"] == ["eval", "step", "eval"]
-    assert kinds["reward_model"] == ["step", "eval"]
+    assert kinds["reward_model"] == ["eval", "step", "eval"]
     assert kinds["brain"] == ["eval", "step", "step", "step", "step", "iteration", "eval"]
