@@ -101,13 +101,14 @@ def train(
             record,
         )
         driver = Driver(frame, parts.loop(frame))
-        own = [
+        all_callbacks = [
             Supervisor(config.trainer.hang_timeout_minutes, run_dir, interruption),
-            driver,
+            *callbacks,
+            driver,  # goes on to the next step, so the others come first
             # Not after fit: with CUDA, Lightning has moved the weights to the host by then.
             LambdaCallback(on_train_end=lambda *_: parts.at_end()),
         ]
-        trainer = make_trainer(config.trainer, loggers, strategy, parts.steps, [*own, *callbacks])
+        trainer = make_trainer(config.trainer, loggers, strategy, parts.steps, all_callbacks)
         with _status(frame):
             trainer.fit(parts.model, train_dataloaders=driver, ckpt_path=str(earlier[0]) if earlier else None)
         if _first():
