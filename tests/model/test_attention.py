@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from qkv import D, H, draw
+from qkv import D, H, dense, draw
 
 from nemo_brain.model import attention
 from nemo_brain.model.attention import GroupAttention, packed_attention
@@ -34,12 +34,6 @@ def visible(layout: list[list[int]]) -> torch.Tensor:
     block, segment = torch.tensor(block), torch.tensor(segment)
     allowed = (block[:, None] == block) & ((segment[:, None] == segment) | (segment == 0))
     return allowed & torch.ones_like(allowed).tril()
-
-
-def dense(q, k, v, mask, scale=D**-0.5) -> torch.Tensor:
-    k, v = (tensor.repeat_interleave(q.shape[0] // k.shape[0], dim=0) for tensor in (k, v))
-    scores = (q @ k.transpose(1, 2) * scale).masked_fill(~mask, float("-inf"))
-    return scores.softmax(-1) @ v
 
 
 def one_by_one(q_SHD, k_MKD, v_MKD, sequences, scale) -> torch.Tensor:
