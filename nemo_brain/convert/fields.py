@@ -8,8 +8,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-# Fields for which every architecture here knows one value only. A checkpoint sets them, so that no option of a run can
-# change what its model computes; an exported model must have them.
+# Fields for which every architecture here knows one value only, of those that our layers compute with others too. A
+# checkpoint sets them, so that no option of a run can change what its model computes; an exported model must have them.
 PLAIN = {
     "layernorm_zero_centered_gamma": False,
     "glu_linear_offset": 0.0,
@@ -17,16 +17,6 @@ PLAIN = {
     "rotary_interleaved": False,
     "no_rope_freq": None,
     "softmax_scale": None,
-    "softmax_type": "vanilla",
-    "window_size": None,
-    "multi_latent_attention": False,
-    "apply_residual_connection_post_layernorm": False,
-    "num_moe_experts": None,
-    "mtp_num_layers": None,
-    "heterogeneous_block_specs": False,
-    # BRAIn trains without dropout, and transformers computes without it.
-    "hidden_dropout": 0.0,
-    "attention_dropout": 0.0,
 }
 
 
@@ -68,9 +58,9 @@ def activation_name(kind: str, gpt: Any) -> str:
 
 
 def require(kind: str, model: Any, values: Mapping[str, Any]) -> None:
-    """Raises ValueError for the first field of a model with another value; dropout is no part of what is computed."""
+    """Raises ValueError for the first field of a model with another value."""
     for key, value in values.items():
-        if getattr(model, key, value) != value and not key.endswith("_dropout"):
+        if getattr(model, key, value) != value:
             raise ValueError(f"{kind} cannot express {key}={getattr(model, key)!r}, only {value!r}")
 
 

@@ -22,8 +22,7 @@ from nemo_brain.model.varlen import find_kernel, sequences, varlen_attention
 class GroupAttention(MegatronModule):
     """Core attention for Megatron layer specs, exact for every layout and without an S x S mask.
 
-    Raises:
-        ValueError: for attention features that packed groups do not support.
+    Of the config it reads nothing: ``fields`` refuses other kinds of attention.
     """
 
     def __init__(
@@ -38,10 +37,6 @@ class GroupAttention(MegatronModule):
         pg_collection=None,
     ):
         super().__init__(config=config)
-        if config.context_parallel_size != 1:
-            raise ValueError("model.context_parallel_size must be 1: packed groups do not support context parallelism")
-        if config.window_size is not None:
-            raise ValueError("model.gpt.window_size is not supported with packed groups")
         self.layer_number = layer_number
         self.scale = softmax_scale
 

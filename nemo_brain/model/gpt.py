@@ -23,6 +23,7 @@ from nemo.collections.llm.gpt.model.llama import apply_rope_scaling
 from nemo.lightning.base import get_vocab_size
 
 from nemo_brain.model.attention import GroupAttention
+from nemo_brain.model.fields import check_fields
 from nemo_brain.model.output_layer import linear_logprobs
 from nemo_brain.model.parallel_residual import ParallelResidualLayer
 from nemo_brain.model.parameters import is_adapter
@@ -123,8 +124,10 @@ class Norm(torch.nn.Module):
         super().__init__()
         self.eps = eps
         self.hidden_size = hidden_size
+        self.zero_centered = config.layernorm_zero_centered_gamma
         device = None if config.use_cpu_initialization else torch.cuda.current_device()
-        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=device))
+        start = torch.zeros if self.zero_centered else torch.ones
+        self.weight = torch.nn.Parameter(start(hidden_size, dtype=config.params_dtype, device=device))
         self.weight.sequence_parallel = config.sequence_parallel
         self.bias = None
         if config.normalization == "LayerNorm":
@@ -132,9 +135,16 @@ class Norm(torch.nn.Module):
             self.bias.sequence_parallel = config.sequence_parallel
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        if self.bias is None:
-            return torch.nn.functional.rms_norm(hidden, (self.hidden_size,), self.weight, self.eps)
-        return torch.nn.functional.layer_norm(hidden, (self.hidden_size,), self.weight, self.bias, self.eps)
+        if not self.zero_centered:
+            return self._normalized(hidden, self.weight, self.bias)
+        # In fp32: in bfloat16 the sum would round small weights away.
+        bias = None if self.bias is None else self.bias.float()
+        return self._normalized(hidden.float(), 1 + self.weight.float(), bias).type_as(hidden)
+
+    def _normalized(self, hidden, weight, bias) -> torch.Tensor:
+        if bias is None:
+            return torch.nn.functional.rms_norm(hidden, (self.hidden_size,), weight, self.eps)
+        return torch.nn.functional.layer_norm(hidden, (self.hidden_size,), weight, bias, self.eps)
 
 
 def layer_spec(config: PackedGPTConfig, vp_stage: int | None = None):
@@ -160,18 +170,32 @@ def layer_spec(config: PackedGPTConfig, vp_stage: int | None = None):
 class PackedGPTConfig(GPTConfig):
     """A NeMo GPTConfig that builds a ``PackedGPTModel``. ``vocab_size`` is the real, unpadded one.
 
+    Other defaults than NeMo's: there is no dropout, and rows differ in length, which Megatron ties to a dispatcher of
+    experts even for dense models.
+
     parallel_residual: attention and MLP of a layer both read its input, as in GPT-NeoX.
     scale_factor: rotary frequencies are scaled as in Llama 3.1, by this factor; the next three fields are read with it
         only. Their names and defaults are those of NeMo's Llama31Config.
+
+    Raises:
+        ValueError: a field has a value that the layers would not compute with; see ``fields``.
     """
 
     model_class: ClassVar[type[PackedGPTModel]] = PackedGPTModel
     transformer_layer_spec: object = layer_spec
+    hidden_dropout: float = 0.0
+    attention_dropout: float = 0.0
+    variable_seq_lengths: bool = True
+    moe_token_dispatcher_type: str = "alltoall"
     parallel_residual: bool = False
     scale_factor: float | None = None
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     old_context_len: int = 8192
+
+    def __post_init__(self):
+        check_fields(self)
+        super().__post_init__()
 
     @property
     def row_multiple(self) -> int:

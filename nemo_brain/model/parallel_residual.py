@@ -9,17 +9,8 @@ from megatron.core.utils import make_viewless_tensor
 class ParallelResidualLayer(TransformerLayer):
     """x + attention(norm(x)) + mlp(norm'(x)), in the modules and under the names of Megatron's own layer.
 
-    Raises:
-        ValueError: for the recomputation of single modules other than attention.
+    What Megatron's layer can recompute apart from attention it does not: ``fields`` refuses that.
     """
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        if self.recompute_input_layernorm or self.recompute_pre_mlp_layernorm or self.recompute_mlp:
-            raise ValueError(
-                "model.options.recompute_modules: a model with parallel_residual recomputes core_attn, or whole "
-                "layers: set model.recompute=full instead of layernorm or mlp"
-            )
 
     def forward(self, hidden_states, *args, **kwargs):
         """As TransformerLayer's: (hidden states, context)."""

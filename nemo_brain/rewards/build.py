@@ -10,11 +10,14 @@ from hydra.utils import get_object, instantiate
 from nemo_brain.rewards.protocol import CollectiveReward, Reward
 
 
-def make_reward(cfg: Mapping | None) -> Reward | CollectiveReward:
+def make_reward(cfg: Mapping | None, alone: str | None = None) -> Reward | CollectiveReward:
     """Instantiates the ``reward`` section: ``_target_`` and its arguments.
 
+    Args:
+        alone: who calls the reward on one rank, where a ``CollectiveReward`` cannot be called; None: nobody does.
+
     Raises:
-        ValueError: there is no ``_target_``, or it cannot be made, or what it makes is not callable.
+        ValueError: there is no ``_target_``, or it cannot be made, or what it makes cannot be called.
     """
     remedy = "for a function of your own: _target_=nemo_brain.rewards.function.FunctionReward and function=file.py:name"
     target = (cfg or {}).get("_target_")
@@ -28,6 +31,13 @@ def make_reward(cfg: Mapping | None) -> Reward | CollectiveReward:
     except Exception as error:  # Hydra wraps what the target raises
         cause = " ".join(str(error.__cause__ or error).split())
         raise ValueError(f"reward._target_={target} cannot be made: {cause} ({remedy})") from error
-    if not callable(reward) and not getattr(reward, "collective", False):
+    collective = getattr(reward, "collective", False)
+    if collective and alone is not None:
+        raise ValueError(
+            f"reward._target_={target} is computed by all ranks of a run together, and {alone} calls a reward on one: "
+            "make it the run's whole reward, or give a reward model's directory to "
+            "nemo_brain.rewards.huggingface.HuggingFaceReward"
+        )
+    if not callable(reward) and not collective:
         raise ValueError(f"reward._target_={target} makes a {type(reward).__name__}, which is not callable ({remedy})")
     return reward

@@ -38,7 +38,8 @@ def serve(cfg: DictConfig) -> None:
     """
     config = check_serve(cfg)
     key = None if config.api_key_env is None else environment_key("api_key_env", config.api_key_env)
-    batcher = RewardBatcher(make_reward(config.reward), config.max_batch, config.batch_wait_seconds)
+    reward = make_reward(config.reward, alone="the reward server")
+    batcher = RewardBatcher(reward, config.max_batch, config.batch_wait_seconds)
 
     def stop() -> None:
         server.should_exit = True

@@ -36,7 +36,7 @@ class WeightedReward:
             if type(weight) not in (int, float) or not math.isfinite(weight):
                 raise ValueError(f"{place}.weight must be a finite number, not {weight!r}")
             try:
-                reward = make_reward(arguments)
+                reward = make_reward(arguments, alone=self.name)
             except ValueError as error:
                 raise ValueError(f"{place}: {error}") from error
             self._parts.append((place, weight, reward))

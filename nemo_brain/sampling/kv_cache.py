@@ -29,8 +29,9 @@ def vacate(count: int, leaving: Sequence[int]) -> tuple[list[int], list[int]]:
 class KVCache:
     """Keys and values of all layers of this rank, for one lane of rows.
 
-    Before each forward pass ``plan`` says what it holds; it serves as every layer's attention mask in that pass;
-    ``advance`` ends the pass. Between passes ``drop`` takes rows out.
+    Before each forward pass ``plan`` says what it brings, which the cache counts as its own from then on; it serves as
+    every layer's attention mask in that pass, and each layer's buffers follow what is counted. Between passes ``drop``
+    takes rows out.
     """
 
     def __init__(self, device: torch.device | str):
@@ -44,25 +45,33 @@ class KVCache:
     def plan(self, prompt_lengths: Sequence[int] = (), outputs: int = 0) -> None:
         """The next pass: these prompts one after another, then one token of every row, then padding if need be.
 
-        Afterwards each of the prompts is a group with ``outputs`` rows behind the others, which hold nothing yet.
+        Each of the prompts becomes a group with ``outputs`` rows behind the others, which hold nothing yet.
         """
-        self._new, self._outputs = np.array(prompt_lengths, dtype=np.int64), outputs
+        self._groups, self._rows = len(self.prompt_lengths), len(self.group_of_row)  # with queries in this pass
+        if self._rows:
+            self._plan_rows()
+        new = np.array(prompt_lengths, dtype=np.int64)
         # Where each position of the new prompts goes: its group's place and its position there.
-        places = len(self.prompt_lengths) + np.arange(len(self._new))
-        self._new_places = self._tensor(places.repeat(self._new))
-        self._new_positions = self._tensor(np.concatenate([np.arange(n) for n in self._new] or [np.zeros(0, int)]))
-        self._new_layout = torch.from_numpy(self._new[:, None])
-        if not len(self.group_of_row):
-            return
+        groups = self._groups + np.arange(len(new))
+        self._new_places = self._tensor(groups.repeat(new))
+        self._new_positions = self._tensor(np.concatenate([np.arange(n) for n in new] or [np.zeros(0, int)]))
+        self._new_layout = torch.from_numpy(new[:, None])
+        self.prompt_lengths = np.concatenate([self.prompt_lengths, new])
+        self.group_of_row = np.concatenate([self.group_of_row, groups.repeat(outputs)])
+        self.length_of_row = np.concatenate([self.length_of_row + 1, np.zeros(len(new) * outputs, dtype=np.int64)])
+        self._prompt_size, self._output_size = (
+            (len(lengths), int(lengths.max(initial=0))) for lengths in (self.prompt_lengths, self.length_of_row)
+        )
+
+    def _plan_rows(self) -> None:
         # A query's place among its group's: [G, slots], the rest left empty.
-        counts = np.bincount(self.group_of_row, minlength=len(self.prompt_lengths))
+        counts = np.bincount(self.group_of_row, minlength=self._groups)
         order = self.group_of_row.argsort(kind="stable")
         slots = np.empty_like(order)
-        slots[order] = np.arange(len(order)) - (counts.cumsum() - counts).repeat(counts)
+        slots[order] = np.arange(self._rows) - (counts.cumsum() - counts).repeat(counts)
         self._slots = int(counts.max())
         self._slot_of_row = self._tensor(self.group_of_row * self._slots + slots)
-        self._lengths = self._tensor(self.length_of_row)
-        self._rows = torch.arange(len(order), device=self.device)
+        self._places, self._lengths = torch.arange(self._rows, device=self.device), self._tensor(self.length_of_row)
         self._longest_prompt, self._longest_output = int(self.prompt_lengths.max()), int(self.length_of_row.max()) + 1
         prompts = self._tensor(self.prompt_lengths[self.group_of_row])
         self._absent_R11T = torch.cat(
@@ -75,24 +84,19 @@ class KVCache:
 
     def attend(self, layer: int, q_HSD, k_KSD, v_KSD, scale: float | None) -> torch.Tensor:
         """Adds the pass's keys and values to the layer's cache; attention output [H, S, D], zeros for padding."""
-        prompts, rows = len(self._new_places), len(self.group_of_row)
+        prompt = _grown(self._prompt, layer, *self._prompt_size, k_KSD)
+        output = _grown(self._output, layer, *self._output_size, k_KSD)
+        prompts, rows = len(self._new_places), self._rows
         outs = []
         if prompts:
-            outs.append(self._prefill(layer, *(t[:, :prompts] for t in (q_HSD, k_KSD, v_KSD)), scale))
+            outs.append(self._prefill(prompt, *(t[:, :prompts] for t in (q_HSD, k_KSD, v_KSD)), scale))
         if rows:
             row_tokens = (t[:, prompts : prompts + rows].transpose(0, 1) for t in (q_HSD, k_KSD, v_KSD))
-            outs.append(self._decode(layer, *row_tokens, scale).transpose(0, 1))
+            outs.append(self._decode(prompt, output, *row_tokens, scale).transpose(0, 1))
         padding = q_HSD.shape[1] - prompts - rows
         if padding:
             outs.append(q_HSD.new_zeros(len(q_HSD), padding, q_HSD.shape[2]))
         return torch.cat(outs, dim=1)
-
-    def advance(self) -> None:
-        """After the pass: its tokens are held, and its prompts have rows."""
-        self.length_of_row = np.concatenate([self.length_of_row + 1, np.zeros(len(self._new) * self._outputs, int)])
-        groups = len(self.prompt_lengths) + np.arange(len(self._new))
-        self.group_of_row = np.concatenate([self.group_of_row, groups.repeat(self._outputs)])
-        self.prompt_lengths = np.concatenate([self.prompt_lengths, self._new])
 
     def drop(self, rows: Sequence[int]) -> None:
         """Takes rows out, and the groups that have none left; others move as ``vacate`` says."""
@@ -112,24 +116,18 @@ class KVCache:
     def _tensor(self, array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(array).to(self.device, non_blocking=True)
 
-    def _prefill(self, layer, q_HSD, k_KSD, v_KSD, scale):
-        groups = len(self.prompt_lengths) + len(self._new)
-        buffers = _grown(self._prompt, layer, groups, int(self._new.max()), k_KSD)
-        for buffer, new_KSD in zip(buffers, (k_KSD, v_KSD), strict=True):
+    def _prefill(self, prompt, q_HSD, k_KSD, v_KSD, scale):
+        for buffer, new_KSD in zip(prompt, (k_KSD, v_KSD), strict=True):
             buffer[self._new_places, :, self._new_positions] = new_KSD.transpose(0, 1)
         return packed_attention(q_HSD, k_KSD, v_KSD, self._new_layout, scale)
 
-    def _decode(self, layer, q_RHD, k_RKD, v_RKD, scale):
+    def _decode(self, prompt, output, q_RHD, k_RKD, v_RKD, scale):
         rows, heads, width = q_RHD.shape
         kv_heads = k_RKD.shape[1]
-        buffers = _grown(self._output, layer, rows, self._longest_output, k_RKD.transpose(0, 1))
-        for buffer, new_RKD in zip(buffers, (k_RKD, v_RKD), strict=True):
-            buffer[self._rows, :, self._lengths] = new_RKD
-        keys_RKTD, values_RKTD = (buffer[:rows, :, : self._longest_output] for buffer in buffers)
-        groups = len(self.prompt_lengths)
-        prompt_keys_GKPD, prompt_values_GKPD = (
-            buffer[:groups, :, : self._longest_prompt] for buffer in self._prompt[layer]
-        )
+        for buffer, new_RKD in zip(output, (k_RKD, v_RKD), strict=True):
+            buffer[self._places, :, self._lengths] = new_RKD
+        keys_RKTD, values_RKTD = (buffer[:rows, :, : self._longest_output] for buffer in output)
+        prompt_keys_GKPD, prompt_values_GKPD = (buffer[: self._groups, :, : self._longest_prompt] for buffer in prompt)
         q_RKMD = q_RHD.reshape(rows, kv_heads, heads // kv_heads, width) * (width**-0.5 if scale is None else scale)
         # All queries of a group meet its prompt's keys in one product: the prompt's cache is read once per group.
         scores_prompt = self._to_rows(self._to_groups(q_RKMD) @ prompt_keys_GKPD.transpose(2, 3), q_RKMD.shape[2])
@@ -141,11 +139,10 @@ class KVCache:
 
     def _to_groups(self, tensor_RKMX: torch.Tensor) -> torch.Tensor:
         """[R, K, M, X] -> [G, K, slots * M, X]; empty slots are zero."""
-        groups = len(self.prompt_lengths)
         _, kv_heads, per_kv, last = tensor_RKMX.shape
-        slots = tensor_RKMX.new_zeros(groups * self._slots, kv_heads, per_kv, last)
+        slots = tensor_RKMX.new_zeros(self._groups * self._slots, kv_heads, per_kv, last)
         slots[self._slot_of_row] = tensor_RKMX
-        return slots.view(groups, self._slots, kv_heads, per_kv, last).transpose(1, 2).flatten(2, 3)
+        return slots.view(self._groups, self._slots, kv_heads, per_kv, last).transpose(1, 2).flatten(2, 3)
 
     def _to_rows(self, tensor_GKYX: torch.Tensor, per_kv: int) -> torch.Tensor:
         """The inverse of ``_to_groups``."""

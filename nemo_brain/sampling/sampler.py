@@ -107,7 +107,6 @@ class _Lane:
     def end(self, new_rows: list[_Row]) -> None:
         """The pass has gone through all stages: the new rows take part from now on."""
         self.stage = self.hidden = None
-        self.cache.advance()
         self.rows += new_rows
 
     def drop(self, places: list[int]) -> None:

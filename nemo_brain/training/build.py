@@ -42,6 +42,12 @@ from nemo_brain.training.strategy import PackedStrategy
 
 Strategy = TypeVar("Strategy", bound=PackedStrategy)
 
+# Fields of a GPT's configuration that follow from keys outside the model's section.
+_OWN_KEYS = {
+    **dict.fromkeys(("fp16", "bf16", "params_dtype", "pipeline_dtype", "enable_autocast"), "trainer.precision"),
+    **{name: f"trainer.{name}" for name in ("fp8", "fp8_recipe")},
+}
+
 
 def quiet() -> None:
     """Warnings and errors only from those that describe groups, buckets, configurations or (httpx) every request."""
@@ -117,10 +123,11 @@ def _given_fields(model: ModelConfig, weights: Weights) -> dict[str, Any]:
     """What the weights and ``model.options`` say of the configuration."""
     given = dict(weights.gpt_config)
     _known(given, PackedGPTConfig, "model.gpt")
-    for item in dataclasses.fields(ModelConfig):
+    own_keys = {item.name: f"model.{item.name}" for item in dataclasses.fields(ModelConfig)} | _OWN_KEYS
+    for name, key in own_keys.items():
         for section, fields in {"gpt": model.gpt, "options": model.options}.items():
-            if item.name in (fields or {}):
-                raise ValueError(f"model.{section}.{item.name} has a key of its own: set model.{item.name}")
+            if name in (fields or {}):
+                raise ValueError(f"model.{section}.{name} has a key of its own: set {key}")
     _known(model.options, PackedGPTConfig, "model.options")
     for name, value in model.options.items():
         if given.setdefault(name, value) != value:
@@ -128,22 +135,13 @@ def _given_fields(model: ModelConfig, weights: Weights) -> dict[str, Any]:
                 f"model.options.{name}={value} contradicts the model's {name}={given[name]}: options say how a model "
                 "is run, not what it is"
             )
-    for name in ("hidden_dropout", "attention_dropout"):
-        given.setdefault(name, 0.0)
     return given
 
 
 def _check_fields(given: Mapping[str, Any], weights: Weights) -> None:
-    """ValueError for a model that is not complete, or none of those that can be trained here."""
+    """ValueError for a model that is not complete, or not the tokenizer's."""
     if given.get("vocab_size", weights.vocab_size) != weights.vocab_size:
         raise ValueError(f"model.gpt.vocab_size must be the tokenizer's {weights.vocab_size}: leave it out")
-    for name in ("hidden_dropout", "attention_dropout"):
-        if given[name] != 0.0:
-            raise ValueError(
-                f"model.gpt.{name} must be 0: with dropout the policy is not the law that was sampled from"
-            )
-    if given.get("num_moe_experts"):
-        raise ValueError("model.gpt.num_moe_experts is not supported: the router's statistics depend on the packing")
     for needed in ("num_layers", "hidden_size", "num_attention_heads"):
         if not given.get(needed):
             raise ValueError(f"model.gpt.{needed} is needed: set model.restore_from, or describe a model in model.gpt")
@@ -173,9 +171,6 @@ def _run_fields(model: ModelConfig, trainer: CommonTrainerConfig) -> dict[str, A
     fields: dict[str, Any] = {
         "params_dtype": _dtype(trainer),
         "pipeline_dtype": _dtype(trainer),
-        # Rows differ in length; Megatron ties the option to this dispatcher even for dense models.
-        "variable_seq_lengths": True,
-        "moe_token_dispatcher_type": "alltoall",
         "cross_entropy_loss_fusion": False,
     }
     if model.virtual_pipeline_model_parallel_size is not None:

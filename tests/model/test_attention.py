@@ -5,14 +5,12 @@ Shapes: H query heads, K key-value heads, S positions of a row, D head width.
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
-from qkv import D, H, draw
+from qkv import D, H, dense, draw
 
 from nemo_brain.model import attention
-from nemo_brain.model.attention import GroupAttention, packed_attention
+from nemo_brain.model.attention import packed_attention
 
 LAYOUTS = {
     "unequal segments": [[3, 2, 4, 1]],
@@ -34,12 +32,6 @@ def visible(layout: list[list[int]]) -> torch.Tensor:
     block, segment = torch.tensor(block), torch.tensor(segment)
     allowed = (block[:, None] == block) & ((segment[:, None] == segment) | (segment == 0))
     return allowed & torch.ones_like(allowed).tril()
-
-
-def dense(q, k, v, mask, scale=D**-0.5) -> torch.Tensor:
-    k, v = (tensor.repeat_interleave(q.shape[0] // k.shape[0], dim=0) for tensor in (k, v))
-    scores = (q @ k.transpose(1, 2) * scale).masked_fill(~mask, float("-inf"))
-    return scores.softmax(-1) @ v
 
 
 def one_by_one(q_SHD, k_MKD, v_MKD, sequences, scale) -> torch.Tensor:
@@ -90,13 +82,6 @@ def test_other_masks_differ(kernel):
     no_prefix = [[0, *filter(None, lengths)] for lengths in layout]
     for wrong in ([[len(ours[0])]], whole_blocks, no_prefix):
         assert (ours - dense(*inputs, visible(wrong))).abs().max() > 0.5
-
-
-def test_unsupported_attention_is_refused():
-    for field, message in (("context_parallel_size", "context_parallel_size"), ("window_size", "window_size")):
-        config = SimpleNamespace(**{"context_parallel_size": 1, "window_size": None, field: 2})
-        with pytest.raises(ValueError, match=message):
-            GroupAttention(config, layer_number=1)
 
 
 @pytest.mark.gpu

@@ -45,6 +45,12 @@ class Loading:
         return [10.0] * len(outputs)
 
 
+class Collective:
+    """A reward that all ranks compute together."""
+
+    collective = True
+
+
 def function(name, **arguments) -> dict:
     return {"_target_": LETTERS["_target_"], "function": f"{__name__}.{name}", **arguments}
 
@@ -110,6 +116,10 @@ def test_a_part_that_cannot_be_loaded_is_named():
         ([{**LETTERS, "weight": float("inf")}], r"reward\.rewards\[0\]\.weight must be a finite number"),
         ([{**LETTERS, "weight": 1}, {"weight": 1}], r"reward\.rewards\[1\]: reward\._target_ is missing"),
         ([{**LETTERS, "weight": 1, "x": 1}], r"reward\.rewards\[0\]: .*unexpected keyword argument 'x'"),
+        (
+            [{**LETTERS, "weight": 1}, {"_target_": f"{__name__}.Collective", "weight": 1}],
+            r"reward\.rewards\[1\]: .*Collective is computed by all ranks .* WeightedReward calls .*HuggingFaceReward",
+        ),
         (["letters"], r"reward\.rewards\[0\] must be \{weight"),
     ],
 )

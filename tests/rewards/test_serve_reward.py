@@ -51,6 +51,9 @@ class Broken:
         raise RuntimeError("no such weights")
 
     __call__ = Slow.__call__
+
+class Collective(Slow):
+    collective = True
 """
 
 
@@ -286,6 +289,7 @@ def test_what_a_client_has_given_up_is_not_scored(tmp_path):
         (["reward.model=/none"], "reward.model: there is no /none/config.json"),
         ([*LENGTH, "api_key_env=NOT_SET"], "error: api_key_env: the environment variable NOT_SET is not set"),
         (target("Broken"), "error: the reward Broken cannot be loaded: RuntimeError: no such weights"),
+        (target("Collective"), "Collective is computed by all ranks of a run together, and the reward server calls"),
     ],
 )
 def test_what_cannot_be_served_ends_it_with_the_reason(tmp_path, overrides, message):

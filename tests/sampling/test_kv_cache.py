@@ -5,11 +5,16 @@ Shapes: H query heads, K key-value heads, S positions of a row, D head width.
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
-from qkv import draw
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from qkv import dense, draw
 
 from nemo_brain.model.attention import packed_attention
+from nemo_brain.sampling import kv_cache
 from nemo_brain.sampling.kv_cache import KVCache, vacate
 
 PROMPTS = [3, 9, 1, 6, 12]
@@ -47,7 +52,6 @@ def test_cache_equals_packed_attention_on_the_complete_rows(kv_heads, padding):
             # The cache's softmax is fp32 (as a model's logits are); everything else is float64.
             torch.testing.assert_close(out[:, : len(places)], expected[n][:, places], atol=2e-6, rtol=0)
             assert out.shape[1] == len(places) + padding and not out[:, len(places) :].any()
-        cache.advance()
         for row in rows:
             fed[row] += 1
         rows += [g * OUTPUTS + i for g in new for i in range(OUTPUTS)]
@@ -73,3 +77,48 @@ def test_vacated_places_are_filled_by_the_last():
             items[hole] = items[mover]
         assert sorted(items[: 5 - len(leaving)]) == [i for i in range(5) if i not in leaving]
         assert len(holes) <= len(leaving), "no more moves than needed"
+
+
+# One pass: the lengths of the prompts that it brings, and the places whose rows end with it.
+PASSES = st.lists(st.tuples(st.lists(st.integers(1, 7), max_size=3), st.sets(st.integers(0, 11))), max_size=12)
+
+
+@given(PASSES, st.integers(1, 4), st.sampled_from([1, 2, 4]))
+@settings(derandomize=True, deadline=None, database=None, max_examples=80)
+def test_cache_gives_what_dictionaries_of_keys_and_values_give(passes, outputs, kv_heads):
+    """Whatever comes and goes in which pass, a row that ends with its prompt's pass too."""
+    layers, groups, rows = (1, 2), itertools.count(), []
+    known = {}  # by (group,) or (group, output): of each position, keys and values [K, D] by layer
+    cache = KVCache("cpu")
+
+    def expected(owner, layer, q_H1D):
+        """Attention of the newest position: a prompt's, (group,), to itself; a row's, (group, output), to both."""
+        seen = [pairs[layer] for part in dict.fromkeys([owner[:1], owner]) for pairs in known[part]]
+        k, v = (torch.stack(tensors, dim=1) for tensors in zip(*seen, strict=True))
+        return dense(q_H1D, k, v, torch.ones(1, len(seen), dtype=torch.bool))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kv_cache, "_BLOCK", 3)  # so that buffers grow all the time
+        for step, (lengths, ending) in enumerate(passes):
+            new = [(next(groups),) for _ in lengths]
+            fed = [owner for owner, length in zip(new, lengths, strict=True) for _ in range(length)] + rows
+            if not fed:
+                continue
+            cache.plan(lengths, outputs)
+            qkv = {n: [t.detach() for t in draw(len(fed), kv_heads, seed=2 * step + n)] for n in layers}
+            wanted = {n: [] for n in layers}
+            for place, owner in enumerate(fed):
+                known.setdefault(owner, []).append({n: (k[:, place], v[:, place]) for n, (_, k, v) in qkv.items()})
+                for n in layers:
+                    wanted[n].append(expected(owner, n, qkv[n][0][:, place : place + 1]))
+            for n in layers:
+                out = cache.attend(n, *qkv[n], None)
+                # The cache's softmax is fp32; everything else is float64.
+                torch.testing.assert_close(out, torch.cat(wanted[n], dim=1), atol=2e-6, rtol=0)
+            rows += [(*group, i) for group in new for i in range(outputs)]
+            leaving = [place for place in range(len(rows)) if place in ending]
+            holes, movers = vacate(len(rows), leaving)
+            for hole, mover in zip(holes, movers, strict=True):
+                rows[hole] = rows[mover]
+            rows = rows[: len(rows) - len(leaving)]
+            cache.drop(leaving)

@@ -125,10 +125,10 @@ def test_the_command_line_ends_with_the_message(tmp_path, rewards):
 
 def test_an_error_of_a_library_keeps_its_traceback(tmp_path):
     """It may be our bug, or the library's: then the message alone is not enough."""
-    launched = Launch(*SMALL, f"run_dir={tmp_path}/run", "+model.gpt.fp16=true", "+model.gpt.bf16=true")
+    launched = Launch(*SMALL, f"run_dir={tmp_path}/run", "+model.gpt.fp8_param=true")
     code, _, stderr = launched.result()
     assert code == 1
-    assert "Traceback" in stderr and "self.bf16 True should be True" in stderr
+    assert "Traceback" in stderr and "fp8_param must be used together with fp8 mode" in stderr
 
 
 def failing(*overrides: str) -> tuple[str, float, bool]:

@@ -98,6 +98,12 @@ def test_sampling_temperature_and_masking_do_not_depend_on_the_layout():
     compare(reference(*RUN, *options), run_ranks(recorded_run, 2, *RUN, *options, TP2, "train.micro_batch_tokens=1"))
 
 
+def test_outputs_that_end_while_prompts_are_still_admitted_equal_all_at_once():
+    """A budget of one or two prompts a pass, and so many outputs that some end in each."""
+    outputs = ["rollout.outputs_per_prompt=32"]
+    compare(reference(*RUN, *outputs), run_ranks(recorded_run, 1, *RUN, *outputs, "train.micro_batch_tokens=40"))
+
+
 def test_the_comparison_can_fail():
     """Another seed's run differs from the reference in outputs and gradients, so parity is no accident."""
     other = reference(*RUN, "seed=1")
