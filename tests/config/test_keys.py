@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import math
 
 import pytest
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from toy_runs import ROOT, composed
 
 from nemo_brain.config.__main__ import FILES, _commented, contents
@@ -45,9 +47,14 @@ GIVEN = {
 }
 
 
+@functools.cache
+def shipped(name: str) -> DictConfig:
+    return OmegaConf.merge(composed(name), GIVEN[name])
+
+
 def refusal(name: str, path: str, value: object) -> str:
     """What is said of a value in a shipped file; '' where it is taken."""
-    cfg = OmegaConf.merge(composed(name), GIVEN[name])
+    cfg = copy.deepcopy(shipped(name))
     OmegaConf.update(cfg, path, value)
     try:
         parse(KINDS[name], cfg, "the file")
