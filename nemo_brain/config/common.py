@@ -110,7 +110,9 @@ class ModelConfig:
         among={"none": "", "selective": "attention", "full": "every layer"},
         resumable=True,
     )
-    peft: PeftConfig | None = key(None, "null (all weights are trained) | adapters instead, see docs/lora.md")
+    peft: PeftConfig | None = key(
+        None, "null (all weights are trained) | adapters instead, and a reward model's head, see docs/lora.md"
+    )
     options: dict[str, Any] = key(
         {},
         "more fields of NeMo's GPTConfig: recompute_num_layers, tp_comm_overlap, ... but none that says what the model "
@@ -239,7 +241,7 @@ class TrainingConfig:
 
     run_dir: str = key(
         MISSING,
-        "config.yaml, metrics.jsonl, samples.jsonl, report.html, checkpoints; an earlier run there is moved aside",
+        "metrics, samples, report, checkpoints; an earlier run there is moved aside",
         resumable=True,
     )
     seed: int = key(

@@ -25,6 +25,7 @@ class RewardModelConfig(ModelConfig):
         "the trunk: a Hugging Face directory, a .gguf file, or package:NAME (the GGUF file in an installed package); "
         "the directory of a reward model brings its head; null: from scratch by model.gpt",
     )
+    virtual_pipeline_model_parallel_size: int | None = key(None, "refused in this training")
     frozen_layers: int = key(0, "the embeddings and this many first layers are not trained, if above 0", at_least=0)
     head_std: float = key(0.0, "of a new head's normal weights; 0: all rewards start at zero", at_least=0)
 

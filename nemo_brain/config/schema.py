@@ -64,13 +64,17 @@ class Key:
         return " and ".join(f"{words} {limit}" for words, limit in limits.items() if limit is not None)
 
     @property
-    def comment(self) -> str:
-        """Its meaning and choices, as the YAML files have them."""
-        choices = " | ".join(
+    def choices(self) -> str:
+        """The values of ``among`` with their meanings; '' for none."""
+        return " | ".join(
             ("null" if value is None else str(value)) + (f" ({meaning})" if meaning else "")
             for value, meaning in (self.among or {}).items()
         )
-        return ": ".join(filter(None, (self.doc, choices)))
+
+    @property
+    def comment(self) -> str:
+        """Its meaning and choices, as the YAML files have them."""
+        return ": ".join(filter(None, (self.doc, self.choices)))
 
     def accepts(self, value: Any) -> bool:
         if self.among is not None:
@@ -99,26 +103,28 @@ def key(default: Any, doc: str = "", **rules: Any) -> Any:
 
 
 def rules(item: dataclasses.Field[Any]) -> Key:
-    return item.metadata.get("key", Key())
+    rule: Key = item.metadata.get("key", Key())
+    return rule
 
 
 def sections(kind: type) -> dict[str, type]:
     """The fields that are sections, those that may be null too."""
-    found = {}
+    found: dict[str, type] = {}
     for name, hint in typing.get_type_hints(kind).items():
         for part in (hint, *typing.get_args(hint)):
-            if dataclasses.is_dataclass(part):
+            if isinstance(part, type) and dataclasses.is_dataclass(part):
                 found[name] = part
     return found
 
 
-def keys(kind: type, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field[Any]]]:
-    """All dotted keys of a configuration and their fields, a section before its keys."""
+def keys(kind: type, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field[Any], type | None]]:
+    """All dotted keys of a configuration, their fields, and of a section its type; a section comes before its keys."""
     nested = sections(kind)
     for item in dataclasses.fields(kind):
-        yield prefix + item.name, item
-        if item.name in nested:
-            yield from keys(nested[item.name], f"{prefix}{item.name}.")
+        section = nested.get(item.name)
+        yield prefix + item.name, item, section
+        if section is not None:
+            yield from keys(section, f"{prefix}{item.name}.")
 
 
 def resume_rule(kind: type, name: str) -> bool | Unless:
@@ -147,10 +153,10 @@ def parse(kind: type[T], cfg: DictConfig, file: str) -> T:
     try:
         merged = OmegaConf.merge(OmegaConf.structured(kind), cfg)
         OmegaConf.resolve(merged)
-        config: T = OmegaConf.to_object(merged)
+        config = OmegaConf.to_object(merged)
     except (ConfigKeyError, ConfigAttributeError) as error:
         unknown = error.full_key or str(error.key)
-        hint = did_you_mean(unknown, (name for name, _ in keys(kind)), f"; the known keys are in {file}")
+        hint = did_you_mean(unknown, (name for name, *_ in keys(kind)), f"; the known keys are in {file}")
         raise ValueError(f"unknown configuration key {unknown}{hint}") from None
     except MissingMandatoryValue as error:
         raise ValueError(
@@ -159,6 +165,7 @@ def parse(kind: type[T], cfg: DictConfig, file: str) -> T:
     except OmegaConfBaseException as error:
         culprit = error.full_key or _culprit(kind, cfg)
         raise ValueError(f"configuration key {culprit}: {str(error).splitlines()[0]}") from None
+    assert isinstance(config, kind)
     _check_bounds(config)
     return config
 

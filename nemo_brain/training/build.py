@@ -19,7 +19,7 @@ from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig
 from nemo import lightning as nl
 from nemo.lightning.pytorch import optim as nemo_optim
-from nemo.lightning.pytorch.optim import MegatronOptimizerModule
+from nemo.lightning.pytorch.optim import LRSchedulerModule, MegatronOptimizerModule
 from nemo.utils import logging as nemo_logging
 
 from nemo_brain.config.common import (
@@ -242,7 +242,7 @@ def make_ddp(ddp: Mapping[str, Any], optim: Mapping[str, Any]) -> DistributedDat
     return DistributedDataParallelConfig(**{"check_for_nan_in_grad": False, "grad_reduce_in_fp32": True, **given})
 
 
-def _scheduler(sched: Mapping | None):
+def _scheduler(sched: Mapping[str, Any] | None) -> LRSchedulerModule | None:
     if not sched:
         return None
     options = dict(sched)
@@ -256,7 +256,7 @@ def _scheduler(sched: Mapping | None):
         raise ValueError(f"optim.sched: {error}") from None
 
 
-def _known(given: Mapping, kind: type, key: str) -> None:
+def _known(given: Mapping[str, Any], kind: type, key: str) -> None:
     names = [item.name for item in dataclasses.fields(kind)]
     for name in given:
         if name not in names:

@@ -266,7 +266,7 @@ def composed(name: str, *overrides: str) -> dict:
 
 configured = settings(fuzzed, max_examples=40)
 BRAIN, REWARD, SFT, SERVE = (
-    sorted(name for name, _ in keys(kind)) for kind in (Config, RewardConfig, SFTConfig, ServeConfig)
+    sorted(name for name, *_ in keys(kind)) for kind in (Config, RewardConfig, SFTConfig, ServeConfig)
 )
 
 
