@@ -23,6 +23,7 @@ from nemo_brain.config.common import (
     given_arguments,
 )
 from nemo_brain.config.schema import key, parse
+from nemo_brain.objectives.registry import complete_options, objective_class
 
 
 @dataclass
@@ -57,15 +58,6 @@ class PriorConfig:
 
 
 @dataclass
-class ObjectiveConfig:
-    name: str = "brain"
-    gamma: float | None = None
-    goodness: str | None = None
-    goodness_center: float | None = None
-    beta: float | None = None
-
-
-@dataclass
 class RemoteConfig:
     """An inference server that samples in place of the training ranks; ``rollout.remote=null``: none."""
 
@@ -94,7 +86,7 @@ class RemoteConfig:
 @dataclass
 class RolloutConfig:
     prompts_per_iteration: int = key(MISSING, "a multiple of train.global_batch_size", at_least=1)
-    outputs_per_prompt: int = key(MISSING, "n", at_least=2)
+    outputs_per_prompt: int = key(MISSING, "n; as many as the objective needs, brain and dpo_sft 2", at_least=1)
     max_new_tokens: int = key(MISSING, "of an output", at_least=1)
     temperature: float = key(1.0, "of the proposal; enters log q' alone", above=0)
     top_k: int = key(0, "0: off; with top_p refused unless ...", at_least=0)
@@ -155,7 +147,11 @@ class Config(TrainingConfig):
     trainer: TrainerConfig = key(TrainerConfig)
     model: PolicyConfig = key(PolicyConfig)
     prior: PriorConfig = key(PriorConfig)
-    objective: ObjectiveConfig = key(ObjectiveConfig)
+    objective: dict[str, Any] = key(
+        {},
+        "name (brain | dpo_sft) or _target_ (the import path of an Objective of your own), and its options; one that "
+        "is null is left out: the objective's own default holds",
+    )
     rollout: RolloutConfig = key(RolloutConfig)
     train: TrainConfig = key(TrainConfig)
     reward: dict[str, Any] | None = key(
@@ -177,11 +173,6 @@ class Config(TrainingConfig):
     def steps_per_iteration(self) -> int:
         return self.train.epochs_per_iteration * (self.rollout.prompts_per_iteration // self.train.global_batch_size)
 
-    @property
-    def objective_options(self) -> dict[str, Any]:
-        """The options that were given for the objective, without its name."""
-        return {key: value for key, value in vars(self.objective).items() if key != "name" and value is not None}
-
 
 def check(cfg: DictConfig) -> Config:
     """Validates a configuration.
@@ -191,6 +182,8 @@ def check(cfg: DictConfig) -> Config:
     """
     config = parse(Config, cfg, "conf/brain.yaml")
     config.reward = given_arguments(config.reward)
+    config.objective = complete_options(config.objective)
+    _check_group_size(config.rollout, objective_class(config.objective).smallest_group)
     check_common(config)
     _check_adapters(config.model, config.prior)
     _check_truncation(config.rollout)
@@ -206,6 +199,14 @@ def check(cfg: DictConfig) -> Config:
     if (data.train is None) == (data.rollouts is None):
         raise ValueError("set either data.train (prompts to sample for) or data.rollouts (groups sampled elsewhere)")
     return config
+
+
+def _check_group_size(rollout: RolloutConfig, smallest: int) -> None:
+    if rollout.outputs_per_prompt < smallest:
+        raise ValueError(
+            f"rollout.outputs_per_prompt must be at least {smallest}, not {rollout.outputs_per_prompt}: the objective "
+            "takes nothing from smaller groups"
+        )
 
 
 def _check_adapters(model: PolicyConfig, prior: PriorConfig) -> None:

@@ -13,8 +13,8 @@ from nemo_brain.config.brain import check
 from nemo_brain.config.serve_reward import ServeConfig, check_serve
 from nemo_brain.core.packing import LAYOUTS
 from nemo_brain.model.gpt import HAVE_TRANSFORMER_ENGINE
+from nemo_brain.objectives import make_objective
 from nemo_brain.training.brain.data import read_data
-from nemo_brain.training.brain.run import _objective
 from nemo_brain.training.build import make_ddp, make_gpt_config, make_optimizer, make_weights, world_size
 
 # Configurations of another kind: ServeConfig, and those of test_reward_model.py and test_sft.py.
@@ -26,6 +26,10 @@ CONFIGS = sorted({path.stem for path in (ROOT / "conf").glob("*.yaml")} - OTHERS
 def one_process(monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
+
+
+def objective(config):
+    return make_objective(**config.objective)
 
 
 def describe(config):
@@ -56,7 +60,7 @@ def test_shipped_config_composes_and_is_valid(name):
     assert config.steps_per_iteration >= 1
     assert config.layout in LAYOUTS
     assert ranks(config) == 1
-    _objective(config)
+    make_objective(**config.objective)
     optimizer(config)
 
 
@@ -80,6 +84,18 @@ def test_other_configs_build_on_brain_yaml(name):
 
 
 REFUSED = {
+    "unknown objective": (["objective.name=ppo"], "objective.name 'ppo'", "known: brain, dpo_sft"),
+    "objective's missing option": (["objective.name=dpo_sft"], "objective.beta is required", "options of objective"),
+    "another objective's option": (["objective.beta=1"], "objective.beta", "gamma, goodness"),
+    "an option that no objective has": (["+objective.gama=1"], "objective.gama", "gamma, goodness"),
+    "an option set for another objective": (
+        ["objective.name=dpo_sft", "objective.beta=1", "objective.gamma=0.1"],
+        "unknown option objective.gamma",
+        "set to null",
+    ),
+    "two objectives": (["objective._target_=plug_ins.GDCPlusPlus"], "objective.name=brain and", "set one to null"),
+    "no objective": (["objective.name=null"], "set objective.name", "or objective._target_"),
+    "objective from nowhere": (["objective.name=null", "objective._target_=no.such"], "objective._target_", "no.such"),
     "unknown section": (["+rollot.save=true"], "rollot", "did you mean rollout"),
     "unknown key": (["+rollout.output_per_prompt=4"], "rollout.output_per_prompt", "did you mean rollout.outputs_per"),
     "unknown, like nothing": (["+zzzzzz=1"], "zzzzzz", "conf/brain.yaml"),
@@ -154,12 +170,8 @@ LATER = {
     "nodes without torchrun": (ranks, ["trainer.num_nodes=2"], "trainer.num_nodes (2)", "torchrun"),
     "more shards than processes": (ranks, [f"{TP}=2"], TP, "torchrun --nproc-per-node"),
     "more stages than processes": (ranks, [f"{PP}=2"], PP, "torchrun --nproc-per-node"),
-    "unknown objective": (_objective, ["objective.name=ppo"], "objective.name 'ppo'", "known: brain, dpo_sft"),
-    "objective's missing option": (_objective, ["objective.name=dpo_sft"], "objective.beta", "options of objective"),
-    "brain without gamma": (_objective, ["objective.gamma=null"], "objective.gamma", "required"),
-    "another objective's option": (_objective, ["objective.beta=1"], "objective.beta", "gamma, goodness"),
-    "gamma of 0": (_objective, ["objective.gamma=0"], "objective.gamma", "must be positive"),
-    "goodness": (_objective, ["objective.goodness=x"], "objective.goodness", "bradley_terry, sigmoid"),
+    "gamma of 0": (objective, ["objective.gamma=0"], "objective.gamma", "must be a positive number"),
+    "goodness": (objective, ["objective.goodness=x"], "objective.goodness", "bradley_terry, sigmoid"),
     "unknown model field": (describe, ["+model.gpt.num_layer=4"], "model.gpt.num_layer", "did you mean num_layers"),
     "hidden dropout": (describe, ["+model.gpt.hidden_dropout=0.1"], "model.gpt.hidden_dropout", "must be 0"),
     "attention dropout": (describe, ["+model.gpt.attention_dropout=0.1"], "model.gpt.attention_dropout", "must be 0"),
@@ -269,5 +281,30 @@ def test_fp8_is_refused_where_it_cannot_be():
     assert "Transformer Engine" in message("trainer.precision=bf16-mixed", "trainer.fp8=hybrid", then=describe)
 
 
-def test_brains_presets_do_not_stand_in_the_way_of_another_objective():
-    assert _objective(check(toy_config("objective.name=dpo_sft", "objective.beta=0.5"))).beta == 0.5
+OUR_OWN = ("objective.name=null", "objective._target_=plug_ins.RunningDPG")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "section"),
+    [
+        ([], {"name": "brain", "gamma": 0.1, "goodness": "bradley_terry", "goodness_center": 0.0}),
+        (["objective.name=dpo_sft", "objective.beta=0.5"], {"name": "dpo_sft", "beta": 0.5}),
+        (
+            [*OUR_OWN, "objective.gamma=0.5"],
+            {"_target_": "plug_ins.RunningDPG", "gamma": 0.5, "decay": 0.5},
+        ),
+        (
+            [*OUR_OWN, "objective.gamma=1", "+objective.decay=0.25"],
+            {"_target_": "plug_ins.RunningDPG", "gamma": 1, "decay": 0.25},
+        ),
+    ],
+)
+def test_an_objectives_options_are_those_given_and_its_own_defaults(overrides, section):
+    """Those of another objective do not stand in the way: they are null until someone sets them."""
+    assert check(toy_config(*overrides)).objective == section
+
+
+def test_single_outputs_are_for_objectives_that_take_them():
+    single = ("rollout.outputs_per_prompt=1", "objective.gamma=1")
+    assert "rollout.outputs_per_prompt must be at least 2" in message(*single)
+    assert check(toy_config(*single, *OUR_OWN)).rollout.outputs_per_prompt == 1

@@ -107,8 +107,8 @@ def test_only_the_policy_receives_a_gradient(name, options):
 class Sharper(Brain):
     """A target made from the policy itself."""
 
-    def log_alpha(self, scores):
-        return 2 * scores.policy_logprobs_GN
+    def log_alpha(self, inputs):
+        return 2 * inputs.policy_logprobs_GN
 
 
 def test_a_target_is_constant_even_if_it_is_made_from_the_policy():
@@ -142,8 +142,8 @@ def test_masked_outputs_leave_the_group(name, options, garbage):
 class Pull(Brain):
     """Pulls every output's log-prob up: a loss that does not vanish by itself where one output is left."""
 
-    def loss(self, scores, log_alpha_hat_GN, log_beta_hat_GN):
-        return -scores.policy_logprobs_GN.sum(-1)
+    def loss(self, inputs, weights):
+        return -inputs.policy_logprobs_GN.sum(-1)
 
 
 @pytest.mark.parametrize("objective", [*(make_objective(name, **options) for name, options in EVERY), Pull(gamma=1.0)])
@@ -268,12 +268,32 @@ def test_a_nan_that_counts_is_not_hidden():
     [
         ("brian", {}, "unknown objective.name 'brian'; known: brain, dpo_sft"),
         ("brain", {"gama": 1.0}, "objective.gama; options of objective 'brain': gamma, goodness, goodness_center"),
-        ("brain", {}, "objective.gamma is required; options of objective 'brain': gamma, goodness, goodness_center"),
-        ("brain", {"gamma": 0.0}, "objective.gamma is 0.0; it must be positive"),
-        ("brain", {"gamma": float("nan")}, "objective.gamma is nan; it must be positive"),
+        ("brain", {"gamma": 0.0}, "objective.gamma is 0.0; it must be a positive number"),
+        ("brain", {"gamma": float("nan")}, "objective.gamma is nan; it must be a positive number"),
+        ("brain", {"gamma": math.inf}, "objective.gamma is inf; it must be a positive number"),
+        ("brain", {"gamma": "high"}, "objective.gamma is 'high'; it must be a positive number"),
+        ("brain", {"goodness_center": math.nan}, "objective.goodness_center is nan; it must be a finite number"),
         ("brain", {"gamma": 1.0, "goodness": "elo"}, "objective.goodness 'elo'; known: bradley_terry, sigmoid"),
         ("dpo_sft", {"gamma": 1.0}, "objective.gamma; options of objective 'dpo_sft': beta"),
-        ("dpo_sft", {"beta": -1.0}, "objective.beta is -1.0; it must be positive"),
+        ("dpo_sft", {"gamma": 0.1, "beta": 1.0}, "objective.gamma; options of objective 'dpo_sft': beta. One that is"),
+        ("dpo_sft", {}, "objective.beta is required; options of objective 'dpo_sft': beta"),
+        ("dpo_sft", {"beta": -1.0}, "objective.beta is -1.0; it must be a positive number"),
+        ("brain", {"_target_": "plug_ins.GDCPlusPlus"}, "objective.name=brain and objective._target_=plug_ins.GDCPlus"),
+        (None, {}, "set objective.name to one of brain, dpo_sft, or objective._target_ to a class of your own"),
+        (None, {"_target_": "plug_ins.GDC"}, "objective._target_=plug_ins.GDC cannot be imported"),
+        (None, {"_target_": "no_such.Module"}, "objective._target_=no_such.Module cannot be imported"),
+        (None, {"_target_": "torch.nn.Linear"}, "torch.nn.Linear is no subclass of nemo_brain.objectives.Objective"),
+        (None, {"_target_": "plug_ins.RunningDPG"}, "objective.gamma is required; options of objective._target_=plug_"),
+        (
+            None,
+            {"_target_": "plug_ins.GDCPlusPlus", "beta": 1},
+            "objective.beta; options of objective._target_=plug_ins",
+        ),
+        (
+            None,
+            {"_target_": "plug_ins.GDCPlusPlus", "gamma": -1},
+            "cannot be made: objective.gamma is -1; it must be a",
+        ),
     ],
 )
 def test_wrong_options_name_the_remedy(name, options, message):

@@ -29,7 +29,8 @@ class BRAInReport(Report):
 
     def progress(self) -> str:
         objective = _section(self.config, "objective")
-        name = f"objective {objective['name']}" if objective.get("name") else ""
+        name = objective.get("name") or objective.get("_target_")
+        name = f"objective {name}" if name else ""
         gamma = f", γ = {objective['gamma']}" if name and "gamma" in objective else ""
         planned = _section(self.config, "trainer").get("max_iterations")
         of = f" of {planned}" if planned else ""

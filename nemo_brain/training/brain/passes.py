@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -23,12 +24,15 @@ from nemo_brain.objectives import Objective, ObjectiveOutput, coefficients
 
 @dataclass
 class Scores:
-    """What an objective needs besides log q, as matrices [G, N] (float64; mask bool, True where an output counts)."""
+    """What an objective needs besides log q, as matrices [G, N] (float64; mask bool, True where an output counts), and
+    the names of the G prompts."""
 
     prior_logprobs_GN: torch.Tensor
     proposal_logprobs_GN: torch.Tensor
     rewards_GN: torch.Tensor
     mask_GN: torch.Tensor
+    lengths_GN: torch.Tensor
+    prompt_ids: list[str]
 
     @classmethod
     def of(cls, groups: Sequence[ScoredGroup], keep_truncated: bool) -> Scores:
@@ -36,14 +40,17 @@ class Scores:
         unless ``keep_truncated``."""
         matrices = [output_matrix(groups, name) for name in ("prior_logprobs", "proposal_logprobs", "rewards")]
         mask_GN = torch.zeros(matrices[0].shape, dtype=torch.bool)
+        lengths_GN = torch.zeros(matrices[0].shape, dtype=torch.float64)
         for g, group in enumerate(groups):
             for i, (output, reward) in enumerate(zip(group.outputs, group.rewards, strict=True)):
                 mask_GN[g, i] = (keep_truncated or output.ended) and math.isfinite(reward)
-        return cls(*matrices, mask_GN)
+                lengths_GN[g, i] = len(output.token_ids)
+        return cls(*matrices, mask_GN, lengths_GN, [group.prompt.id for group in groups])
 
-    def rows(self, groups: Sequence[int]) -> dict[str, torch.Tensor]:
+    def rows(self, groups: Sequence[int]) -> dict[str, Any]:
         """The objective's keyword arguments for some of the groups."""
-        return {name: matrix[list(groups)] for name, matrix in vars(self).items()}
+        matrices = {name: value[list(groups)] for name, value in vars(self).items() if name != "prompt_ids"}
+        return {**matrices, "prompt_ids": [self.prompt_ids[g] for g in groups]}
 
 
 @dataclass
@@ -71,7 +78,8 @@ class BRAInPasses(GroupPasses):
         objective: Objective,
         policy_logprobs_GN: torch.Tensor | None = None,
     ) -> StepResult:
-        """Accumulates the gradient of the mean loss over the groups into the chunks' gradient buffers.
+        """Accumulates the gradient of the mean loss over the groups into the chunks' gradient buffers, then advances
+        the objective's state.
 
         Args:
             policy_logprobs_GN: log q if it is known from the training kernels and the weights have not changed since;
@@ -88,6 +96,7 @@ class BRAInPasses(GroupPasses):
         results = self._run(chunks, planned, groups, (1.0,), loss)
         policy_logprobs_GN = self._collect(results, planned, groups, 1)[0]
         _, output = coefficients(objective, policy_logprobs_GN, **vars(scores))
+        objective.advance(policy_logprobs_GN, **vars(scores))
         members = [chunk for rank in planned.ranks for batch in rank for chunk in batch]
         tokens = sum(chunk_tokens(groups[chunk.group], chunk.outputs, self.layout) for chunk in members)
         return StepResult(policy_logprobs_GN, output, tokens)

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 
 import lightning.pytorch as pl
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from nemo_brain.config.brain import Config, check
 from nemo_brain.convert.adapter import export_adapter
 from nemo_brain.convert.export import export_model
 from nemo_brain.model.reward_head import RewardGPTConfig
-from nemo_brain.objectives import OBJECTIVES, Objective, make_objective
+from nemo_brain.objectives import make_objective
 from nemo_brain.rewards.build import make_reward
 from nemo_brain.rewards.megatron import MegatronReward
 from nemo_brain.training.brain.data import read_data
@@ -47,11 +46,12 @@ def run(cfg: DictConfig, callbacks: Sequence[pl.Callback] = ()) -> BRAInGPTModel
         Interrupted: on every rank, when the run was asked to end early; it has been saved.
     """
     config = check(cfg)
-    return train("brain", cfg, config, lambda: _parts(config), callbacks)
+    stated = OmegaConf.create({**OmegaConf.to_container(cfg), "objective": config.objective})
+    return train("brain", stated, config, lambda: _parts(config), callbacks)
 
 
 def _parts(config: Config) -> Parts[BRAInGPTModel, BRAInState]:
-    objective = _objective(config)
+    objective = make_objective(**config.objective)
     reward = make_reward(config.reward)
     weights = make_weights(config.model, config.seed)
     gpt = make_gpt_config(config.model, config.trainer, weights, config.lengths)
@@ -114,12 +114,3 @@ def _parts(config: Config) -> Parts[BRAInGPTModel, BRAInState]:
         loop=loop,
         at_end=at_end,
     )
-
-
-def _objective(config: Config) -> Objective:
-    options = config.objective_options
-    if config.objective.name in OBJECTIVES:
-        # conf/brain.yaml sets these for brain: an objective without them is not to stumble over them.
-        for name in {"gamma", "goodness"} - inspect.signature(OBJECTIVES[config.objective.name]).parameters.keys():
-            options.pop(name, None)
-    return make_objective(config.objective.name, **options)
