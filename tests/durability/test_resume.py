@@ -50,6 +50,19 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path, ranks, ove
     assert not list(tmp_path.glob("run/previous/*"))
 
 
+def test_an_objectives_state_goes_on_with_the_run(tmp_path):
+    """In the middle of an iteration; forgotten, the normaliser would start anew and give other gradients."""
+    objective = ["objective={name: null, _target_: plug_ins.RunningDPG, gamma: 0.1, goodness: null}"]
+    expected, files = undisturbed(*objective)
+    for stop in (3, 2):
+        run_ranks(train, 1, str(tmp_path / "run"), *objective, stop_after=stop)
+    (newest, *_) = checkpoint.complete(tmp_path / "run" / "checkpoints")
+    assert checkpoint.read_json(newest / "state.json")["state"]["objective"]
+    run_ranks(train, 1, str(tmp_path / "run"), *objective)
+    compare(tmp_path / "run", expected, tolerance=0)
+    assert written(tmp_path / "run") == files
+
+
 OTHER = {
     "one process to TP2": (1, [], 2, [TP2]),
     "TP2 to PP2 with 2 virtual stages": (2, [TP2], 2, [PP2, "model.virtual_pipeline_model_parallel_size=2"]),

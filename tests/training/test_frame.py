@@ -17,10 +17,12 @@ from nemo_brain.core.groups import Output, Prompt, ScoredGroup
 from nemo_brain.core.interruption import Interruption
 from nemo_brain.durability import checkpoint
 from nemo_brain.durability.saving import Checkpointer
+from nemo_brain.objectives import make_objective
 from nemo_brain.report.metrics import MetricsWriter, read_metrics, read_samples
 from nemo_brain.training.brain.state import BRAInState
 from nemo_brain.training.frame import Frame, Outcome, State
 
+OBJECTIVE = make_objective("brain", gamma=0.1)
 GROUP = ScoredGroup(
     Prompt("p", "x", [1]),
     [Output([2], "y", True)] * 2,
@@ -140,7 +142,7 @@ def test_a_best_checkpoint_is_one_that_would_be_kept(tmp_path):
 
 def redone(run_dir: Path) -> list[int]:
     """Three steps, the second of which is saved; then what another process does after the first has been killed."""
-    first = new_frame(run_dir, BRAInState(), every_steps=2)
+    first = new_frame(run_dir, BRAInState(objective=OBJECTIVE), every_steps=2)
     for number in range(3):
         first.state.rollout, first.state.record = [GROUP] * number, {"kl_to_prior": 0.5 * number}
         first.write_samples(number, [GROUP], "train")
@@ -149,13 +151,13 @@ def redone(run_dir: Path) -> list[int]:
     (path,) = checkpoint.complete(run_dir / "checkpoints")
     before = [record["step"] for record in read_metrics(run_dir / "metrics.jsonl")]
     assert (before, len(read_samples(run_dir / "samples.jsonl"))) == ([1, 2, 3], 3)
-    again = new_frame(run_dir, BRAInState(), every_steps=2)
+    again = new_frame(run_dir, BRAInState(objective=OBJECTIVE), every_steps=2)
     again.restore(path)
-    assert again.state == BRAInState(step=2, rollout=[GROUP], record={"kl_to_prior": 0.5})
+    assert again.state == BRAInState(objective=OBJECTIVE, step=2, rollout=[GROUP], record={"kl_to_prior": 0.5})
     assert len(read_samples(run_dir / "samples.jsonl")) == 2
     step(again)
     # In a directory of its own there is nothing to cut.
-    other = new_frame(run_dir.with_name("other"), BRAInState())
+    other = new_frame(run_dir.with_name("other"), BRAInState(objective=OBJECTIVE))
     step(other)
     other.restore(path)
     assert other.state.step == 2 and len(read_metrics(other.run_dir / "metrics.jsonl")) == 1
@@ -168,6 +170,7 @@ def test_a_run_that_goes_on_has_each_step_once(tmp_path):
 
 def test_the_state_of_a_run_comes_back_whole():
     state = BRAInState(
+        objective=OBJECTIVE,
         step=7,
         score=-0.5,
         rollout=[GROUP],
@@ -176,6 +179,6 @@ def test_the_state_of_a_run_comes_back_whole():
         reference_rewards=[None, 0.0],
         validated=3,
     )
-    again = BRAInState()
+    again = BRAInState(objective=OBJECTIVE)
     again.load_json(json.loads(json.dumps(state.as_json())))
     assert again == state and type(again.start[0]) is ScoredGroup

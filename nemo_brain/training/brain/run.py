@@ -108,7 +108,7 @@ def _parts(config: Config) -> Parts[BRAInGPTModel, BRAInState]:
     return Parts(
         model,
         strategy,
-        BRAInState(),
+        BRAInState(objective=objective),
         steps=config.trainer.max_iterations * config.steps_per_iteration,
         data=data.sizes,
         loop=loop,

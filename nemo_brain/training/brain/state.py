@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nemo_brain.core.groups import ScoredGroup, as_json, from_json
+from nemo_brain.objectives import Objective
 from nemo_brain.training.frame import State
 
 
@@ -14,8 +15,9 @@ from nemo_brain.training.frame import State
 class BRAInState(State):
     """rollout: the scored groups of the iteration under way, with its record so far; [] between iterations. start: the
     start model's held-out groups, and what the prompts' reference answers earn. validated: iterations before the last
-    validation. objective: the objective's own state."""
+    validation. objective: its own state is part of the run's."""
 
+    objective: Objective = field(kw_only=True)
     rollout: list[ScoredGroup] = field(default_factory=list)
     record: dict[str, float] = field(default_factory=dict)
     start: list[ScoredGroup] = field(default_factory=list)
@@ -23,8 +25,10 @@ class BRAInState(State):
     validated: int = 0
 
     def as_json(self) -> dict[str, Any]:
-        return {**super().as_json(), "rollout": as_json(self.rollout), "start": as_json(self.start)}
+        groups = {"rollout": as_json(self.rollout), "start": as_json(self.start)}
+        return {**super().as_json(), **groups, "objective": self.objective.state_dict()}
 
     def load_json(self, values: Mapping[str, Any]) -> None:
         groups = {name: from_json(values[name], ScoredGroup) for name in ("rollout", "start")}
-        super().load_json({**values, **groups})
+        self.objective.load_state_dict(values["objective"])
+        super().load_json({**values, **groups, "objective": self.objective})
