@@ -9,6 +9,9 @@ from megatron.core.utils import make_viewless_tensor
 class ParallelResidualLayer(TransformerLayer):
     """x + attention(norm(x)) + mlp(norm'(x)), in the modules and under the names of Megatron's own layer.
 
+    Megatron-core has no such layer. Its layer's attention half is a private method, which adds x; the fields of what is
+    recomputed are no interface either.
+
     Raises:
         ValueError: for the recomputation of single modules other than attention.
     """
