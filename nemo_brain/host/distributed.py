@@ -27,9 +27,9 @@ def connect(timeout_minutes: float) -> None:
 
 
 def make_groups(strategy: MegatronStrategy) -> None:
-    """After the strategy's ``setup_distributed``: Megatron's groups, which it leaves out where the ranks have met before.
+    """Makes Megatron's groups, after the strategy's ``setup_distributed``, where that has left them out.
 
-    It returns from there as soon as it finds a process group, before the call that makes them.
+    It returns as soon as it finds a process group, before the call that makes them.
     """
     if not parallel_state.model_parallel_is_initialized():
         init_model_parallel(strategy.model)
