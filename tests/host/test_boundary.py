@@ -12,8 +12,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "nemo_brain"
 HOSTS = ("nemo", "megatron", "lightning", "torch.distributed", "torch.cuda")
-# Public, and used in host/ too: the process groups, and what is subclassed there and in other rooms.
-SHARED = {"parallel_state", "MegatronStrategy", "GPTModel", "GPTConfig"}
+# Public, and used in host/ too: groups and their random numbers, and what is subclassed there and in other rooms.
+SHARED = {"parallel_state", "tensor_parallel", "MegatronStrategy", "GPTModel", "GPTConfig"}
 
 
 def is_host(module: str) -> bool:
