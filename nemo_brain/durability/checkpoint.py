@@ -21,22 +21,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.metadata import Metadata
+
+from nemo_brain.host.checkpoint_index import read_index
 
 FORMAT = 2
 _MANIFEST = "manifest.json"
 _READ_BYTES = 2**24
-# What torch.distributed.checkpoint's index, a pickle, may name: data, nothing that runs.
-_INDEX_NAMES = {
-    "torch.distributed.checkpoint.metadata": None,  # every class of it
-    "torch.distributed.checkpoint.filesystem": {"_StorageInfo", "_StoragePrefix"},
-    "megatron.core.dist_checkpointing.strategies.torch": {"MCoreMetadata"},
-    "torch.serialization": {"_get_layout"},
-    "torch": {"Size", "float32", "float16", "bfloat16", "float64", "uint8", "int8", "int16", "int32", "int64", "bool"},
-    "collections": {"OrderedDict"},
-    "builtins": {"set"},
-    "pathlib": {"PosixPath", "Path"},
-}
 
 
 def name_of(step: int) -> str:
@@ -106,7 +96,7 @@ def damage(path: Path, rank: int, ranks: int) -> str | None:
             return f"{path}: its format {manifest['format']} is an earlier version's, which this one does not read"
         expected = sorted(manifest["files"].items())
         if rank == 0:
-            read_index(path)
+            read_index(path / "weights")
             # Megatron leaves it to torch's default, which the environment can change, whether this is data alone.
             load_data(path / "weights" / "common.pt")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -175,22 +165,3 @@ def _sync(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-class _Index(pickle.Unpickler):
-    """Reads torch.distributed.checkpoint's index, and nothing that names anything but its classes."""
-
-    def find_class(self, module: str, name: str):
-        names = _INDEX_NAMES.get(module, ())
-        if names is None or name in names:
-            return super().find_class(module, name)
-        raise ValueError(f"weights/.metadata names {module}.{name}, which no checkpoint's index does")
-
-
-def read_index(path: Path) -> Metadata:
-    """The index of a checkpoint's weights. ValueError where it is damaged, or names what no index does."""
-    with (path / "weights" / ".metadata").open("rb") as file:
-        try:
-            return _Index(file).load()
-        except (pickle.UnpicklingError, EOFError, IndexError, AttributeError, ImportError) as error:
-            raise ValueError(f"weights/.metadata is damaged: {error}") from None

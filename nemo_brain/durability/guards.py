@@ -7,36 +7,8 @@ import math
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from types import MethodType
 
 from nemo_brain.core.groups import Group, ScoredGroup, as_json
-
-
-class OptimizerGuard:
-    """Keeps an optimizer from stepping where the gradient's norm is not finite: weights and states stay as they were.
-
-    It takes the norm that Megatron's ``ChainedOptimizer.step`` computes for clipping, the same on every rank, and costs
-    a comparison. ``skipped`` is the number of steps so far that were left out.
-    """
-
-    def __init__(self, optimizer):
-        self.skipped = 0
-        self._finite = True
-        norm, step = optimizer.get_grad_norm, optimizer.step_with_ready_grads
-
-        def get_grad_norm(_) -> float:
-            value = norm()
-            self._finite = math.isfinite(float(value))
-            return value
-
-        def step_with_ready_grads(_) -> bool:
-            if self._finite:
-                return step()
-            self.skipped += 1
-            return True
-
-        optimizer.get_grad_norm = MethodType(get_grad_norm, optimizer)
-        optimizer.step_with_ready_grads = MethodType(step_with_ready_grads, optimizer)
 
 
 def write_groups(path: Path, groups: Sequence[Group]) -> None:

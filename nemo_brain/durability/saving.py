@@ -23,7 +23,7 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from nemo_brain.config.common import CheckpointConfig
 from nemo_brain.core.ranks import gathered, in_thread, on_all_ranks
 from nemo_brain.durability import checkpoint
-from nemo_brain.host.torch_dist import InProcessSave
+from nemo_brain.host.checkpointing import InProcessSave
 from nemo_brain.model.parameters import VOCABULARY_TENSORS, global_parameters, is_adapter, unwrap
 
 _PACKAGES = ("nemo_brain", "nemo_toolkit", "megatron-core", "torch", "transformers")

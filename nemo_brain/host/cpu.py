@@ -1,4 +1,4 @@
-"""What Megatron and NeMo need on a machine without CUDA. With CUDA, ``enable`` does nothing.
+"""What Megatron and NeMo need on a machine without CUDA. With CUDA nothing here does anything.
 
 Megatron-core calls ``torch.cuda`` functions and names the device "cuda" unconditionally. ``enable`` gives both their
 CPU meaning; no line of Megatron or NeMo is replaced.
@@ -77,3 +77,15 @@ def enable() -> bool:
     _mode = _CudaMeansCpu()
     _mode.__enter__()
     return True
+
+
+def seed_tracker(seed: int) -> None:
+    """Seeds Megatron's tracker of random numbers, once its groups are made: NeMo does so only where it counts a GPU.
+
+    As NeMo's, the seed differs between pipeline stages; Megatron makes it differ between tensor-parallel ranks.
+    """
+    if torch.cuda.is_available():
+        return
+    from megatron.core import parallel_state, tensor_parallel  # not before ``enable``
+
+    tensor_parallel.model_parallel_cuda_manual_seed(seed + 100 * parallel_state.get_pipeline_model_parallel_rank())

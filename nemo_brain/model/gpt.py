@@ -10,30 +10,16 @@ from typing import ClassVar
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.fp8_utils import get_fp8_align_size
-from megatron.core.models.gpt.gpt_layer_specs import (
-    get_gpt_layer_local_spec,
-    get_gpt_layer_with_transformer_engine_spec,
-)
 from megatron.core.models.gpt.gpt_model import GPTModel as MCoreGPTModel
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from nemo.collections.llm.gpt.model.base import GPTConfig
-from nemo.collections.llm.gpt.model.llama import apply_rope_scaling
-from nemo.lightning.base import get_vocab_size
 
+from nemo_brain.host.gpt import fp8_multiple, logits, padded_vocab_size, replace_output_layer, scale_rotary
+from nemo_brain.host.layers import block_spec
 from nemo_brain.model.attention import GroupAttention
 from nemo_brain.model.fields import check_fields
 from nemo_brain.model.output_layer import linear_logprobs
-from nemo_brain.model.parallel_residual import ParallelResidualLayer
 from nemo_brain.model.parameters import is_adapter
-
-try:
-    import transformer_engine  # noqa: F401
-
-    HAVE_TRANSFORMER_ENGINE = True
-except ImportError:
-    HAVE_TRANSFORMER_ENGINE = False
 
 
 class PackedGPTModel(MCoreGPTModel):
@@ -48,11 +34,8 @@ class PackedGPTModel(MCoreGPTModel):
         super().__init__(**options)
         self.real_vocab_size = real_vocab_size
         if self.post_process:
-            # Called through its module, so that hooks on the module run: Megatron's overlapped parameter gather waits
-            # for the weight in one.
-            self.output_layer.forward = self._output
-            # With sequence parallelism the row is gathered before it (see forward).
-            self.output_layer.sequence_parallel = False
+            # With sequence parallelism the row is gathered before it (see trunk).
+            replace_output_layer(self, self._output)
 
     def forward(
         self,
@@ -108,62 +91,14 @@ class PackedGPTModel(MCoreGPTModel):
         else:
             weight_VH = self.output_layer.weight
         if targets_T is None:
-            return type(self.output_layer).forward(self.output_layer, hidden_TH, weight=weight_VH)[0]
+            return logits(self, hidden_TH, weight_VH)
         group = parallel_state.get_tensor_model_parallel_group()
         return linear_logprobs(hidden_TH, weight_VH, targets_T, group, temperatures, self.real_vocab_size)
 
 
-class Norm(torch.nn.Module):
-    """LayerNorm or RMSNorm without Apex or Transformer Engine, also under sequence parallelism.
-
-    Megatron-core's own torch norm refuses sequence parallelism; all it takes is the mark on the weights, by which their
-    gradients are summed over the tensor-parallel ranks.
-    """
-
-    def __init__(self, config, hidden_size: int, eps: float = 1e-5, **_):
-        super().__init__()
-        self.eps = eps
-        self.hidden_size = hidden_size
-        self.zero_centered = config.layernorm_zero_centered_gamma
-        device = None if config.use_cpu_initialization else torch.cuda.current_device()
-        start = torch.zeros if self.zero_centered else torch.ones
-        self.weight = torch.nn.Parameter(start(hidden_size, dtype=config.params_dtype, device=device))
-        self.weight.sequence_parallel = config.sequence_parallel
-        self.bias = None
-        if config.normalization == "LayerNorm":
-            self.bias = torch.nn.Parameter(torch.zeros_like(self.weight))
-            self.bias.sequence_parallel = config.sequence_parallel
-
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        if not self.zero_centered:
-            return self._normalized(hidden, self.weight, self.bias)
-        # In fp32: in bfloat16 the sum would round small weights away.
-        bias = None if self.bias is None else self.bias.float()
-        return self._normalized(hidden.float(), 1 + self.weight.float(), bias).type_as(hidden)
-
-    def _normalized(self, hidden, weight, bias) -> torch.Tensor:
-        if bias is None:
-            return torch.nn.functional.rms_norm(hidden, (self.hidden_size,), weight, self.eps)
-        return torch.nn.functional.layer_norm(hidden, (self.hidden_size,), weight, bias, self.eps)
-
-
 def layer_spec(config: PackedGPTConfig, vp_stage: int | None = None):
     """Transformer Engine's layers where it is installed, Megatron-core's own otherwise; with our core attention."""
-    if HAVE_TRANSFORMER_ENGINE:
-        spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
-    else:
-        spec = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization=config.normalization)
-    attention = spec.submodules.self_attention.submodules
-    attention.core_attention = GroupAttention
-    if config.parallel_residual:
-        spec.module = ParallelResidualLayer
-    if HAVE_TRANSFORMER_ENGINE:
-        return spec
-    spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = Norm
-    if config.qk_layernorm:
-        attention.q_layernorm = attention.k_layernorm = Norm
-    layers = get_num_layers_to_build(config, vp_stage=vp_stage)
-    return TransformerBlockSubmodules(layer_specs=[spec] * layers, layer_norm=Norm)
+    return block_spec(config, GroupAttention, config.parallel_residual, vp_stage)
 
 
 @dataclass
@@ -201,7 +136,7 @@ class PackedGPTConfig(GPTConfig):
     def row_multiple(self) -> int:
         """Rows are padded to a multiple of this many positions: for sequence parallelism, and for FP8 products."""
         shards = self.tensor_model_parallel_size if self.sequence_parallel else 1
-        return shards * (get_fp8_align_size(self.fp8_recipe) if self.fp8 else 1)
+        return shards * fp8_multiple(self)
 
     def configure_model(self, tokenizer=None, pre_process=None, post_process=None, vp_stage=None) -> PackedGPTModel:
         """Builds this rank's (virtual) pipeline chunk; arguments as in NeMo's GPTConfig."""
@@ -209,7 +144,7 @@ class PackedGPTConfig(GPTConfig):
         model = self.model_class(
             config=self,
             transformer_layer_spec=self.transformer_layer_spec(self, vp_stage=vp_stage or 0),
-            vocab_size=get_vocab_size(self, self.vocab_size, self.make_vocab_size_divisible_by),
+            vocab_size=padded_vocab_size(self),
             real_vocab_size=self.vocab_size,
             max_sequence_length=self.seq_length,
             parallel_output=True,
@@ -224,7 +159,6 @@ class PackedGPTConfig(GPTConfig):
             vp_stage=vp_stage or 0,
         )
         if self.position_embedding_type == "rope" and self.scale_factor is not None:
-            rotary = model.rotary_pos_emb
             scaling = (self.scale_factor, self.low_freq_factor, self.high_freq_factor, self.old_context_len)
-            rotary.inv_freq = apply_rope_scaling(rotary.inv_freq, *scaling)
+            scale_rotary(model, *scaling)
         return model

@@ -13,12 +13,10 @@ from dataclasses import dataclass
 
 import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
-from megatron.core.tensor_parallel import RowParallelLinear
 from nemo.collections.llm.peft.lora import LoRALinear
-from nemo.collections.llm.peft.utils import ParallelLinearAdapter, get_adapter_attributes_from_linear
 from transformers import PreTrainedTokenizerFast
 
-from nemo_brain.model.gpt import HAVE_TRANSFORMER_ENGINE
+from nemo_brain.host.adapters import make_adapter
 from nemo_brain.model.parameters import GlobalParameter, global_parameters, is_adapter
 from nemo_brain.model.random_weights import normal
 from nemo_brain.model.weights import Weights, load_weights
@@ -54,34 +52,11 @@ def load(chunk: GPTModel, weights: Weights, lora: LoRA | None) -> None:
             for owner in (layer.self_attention, layer.mlp):
                 for name in lora.target_modules:
                     if hasattr(owner, name):
-                        setattr(owner, name, _adapted(getattr(owner, name), name, lora))
+                        linear = getattr(owner, name)
+                        adapter = make_adapter(linear, name, lora.dim, lora.alpha)
+                        setattr(owner, name, SwitchedLoRALinear(linear, adapter))
         weights = _WithAdapters(weights, lora.seed)
     load_weights([chunk], weights)
-
-
-def _adapted(linear: torch.nn.Module, name: str, lora: LoRA) -> SwitchedLoRALinear:
-    # What NeMo's LoRA.transform builds for a parallel layer. Itself it compares the layer with Transformer Engine's
-    # classes, and raises where there are none; so does the function that describes the layer.
-    if HAVE_TRANSFORMER_ENGINE:
-        row_parallel, inputs, outputs, no_gather, parallel = get_adapter_attributes_from_linear(linear)
-    else:
-        row_parallel, parallel = isinstance(linear, RowParallelLinear), True
-        inputs, outputs, no_gather = linear.input_size, linear.output_size, not linear.config.sequence_parallel
-    adapter = ParallelLinearAdapter(
-        inputs,
-        outputs,
-        lora.dim,
-        # By this name NeMo's checkpoints take B for [gate; up]. Where there is no gate that would permute its rows as
-        # soon as another tensor-parallel size reads them.
-        base_linear_name=name if linear.config.gated_linear_unit else "",
-        activation="identity",
-        input_is_parallel=row_parallel,
-        model_parallel_config=linear.config,
-        alpha=lora.alpha,
-        disable_sequence_parallel_comm=no_gather,
-        base_linear_is_parallel=parallel,
-    )
-    return SwitchedLoRALinear(linear, adapter)
 
 
 class _WithAdapters:

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 import transformers
 from packaging.version import Version
-from transformers import AutoConfig, AutoModelForSequenceClassification
+from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoConfig, AutoModelForSequenceClassification
 
 from nemo_brain.core.heartbeat import beat
 from nemo_brain.data.templates import FormatString, render_chat
@@ -243,7 +243,7 @@ def _checked_config(path: Path):
         config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises many types here, some with a list of all models that it knows
         raise ValueError(f"reward.model: {path / 'config.json'} cannot be read: {str(error)[:300]}") from error
-    if type(config) not in AutoModelForSequenceClassification._model_mapping:
+    if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
         raise ValueError(
             f"reward.model: {path} is a {config.model_type}, of which transformers knows no sequence classification"
         )

@@ -35,7 +35,9 @@ from nemo_brain.convert.export import check_target, make_export
 from nemo_brain.convert.mapping import MappedExport
 from nemo_brain.convert.open import start_weights
 from nemo_brain.host import cpu
-from nemo_brain.model.gpt import HAVE_TRANSFORMER_ENGINE, PackedGPTConfig
+from nemo_brain.host.layers import HAVE_TRANSFORMER_ENGINE
+from nemo_brain.host.options import STRATEGY_OPTIONS, gpt_options
+from nemo_brain.model.gpt import PackedGPTConfig
 from nemo_brain.model.lora import LoRA
 from nemo_brain.model.weights import Weights
 from nemo_brain.training.strategy import PackedStrategy
@@ -171,21 +173,12 @@ def _run_fields(model: ModelConfig, trainer: CommonTrainerConfig) -> dict[str, A
     fields: dict[str, Any] = {
         "params_dtype": _dtype(trainer),
         "pipeline_dtype": _dtype(trainer),
-        "cross_entropy_loss_fusion": False,
+        **gpt_options(virtual_stages=model.virtual_pipeline_model_parallel_size is not None),
     }
-    if model.virtual_pipeline_model_parallel_size is not None:
-        # With batched, deallocating communication the interleaved schedule computes wrong losses at two stages.
-        fields |= {"overlap_p2p_comm": True, "batch_p2p_comm": False, "deallocate_pipeline_outputs": False}
     if model.recompute == "full":
         fields |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     elif model.recompute == "selective":
         fields["recompute_granularity"] = "selective"
-    if not torch.cuda.is_available():
-        fields |= {
-            "use_cpu_initialization": True,
-            "masked_softmax_fusion": False,
-            "gradient_accumulation_fusion": False,
-        }
     return fields
 
 
@@ -238,7 +231,7 @@ def make_ddp(ddp: Mapping[str, Any], optim: Mapping[str, Any]) -> DistributedDat
         }.items():
             if not value:
                 raise ValueError(f"ddp.overlap_param_gather needs {key}=true")
-    # guards.OptimizerGuard looks at the gradient's norm instead, and names the groups.
+    # OptimizerGuard looks at the gradient's norm instead, and names the groups.
     return DistributedDataParallelConfig(**{"check_for_nan_in_grad": False, "grad_reduce_in_fp32": True, **given})
 
 
@@ -287,10 +280,7 @@ def make_strategy(
         sequence_parallel=model.sequence_parallel,
         pipeline_dtype=_dtype(trainer),
         ddp=ddp,
-        ckpt_async_save=False,
-        ckpt_optim_fully_reshardable=True,
-        # NeMo's progress bar gathers on rank 0 alone, which the other ranks' collectives do not survive on gloo.
-        replace_progress_bar=False,
+        **STRATEGY_OPTIONS,
         **own,
     )
 

@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, Protocol
 
 import torch
-from megatron.core import parallel_state, tensor_parallel
-from megatron.core.dist_checkpointing.strategies.base import SaveShardedStrategy
-from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 from nemo.lightning import MegatronStrategy
-from nemo.lightning._strategy_lib import init_model_parallel, set_model_parallel_attributes
-from nemo.lightning.pytorch.plugins.mixed_precision import update_config_with_dtype_overrides
 
 from nemo_brain.core.groups import Prompt, SampledGroup
 from nemo_brain.durability.checkpoint import read_json
-from nemo_brain.durability.guards import OptimizerGuard
 from nemo_brain.durability.saving import fingerprint, first_intact
-from nemo_brain.host.torch_dist import InProcessSave, loading, loading_optimizers
+from nemo_brain.host import cpu, second_model
+from nemo_brain.host.checkpointing import InProcessSave, loading, loading_optimizers, save_with
+from nemo_brain.host.distributed import make_groups
+from nemo_brain.host.optimizer import OptimizerGuard
+from nemo_brain.host.trainer import lift_step_limit
 from nemo_brain.model.gpt import PackedGPTConfig
 from nemo_brain.model.weights import Weights, load_weights
 from nemo_brain.sampling.sampler import Sampler, SamplingOptions
@@ -63,26 +59,18 @@ class PackedStrategy(MegatronStrategy):
         """NeMo's; Megatron's groups, which it leaves out where the ranks have met before (``host.distributed``); and
         Megatron's random-number tracker where NeMo leaves it unseeded: on a machine without a GPU."""
         super().setup_distributed()
-        if not parallel_state.model_parallel_is_initialized():
-            init_model_parallel(self.model)
-        if not torch.cuda.is_available():
-            tensor_parallel.model_parallel_cuda_manual_seed(
-                self._seed + 100 * parallel_state.get_pipeline_model_parallel_rank()
-            )
+        make_groups(self)
+        cpu.seed_tracker(self._seed)
 
     def setup(self, trainer) -> None:
         """NeMo's, for the model as it stands before any checkpoint is restored; ``guards`` watch its optimizers."""
         super().setup(trainer)
         # NeMo has read from it how long the learning rate's schedule is. When training ends, its loop says.
-        trainer.fit_loop.epoch_loop.max_steps = -1
+        lift_step_limit(trainer)
         self.chunks = [module.module for module in self.megatron_parallel]
         self.guards = [OptimizerGuard(optimizer.mcore_optimizer) for optimizer in self.optimizers]
         self.fingerprint = fingerprint(self.chunks, self.lightning_module.config.vocab_size)
-        save: SaveShardedStrategy = self.saver
-        replicas = parallel_state.get_data_parallel_group(with_context_parallel=True)
-        if replicas.size() > 1:  # each writes its share of what all of them hold
-            save = FullyParallelSaveStrategyWrapper(save, replicas)
-        self.unwrapped_checkpoint_io._save_sharded_strategy = save
+        save_with(self.unwrapped_checkpoint_io, self.saver)
 
     def settle(self) -> None:
         """Ends an overlapped gather of the weights: forward passes wait for it themselves, other readers do not."""
@@ -91,10 +79,7 @@ class PackedStrategy(MegatronStrategy):
 
     def connected(self, config: PackedGPTConfig) -> PackedGPTConfig:
         """The configuration with the parallel layout and the precision of the model in training."""
-        holder = SimpleNamespace(config=config, configure_model=config.configure_model)
-        config = set_model_parallel_attributes(holder, self.parallelism)
-        dtypes = getattr(self.precision_plugin, "dtype_config", None)
-        return update_config_with_dtype_overrides(dtypes, config) if dtypes else config
+        return second_model.with_parallel_layout(config, self)
 
     def more_chunks(self, config: PackedGPTConfig, weights: Weights) -> list[torch.nn.Module]:
         """This rank's chunks of one more model, which is not trained.
@@ -102,21 +87,14 @@ class PackedStrategy(MegatronStrategy):
         Args:
             config: has the parallel layout and the precision of the model in training: ``connected`` gives them.
         """
-        config = copy.copy(config)
-        # Synchronisation of gradients and parameters is none of its business.
-        config.no_sync_func = config.grad_sync_func = config.param_sync_func = None
-        config.finalize_model_grads_func = config.grad_scale_func = None
+        config = second_model.untrained(config)
         chunks = []
         for stage in range(len(self.chunks)):
             chunk = config.configure_model(weights.tokenizer, vp_stage=stage)
             load_weights([chunk], weights)
             if torch.cuda.is_available():
                 chunk.cuda(torch.cuda.current_device())
-            if hasattr(self.precision_plugin, "convert_module"):
-                # NeMo's precision plugin converts the module inside a Lightning module.
-                holder = torch.nn.Module()
-                holder.module, holder.config = chunk, config
-                chunk = self.precision_plugin.convert_module(holder).module
+            chunk = second_model.in_precision(chunk, config, self)
             chunks.append(chunk.eval().requires_grad_(False))
         return chunks
 

@@ -12,7 +12,7 @@ from toy_runs import ROOT, composed, toy_config
 from nemo_brain.config.brain import check
 from nemo_brain.config.serve_reward import ServeConfig, check_serve
 from nemo_brain.core.packing import LAYOUTS
-from nemo_brain.model.gpt import HAVE_TRANSFORMER_ENGINE
+from nemo_brain.host.layers import HAVE_TRANSFORMER_ENGINE
 from nemo_brain.objectives import make_objective
 from nemo_brain.training.brain.data import read_data
 from nemo_brain.training.build import make_ddp, make_gpt_config, make_optimizer, make_weights, world_size

@@ -16,8 +16,9 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from ranks import run_ranks
 
+from nemo_brain.host.layers import HAVE_TRANSFORMER_ENGINE, Norm
 from nemo_brain.model.fields import HONOURED, REFUSED, WITHOUT_EFFECT
-from nemo_brain.model.gpt import HAVE_TRANSFORMER_ENGINE, Norm, PackedGPTConfig, PackedGPTModel
+from nemo_brain.model.gpt import PackedGPTConfig, PackedGPTModel
 from nemo_brain.model.random_weights import RandomWeights
 from nemo_brain.model.weights import load_weights
 

@@ -7,7 +7,10 @@ from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.dist_checkpointing.strategies.base import SaveShardedStrategy
+from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 from megatron.core.dist_checkpointing.strategies.torch import (
     MCoreSavePlanner,
     TorchDistSaveShardedStrategy,
@@ -62,6 +65,18 @@ class InProcessSave(TorchDistSaveShardedStrategy):
         except CheckpointException as error:  # on every rank, with what failed on some of them; no Exception
             rank, (failure, _) = min(error.failures.items(), key=lambda item: item[0])
             raise OSError(f"rank {rank}: {failure}") from error
+
+
+def save_with(checkpoint_io, saver: InProcessSave) -> None:
+    """Makes NeMo's ``MegatronCheckpointIO`` give its tensors to ``saver``; with replicas, each a share of them.
+
+    It chooses between Megatron's own savers by itself, the first time it saves, and has no argument for another.
+    """
+    save: SaveShardedStrategy = saver
+    replicas = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    if replicas.size() > 1:  # each writes its share of what all of them hold
+        save = FullyParallelSaveStrategyWrapper(save, replicas)
+    checkpoint_io._save_sharded_strategy = save
 
 
 def _copy_to_host(state: dict[str, list]) -> None:

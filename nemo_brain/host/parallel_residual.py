@@ -10,6 +10,8 @@ class ParallelResidualLayer(TransformerLayer):
     """x + attention(norm(x)) + mlp(norm'(x)), in the modules and under the names of Megatron's own layer.
 
     What Megatron's layer can recompute apart from attention it does not: ``fields`` refuses that.
+
+    Megatron-core has no such layer, and the attention half of its own, which adds x, is a private method.
     """
 
     def forward(self, hidden_states, *args, **kwargs):
