@@ -21,7 +21,7 @@ from nemo_brain.convert.gpt2 import GPT2Export
 from nemo_brain.convert.gpt_neox import GPTNeoXExport
 from nemo_brain.convert.llama import LlamaExport
 from nemo_brain.convert.mapping import MappedExport
-from nemo_brain.core.heartbeat import beat
+from nemo_brain.core.heartbeat import heartbeat
 from nemo_brain.model.gpt import PackedGPTConfig
 from nemo_brain.model.lora import merged_parameters
 from nemo_brain.model.parameters import VOCABULARY_TENSORS, GlobalParameter, unwrap
@@ -134,7 +134,7 @@ def _full_tensors(mine: Sequence[GlobalParameter]) -> Iterator[tuple[str, torch.
     seen = set()
     for owner, parameters in enumerate(stages):
         for index, (name, shape, dtype) in enumerate(parameters):
-            beat()
+            heartbeat()
             if name in seen:  # the last stage's copy of a tied embedding
                 continue
             seen.add(name)

@@ -10,7 +10,7 @@ from nemo_brain.convert.fields import PLAIN, activation_fields, activation_name,
 from nemo_brain.convert.mapping import Heads, MappedExport, MappedWeights, Mapping, Module
 
 if TYPE_CHECKING:
-    from nemo_brain.convert.source import Source
+    from nemo_brain.convert.source import CheckpointSource
     from nemo_brain.model.gpt import PackedGPTConfig
 
 _PREFIX = "transformer."
@@ -33,7 +33,7 @@ class GPT2Weights(MappedWeights):
     scores, cross attention, activations that it lacks), or holds other tensors than its configuration says.
     """
 
-    def __init__(self, source: Source):
+    def __init__(self, source: CheckpointSource):
         config = GPT2Config.from_dict(source.config)  # fills in what config.json leaves to its defaults
         refuse("gpt2", config, _REQUIRED)
         gpt_config = {

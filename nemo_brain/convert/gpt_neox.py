@@ -11,7 +11,7 @@ from nemo_brain.convert.mapping import MappedExport, MappedWeights, Mapping, Mod
 from nemo_brain.convert.rope import rope_fields, rope_scaling
 
 if TYPE_CHECKING:
-    from nemo_brain.convert.source import Source
+    from nemo_brain.convert.source import CheckpointSource
     from nemo_brain.model.gpt import PackedGPTConfig
 
 _REQUIRED = {"attention_bias": True}
@@ -32,7 +32,7 @@ class GPTNeoXWeights(MappedWeights):
     scalings and activations that it lacks), or holds other tensors than its configuration says.
     """
 
-    def __init__(self, source: Source):
+    def __init__(self, source: CheckpointSource):
         rope = rope_fields("gpt_neox", source.config, default_base=10000.0, base_key="rotary_emb_base")
         config = GPTNeoXConfig.from_dict(source.config)  # fills in what config.json leaves to its defaults
         refuse("gpt_neox", config, _REQUIRED)

@@ -11,7 +11,7 @@ from nemo_brain.convert.mapping import Heads, MappedExport, MappedWeights, Mappi
 from nemo_brain.convert.rope import rope_fields, rope_scaling
 
 if TYPE_CHECKING:
-    from nemo_brain.convert.source import Source
+    from nemo_brain.convert.source import CheckpointSource
     from nemo_brain.model.gpt import PackedGPTConfig
 
 _CONFIGS: dict[str, type[PretrainedConfig]] = {
@@ -48,7 +48,7 @@ class LlamaWeights(MappedWeights):
     says.
     """
 
-    def __init__(self, source: Source):
+    def __init__(self, source: CheckpointSource):
         kind = source.config["model_type"]
         rope = rope_fields(kind, source.config, default_base=10000.0)
         config = _CONFIGS[kind].from_dict(source.config)  # fills in what config.json leaves to its defaults

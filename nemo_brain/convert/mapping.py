@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-    from nemo_brain.convert.source import Source
+    from nemo_brain.convert.source import CheckpointSource
 
 _LAYER_NAME = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 
@@ -138,7 +138,7 @@ class MappedWeights:
     def __init__(
         self,
         kind: str,
-        source: Source,
+        source: CheckpointSource,
         mapping: Mapping,
         gpt_config: dict,
         vocab_size: int,

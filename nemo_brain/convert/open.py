@@ -17,7 +17,7 @@ from nemo_brain.convert.gpt_neox import GPTNeoXWeights
 from nemo_brain.convert.huggingface import HuggingFaceDirectory
 from nemo_brain.convert.llama import LlamaWeights
 from nemo_brain.convert.run_checkpoint import RunWeights, newest_intact
-from nemo_brain.convert.source import Source
+from nemo_brain.convert.source import CheckpointSource
 from nemo_brain.data.tokenizers import byte_tokenizer, load_tokenizer
 from nemo_brain.durability import checkpoint
 from nemo_brain.model.random_weights import RandomWeights
@@ -44,7 +44,7 @@ def open_weights(path: str | Path) -> Weights:
     """
     path = resolve(path)
     if path.is_file() and path.suffix == ".gguf":
-        source: Source = GGUFFile(path)
+        source: CheckpointSource = GGUFFile(path)
     elif checkpoint.find(path):
         return _open_checkpoint(newest_intact(path))
     elif path.is_dir():

@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 
-class Source(Protocol):
+class CheckpointSource(Protocol):
     """A checkpoint on disk, in Hugging Face's terms: what the architectures translate from."""
 
     config: dict  # the keys of config.json

@@ -1,11 +1,11 @@
-"""The sign by which ``supervision`` sees that a process gets further. A room of its own, for it imports nothing."""
+"""The sign by which ``durability.supervision`` sees that a process gets further."""
 
 from __future__ import annotations
 
 _count = 0
 
 
-def beat() -> None:
+def heartbeat() -> None:
     """Says that this process has just got further: a micro-batch, a tick of sampling, an attempt at a request.
 
     In a run that does not hang there is one in any ``trainer.hang_timeout_minutes`` on some rank.
@@ -14,5 +14,5 @@ def beat() -> None:
     _count += 1
 
 
-def beats() -> int:
+def heartbeats() -> int:
     return _count

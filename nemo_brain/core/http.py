@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 import httpx
 
-from nemo_brain.core.heartbeat import beat
+from nemo_brain.core.heartbeat import heartbeat
 
 _CONNECT_SECONDS = 10
 _FIRST_DELAY, _LONGEST_DELAY = 0.25, 15.0  # seconds between attempts, doubled from one to the other
@@ -106,7 +106,7 @@ class HTTPClient:
         started = time.monotonic()
         bad = 0
         for attempt in itertools.count(1):
-            beat()
+            heartbeat()
             pause = min(_LONGEST_DELAY, _FIRST_DELAY * 2 ** min(attempt - 1, 16)) * random.uniform(0.5, 1.0)
             left = self.timeout_seconds - (time.monotonic() - started)
             limit = min(self._request_timeout_seconds, max(left, 0.01))

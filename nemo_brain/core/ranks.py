@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from nemo_brain.core.heartbeat import beat
+from nemo_brain.core.heartbeat import heartbeat
 from nemo_brain.core.interruption import Interrupted, Interruption
 
 Result = TypeVar("Result")
@@ -47,7 +47,7 @@ def on_all_ranks(
         Exception: what ``work`` raised on the first rank on which it did; on every rank.
         Interrupted: on every rank.
     """
-    beat()
+    heartbeat()
     error: Exception | None = None
     result: Result
     try:

@@ -1,4 +1,4 @@
-"""What keeps a run from going on with numbers that are none, or with weights that say nothing."""
+"""What keeps a run from going on with non-finite numbers, or with weights that say nothing."""
 
 from __future__ import annotations
 

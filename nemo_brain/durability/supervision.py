@@ -20,7 +20,7 @@ from typing import NoReturn
 import lightning.pytorch as pl
 import torch.distributed as dist
 
-from nemo_brain.core.heartbeat import beats
+from nemo_brain.core.heartbeat import heartbeats
 from nemo_brain.core.interruption import Interrupted, Interruption
 
 _POLL_SECONDS = 1.0
@@ -35,7 +35,7 @@ class Supervisor(pl.Callback):
 
     - An exception on one rank ends all of them within seconds, with its traceback as the last thing that they print:
       in full on the first rank of each node, in one line on the others.
-    - Where no rank has had a ``pulse.beat`` for ``hang_minutes``, every rank prints its threads' stacks, writes them to
+    - Where no rank has had a ``heartbeat`` for ``hang_minutes``, every rank prints its threads' stacks, writes them to
       ``directory``/stacks/rank_00000.txt, and ends.
 
     - Where one rank is asked to end, all of them learn of it: each may be waiting for something that the others know
@@ -85,9 +85,9 @@ class Supervisor(pl.Callback):
         self._done.set()
 
     def _watch(self) -> None:
-        counted, total, since = beats(), None, time.monotonic()
+        counted, total, since = heartbeats(), None, time.monotonic()
         while not self._done.wait(_POLL_SECONDS):
-            count = beats()
+            count = heartbeats()
             try:
                 everyones = self._store.add(_PROGRESS, int(count != counted))
                 if everyones != total:

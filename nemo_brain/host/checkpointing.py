@@ -50,7 +50,8 @@ class InProcessSave(TorchDistSaveShardedStrategy):
         """A collective of the group of all ranks.
 
         Raises:
-            OSError: on every rank, with what failed on one of them.
+            OSError: on every rank, when a file could not be written on one of them.
+            Exception: on every rank, what else went wrong on one of them.
         """
         (state, directory), self._taken = self._taken, None
         try:
@@ -64,7 +65,9 @@ class InProcessSave(TorchDistSaveShardedStrategy):
             )
         except CheckpointException as error:  # on every rank, with what failed on some of them; no Exception
             rank, (failure, _) = min(error.failures.items(), key=lambda item: item[0])
-            raise OSError(f"rank {rank}: {failure}") from error
+            if isinstance(failure, OSError):
+                raise OSError(f"rank {rank}: {failure}") from error
+            raise failure from error
 
 
 def save_with(checkpoint_io, saver: InProcessSave) -> None:

@@ -14,7 +14,7 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from nemo_brain.core.groups import Group
-from nemo_brain.core.heartbeat import beat
+from nemo_brain.core.heartbeat import heartbeat
 from nemo_brain.core.packing import MicroBatch, Plan, pack, plan
 
 
@@ -76,7 +76,7 @@ class GroupPasses:
 
         def step(iterator, chunk):
             batch = next(iterator)
-            beat()
+            heartbeat()
             out = chunk(
                 batch.tokens_1S,
                 batch.positions_1S,

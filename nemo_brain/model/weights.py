@@ -12,7 +12,7 @@ import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
 from transformers import PreTrainedTokenizerFast
 
-from nemo_brain.core.heartbeat import beat
+from nemo_brain.core.heartbeat import heartbeat
 from nemo_brain.model.parameters import VOCABULARY_TENSORS, global_parameters
 
 
@@ -47,7 +47,7 @@ def load_weights(chunks: Sequence[GPTModel], weights: Weights) -> None:
     """
     for chunk in chunks:
         for parameter in global_parameters(chunk):
-            beat()
+            heartbeat()
             shape = parameter.global_shape
             padding = 0
             if parameter.name in VOCABULARY_TENSORS:

@@ -16,7 +16,7 @@ import transformers
 from packaging.version import Version
 from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoConfig, AutoModelForSequenceClassification
 
-from nemo_brain.core.heartbeat import beat
+from nemo_brain.core.heartbeat import heartbeat
 from nemo_brain.data.templates import FormatString, render_chat
 from nemo_brain.data.tokenizers import load_tokenizer, protect, start_tokens
 from nemo_brain.rewards.protocol import messages_of
@@ -143,7 +143,7 @@ class HuggingFaceReward:
         order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]))
         rewards = [0.0] * len(rows)
         for members in self._batches(order, [len(ids) for ids, _ in rows]):
-            beat()
+            heartbeat()
             for index, value in zip(members, self._scores([rows[i] for i in members]), strict=True):
                 rewards[index] = value
         return rewards

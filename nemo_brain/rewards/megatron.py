@@ -24,15 +24,15 @@ from nemo_brain.model.reward_passes import RewardPasses
 from nemo_brain.model.weights import Weights
 
 
-class ModelOfTheRanks(Protocol):
+class ModelHost(Protocol):
     """What the strategy of the policy offers to a model that stands beside it; see ``training.strategy``."""
 
     layout: str
     micro_batch_tokens: int
 
-    def connected(self, config: PackedGPTConfig) -> PackedGPTConfig: ...
+    def with_parallel_layout(self, config: PackedGPTConfig) -> PackedGPTConfig: ...
 
-    def more_chunks(self, config: PackedGPTConfig, weights: Weights) -> list[torch.nn.Module]: ...
+    def build_frozen_chunks(self, config: PackedGPTConfig, weights: Weights) -> list[torch.nn.Module]: ...
 
 
 class MegatronReward:
@@ -77,9 +77,9 @@ class MegatronReward:
                 "with both, or data.template=null"
             )
 
-    def setup(self, strategy: ModelOfTheRanks) -> None:
+    def setup(self, strategy: ModelHost) -> None:
         """Builds this rank's chunks."""
-        self._chunks = strategy.more_chunks(strategy.connected(self._gpt), self.weights)
+        self._chunks = strategy.build_frozen_chunks(strategy.with_parallel_layout(self._gpt), self.weights)
         self._passes = RewardPasses(self._gpt, strategy.layout, strategy.micro_batch_tokens)
         self._parameters = [parameter for chunk in self._chunks for parameter in chunk.parameters()]
         self._device = self._parameters[0].device

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from nemo_brain.core.groups import Group, RewardedGroup, SampledGroup, rewarded
-from nemo_brain.core.heartbeat import beat
+from nemo_brain.core.heartbeat import heartbeat
 
 SHOWN = 200  # characters of a prompt or an output in an error
 
@@ -174,7 +174,7 @@ def compute_rewards(
 def _call(reward: Reward, batch: tuple, start: int, end: int) -> Sequence[float]:
     prompts, outputs, references, metadata = (part[start:end] for part in batch)
     values = reward(prompts, outputs, references=references, metadata=metadata)
-    beat()
+    heartbeat()
     return values
 
 

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from nemo_brain.core.groups import Output, Prompt, SampledGroup
-from nemo_brain.core.heartbeat import beat
+from nemo_brain.core.heartbeat import heartbeat
 from nemo_brain.logprobs import vocab_parallel_logprobs
 from nemo_brain.model.parameters import unwrap
 from nemo_brain.sampling.draws import draw_tokens, gather, truncate, uniforms
@@ -169,7 +169,7 @@ class Sampler:
         try:
             waiting = deque(_Group(index, prompt) for index, prompt in enumerate(prompts))
             for tick, ended in enumerate(self._ticks(waiting, seed, iteration)):
-                beat()
+                heartbeat()
                 on_outputs(len(ended))
                 if tick % _STOP_TICKS == 0 and stop():
                     return

@@ -51,7 +51,7 @@ _OWN_KEYS = {
 }
 
 
-def quiet() -> None:
+def reduce_log_noise() -> None:
     """Warnings and errors only from those that describe groups, buckets, configurations or (httpx) every request."""
     nemo_logging.setLevel(logging.WARNING)
     for name in ("megatron", "nemo", "lightning.pytorch", "lightning.fabric", "pytorch_lightning", "httpx"):

@@ -118,7 +118,7 @@ class EpochLoop(Generic[AnyExample]):
         with self.frame.saved_if_interrupted():
             if self.frame.interruption.agreed()[0]:
                 raise Interrupted(self.frame.interruption.reason)
-            self.frame.strategy.settle()
+            self.frame.strategy.wait_for_param_gather()
             metrics = self.eval_metrics()
             shown = self.shown_groups() if self.config.validation.samples else []
         state.evaluation, state.evaluated, state.score = metrics, epochs, self.score(metrics)

@@ -27,7 +27,7 @@ from nemo_brain.report.metrics import MetricsWriter, read_metrics
 from nemo_brain.report.page import write_report
 from nemo_brain.report.run_dir import locked, prepare_run_dir, write_status
 from nemo_brain.report.summary import summary_lines
-from nemo_brain.training.build import make_loggers, make_trainer, quiet, world_size
+from nemo_brain.training.build import make_loggers, make_trainer, reduce_log_noise, world_size
 from nemo_brain.training.callbacks import Driver
 from nemo_brain.training.frame import AnyState, Frame, Loop
 from nemo_brain.training.strategy import PackedStrategy
@@ -72,7 +72,7 @@ def train(
         ValueError: on every rank, for what is wrong with the configuration, the data or the weights.
         Interrupted: on every rank, when the run was asked to end early; it has been saved.
     """
-    quiet()
+    reduce_log_noise()
     world_size(config.trainer, config.model)
     # Longer than the supervisor waits, which has more to say.
     connect(config.trainer.hang_timeout_minutes + 2)

@@ -72,20 +72,20 @@ class PackedStrategy(MegatronStrategy):
         self.fingerprint = fingerprint(self.chunks, self.lightning_module.config.vocab_size)
         save_with(self.unwrapped_checkpoint_io, self.saver)
 
-    def settle(self) -> None:
+    def wait_for_param_gather(self) -> None:
         """Ends an overlapped gather of the weights: forward passes wait for it themselves, other readers do not."""
         if self.ddp_config.overlap_param_gather:
             self.megatron_parallel.force_param_sync()
 
-    def connected(self, config: PackedGPTConfig) -> PackedGPTConfig:
+    def with_parallel_layout(self, config: PackedGPTConfig) -> PackedGPTConfig:
         """The configuration with the parallel layout and the precision of the model in training."""
         return second_model.with_parallel_layout(config, self)
 
-    def more_chunks(self, config: PackedGPTConfig, weights: Weights) -> list[torch.nn.Module]:
+    def build_frozen_chunks(self, config: PackedGPTConfig, weights: Weights) -> list[torch.nn.Module]:
         """This rank's chunks of one more model, which is not trained.
 
         Args:
-            config: has the parallel layout and the precision of the model in training: ``connected`` gives them.
+            config: has the parallel layout and the precision of the model in training: see ``with_parallel_layout``.
         """
         config = second_model.untrained(config)
         chunks = []
@@ -123,7 +123,7 @@ class PackedStrategy(MegatronStrategy):
         stop: Callable[[], bool],
     ) -> Iterator[tuple[int, SampledGroup]]:
         """Groups sampled from the model as it stands, by this rank's model-parallel group: see ``Sampler.sample``."""
-        self.settle()
+        self.wait_for_param_gather()
         model = self.lightning_module
         sampler = Sampler(self.chunks, model.config, model.tokenizer, options)
         return sampler.sample(prompts, seed, iteration, on_outputs, stop)

@@ -108,7 +108,7 @@ class _Frozen(pl.Callback):
         policy = passes.logprobs(chunks, GROUPS)
         with strategy.prior() as score:
             prior = score(GROUPS, lambda tokens: None)
-        start = passes.logprobs(strategy.more_chunks(module.config, module.weights), GROUPS)[0]
+        start = passes.logprobs(strategy.build_frozen_chunks(module.config, module.weights), GROUPS)[0]
         assert torch.equal(prior, start)
         assert torch.equal(passes.logprobs(chunks, GROUPS), policy), "the adapters are on again"
         assert (policy[0] - prior).abs().max() > 0.1, "the policy is another"

@@ -92,7 +92,7 @@ class BRAInPasses(GroupPasses):
             known, _ = coefficients(objective, known, **vars(scores))
         # Megatron averages over micro-batches and data-parallel ranks; ours is a mean over the groups of the batch.
         scale = len(planned.ranks[0]) * len(planned.ranks) / len(groups)
-        loss = _Loss(objective, scores, known, scale)
+        loss = _ObjectiveLoss(objective, scores, known, scale)
         results = self._run(chunks, planned, groups, (1.0,), loss)
         policy_logprobs_GN = self._collect(results, planned, groups, 1)[0]
         _, output = coefficients(objective, policy_logprobs_GN, **vars(scores))
@@ -103,7 +103,7 @@ class BRAInPasses(GroupPasses):
 
 
 @dataclass
-class _Loss:
+class _ObjectiveLoss:
     """The loss of a micro-batch, sum c_i log q_i. ``known_GN``: the coefficients where they are known in advance."""
 
     objective: Objective

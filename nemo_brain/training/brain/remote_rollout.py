@@ -64,7 +64,7 @@ class RemoteRollout:
         if step == self._served:
             return
         if self._export is not None:
-            strategy.settle()
+            strategy.wait_for_param_gather()
             export_model(strategy.chunks, self._export, self.config.export_to)
         on_first_rank(lambda: self._sampler(options).refresh(self.config.export_to), interruption=interruption)
         self._served = step

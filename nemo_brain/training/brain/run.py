@@ -86,7 +86,7 @@ def _parts(config: Config) -> Parts[BRAInGPTModel, BRAInState]:
     adapter = export_for("model.export_adapter_to", config.model.export_adapter_to, gpt, weights)
 
     def at_end() -> None:
-        strategy.settle()
+        strategy.wait_for_param_gather()
         if merged is not None:
             export_model(strategy.chunks, merged, config.model.export_to)
         if adapter is not None:

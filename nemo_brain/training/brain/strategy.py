@@ -49,7 +49,7 @@ class BRAInStrategy(PackedStrategy):
         elif self._prior_placement == "offload":
             self._prior = OffloadedPrior(self.chunks)
         else:
-            self._prior = ResidentPrior(self.more_chunks(model.config, model.weights))
+            self._prior = ResidentPrior(self.build_frozen_chunks(model.config, model.weights))
 
     @property
     def passes(self) -> BRAInPasses:
@@ -71,6 +71,6 @@ class BRAInStrategy(PackedStrategy):
         """While the context lasts: ``f(groups, on_tokens)`` gives log p by the training kernels: [G, N], the same on
         every rank; with ``alone``, on those of this model-parallel group, whose own groups they are."""
         assert self._prior is not None, "the strategy has not been set up"
-        self.settle()
+        self.wait_for_param_gather()
         with self._prior.chunks(self.chunks) as chunks:
             yield lambda groups, on_tokens: self.passes.logprobs(chunks, groups, (1.0,), on_tokens, alone)[0]

@@ -50,7 +50,7 @@ class PreferencePasses(RewardPasses):
         planned = self._plan_whole(pairs)
         # Megatron averages over micro-batches and data-parallel ranks; ours is a mean over the pairs of the batch.
         scale = len(planned.ranks[0]) * len(planned.ranks) / len(pairs)
-        results = self._run(chunks, planned, pairs, (1.0,), _Loss(margins_P, centering, scale))
+        results = self._run(chunks, planned, pairs, (1.0,), _PreferenceLoss(margins_P, centering, scale))
         rewards_P2 = self._collect(results, planned, pairs, 1)[0]
         tokens = sum(chunk_tokens(pair, (0, 1), self.layout) for pair in pairs)
         return PreferenceResult(rewards_P2, preference_losses(rewards_P2, margins_P, centering), tokens)
@@ -66,7 +66,7 @@ class PreferencePasses(RewardPasses):
 
 
 @dataclass
-class _Loss:
+class _PreferenceLoss:
     """The loss of a micro-batch, and its rewards [1, K]."""
 
     margins_P: torch.Tensor

@@ -65,7 +65,7 @@ def _parts(config: RewardConfig) -> Parts[RewardModel, EpochState]:
 
     def at_end() -> None:
         if export is not None:
-            strategy.settle()
+            strategy.wait_for_param_gather()
             subtracted = config.train.subtract_mean and state.evaluation is not None
             mean = state.evaluation["eval/reward"] if subtracted else 0.0
             export_model(strategy.chunks, RewardExport(export, mean, config.data.template), model.export_to)

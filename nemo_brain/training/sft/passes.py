@@ -34,7 +34,7 @@ class CompletionPasses(GroupPasses):
         count = completion_tokens(groups)
         # Megatron averages over micro-batches and data-parallel ranks; ours is a mean over the tokens of the batch.
         scale = len(planned.ranks[0]) * len(planned.ranks) / count
-        results = self._run(chunks, planned, groups, (1.0,), _Loss(scale))
+        results = self._run(chunks, planned, groups, (1.0,), _CompletionLoss(scale))
         logprobs_G = self._collect(results, planned, groups, 1)[0, :, 0]
         tokens = sum(chunk_tokens(group, (0,), self.layout) for group in groups)
         return CompletionResult(-logprobs_G.sum().item() / count, count, tokens)
@@ -49,7 +49,7 @@ def completion_tokens(groups: Sequence[Group]) -> int:
 
 
 @dataclass
-class _Loss:
+class _CompletionLoss:
     """The loss of a micro-batch, and its outputs' log-probs [1, K]."""
 
     scale: float

@@ -65,7 +65,7 @@ def _parts(config: SFTConfig) -> Parts[PackedModel, EpochState]:
 
     def at_end() -> None:
         if export is not None:
-            strategy.settle()
+            strategy.wait_for_param_gather()
             export_model(strategy.chunks, export, config.model.export_to)
 
     return Parts(
