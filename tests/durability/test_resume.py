@@ -238,6 +238,25 @@ def test_a_full_disk_stops_the_run_and_leaves_the_earlier_checkpoints(copied, ra
     assert [path.name for path in checkpoint.complete(copied / "checkpoints")] == ["step_000000003", "step_000000002"]
 
 
+def _with_a_mistake(*args) -> str:
+    def broken(path, content):
+        raise TypeError("a mistake in the program")
+
+    checkpoint.write_text = broken
+    return train(*args)
+
+
+@pytest.mark.parametrize("background", ["false", "true"])
+def test_a_mistake_in_saving_is_shown_as_what_it_is_on_every_rank(tmp_path, background):
+    """Not as a full disk; rank 1 writes no such file, and shows rank 0's traceback."""
+    options = [str(tmp_path / "run"), "checkpoint.every_steps=1", f"checkpoint.async_save={background}"]
+    with pytest.raises(AssertionError) as caught:
+        run_ranks(_with_a_mistake, 2, *options)
+    said = str(caught.value)
+    assert "TypeError: a mistake in the program" in said and "could not be written" not in said
+    assert "in broken" in said
+
+
 def test_a_time_limit_stops_and_saves(tmp_path):
     (said,) = run_ranks(
         train, 1, str(tmp_path / "run"), "trainer.stop_after_minutes=0.002", "trainer.max_iterations=1000"
