@@ -9,13 +9,15 @@ PIP := $(RUN) -m pip install --quiet --quiet --disable-pip-version-check
 # The interpreter that .venv is made from: make test PYTHON=/usr/bin/python3.12. The pins need 3.11 or 3.12.
 PYTHON ?=
 CANDIDATES := $(if $(PYTHON),$(PYTHON),python3.11 python3.12 python3)
+# Test processes side by side; many tests start two to four processes of their own.
+JOBS ?= 2
 SUITABLE := import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))
 
 .PHONY: help demo test golden lint install clean
 
 help:
 	@echo "make demo     train the quickstart model on this machine's CPU (conf/quickstart.yaml)"
-	@echo "make test     lint, then the whole test suite"
+	@echo "make test     lint, then the whole test suite, on $(JOBS) test processes (JOBS=4: on four)"
 	@echo "make golden   record the metrics in tests/golden/ anew, after a change that was meant to move them"
 	@echo "make lint     ruff, and which room may import which"
 	@echo "make install  only make .venv (the others do so by themselves)"
@@ -24,9 +26,10 @@ help:
 demo: $(STAMP)
 	@$(VENV)/bin/torchrun --standalone --nproc-per-node 2 examples/megatron_brain.py --config-name quickstart
 
-# pytest comes last, so that its summary is the last thing on the screen.
+# pytest comes last, so that its summary is the last thing on the screen. Most modules stay whole on one test process,
+# which so makes what their tests share once.
 test: lint
-	@$(RUN) -m pytest
+	@$(RUN) -m pytest -n $(JOBS) --dist worksteal
 
 golden: $(STAMP)
 	@$(RUN) tests/golden_runs.py tests/golden

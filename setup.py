@@ -53,6 +53,16 @@ setup(
         "uvicorn>=0.30,<1",
     ],
     extras_require={
-        "test": ["hypothesis", "import-linter", "peft", "pytest", "pytest-timeout", "ruff"],
+        "test": [
+            "hypothesis",
+            "import-linter",
+            "mypy",
+            "peft",
+            "pre-commit",
+            "pytest",
+            "pytest-timeout",
+            "pytest-xdist",
+            "ruff",
+        ],
     },
 )

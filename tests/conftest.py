@@ -1,21 +1,40 @@
 """One thread per rank (ranks share the cores); Megatron's CPU meaning before anything imports Megatron; tiers."""
 
 import os
+import sys
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+from collections.abc import Iterator
+from pathlib import Path
+
+import hypothesis
 import pytest
 import tiers
 import torch
+from markupsafe import Markup
 
 from nemo_brain.host import cpu
 
 torch.set_num_threads(1)
 cpu.enable()
 
-# What is compared there is shown as in a test.
-pytest.register_assert_rewrite("parity", "resumed_runs", "reward_runs", "schemas", "ranks")
+# Test processes share the cores: a call may take long for no reason of its own.
+hypothesis.settings.register_profile("shared cores", deadline=None)
+hypothesis.settings.load_profile("shared cores")
+
+# What the helpers compare is shown as in a test.
+pytest.register_assert_rewrite(*(p.stem for p in Path(__file__).parent.glob("*.py") if p.stem not in sys.modules))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _undrawn(request: pytest.FixtureRequest) -> Iterator[None]:
+    """The charts of its report take half of a short run. They are drawn where reports or whole runs are tested."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.path.parent.name != "report" and request.path.name not in ("test_run.py", "test_sft.py"):
+            patch.setattr("nemo_brain.report.charts._svg", lambda *_: Markup("<svg></svg>"))
+        yield
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -268,7 +268,7 @@ def test_passing_failures_change_nothing(directory, faults):
         expected = sampled(sampler(server))
     fail = lambda attempt, body: faults[attempt - 1] if attempt <= len(faults) else None  # noqa: E731
     with CompletionServer(directory, fault=fail) as server:
-        found = sampled(sampler(server, concurrency=16, request_timeout_seconds=1.0 if "hang" in faults else 10.0))
+        found = sampled(sampler(server, concurrency=16, request_timeout_seconds=4.0 if "hang" in faults else 10.0))
         assert len(server.bodies) == 16 * (len(faults) + 1)
     assert found == expected
 
