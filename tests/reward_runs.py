@@ -75,7 +75,8 @@ RUN = ("trainer.epochs=2", "train.centering=0.1", "data.holdout=4")
 
 def compare(expected: dict, ranks: list[dict], model: Path) -> None:
     for ours, theirs in zip(ranks[0]["metrics"], expected["metrics"], strict=True):
-        for name in theirs.keys() - {*TIMINGS, "kind", "eval/reliability"}:
+        assert (ours["kind"], ours["epoch"]) == (theirs["kind"], theirs["epoch"])
+        for name in theirs.keys() - {*TIMINGS, "kind", "epoch", "eval/reliability"}:
             assert ours[name] == pytest.approx(theirs[name], rel=RELATIVE, abs=1e-6), (theirs["step"], name)
     for step, full in enumerate(expected["gradients"]):
         seen = {}
