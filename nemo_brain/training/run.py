@@ -133,7 +133,8 @@ def _begin(cfg: DictConfig, config: TrainingConfig, steps: int, record: Mapping[
     if earlier:
         _check_record(earlier[0], record)
         changes = check_configuration(config, earlier[0], record["configuration"])
-    prepare_run_dir(run_dir, resume=bool(earlier) and earlier[0].parent.parent == run_dir)
+    here = bool(earlier) and earlier[0].parent.parent.resolve() == run_dir.resolve()
+    prepare_run_dir(run_dir, resume=here)
     if earlier:
         print("\n  ".join([f"resuming from {earlier[0]}", *changes]))
     (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True), encoding="utf-8")

@@ -210,6 +210,11 @@ def test_resume_never_and_elsewhere(copied, tmp_path):
     run_ranks(train, 1, str(tmp_path / "new"), f"checkpoint.resume={copied}")
     (final,) = [r for r in records(tmp_path / "new") if r["kind"] == "eval" and r["step"] == STEPS]
     assert final in undisturbed()[0]
+    # A checkpoint of the run's own directory, by another path.
+    shutil.copytree(copied, tmp_path / "again")
+    run_ranks(train, 1, f"{tmp_path}/new/../again", f"checkpoint.resume={tmp_path}/again/checkpoints/step_000000003")
+    compare(tmp_path / "again", undisturbed()[0], tolerance=0)
+    assert not (tmp_path / "again" / "previous").exists()
     run_ranks(train, 1, str(copied), "checkpoint.resume=never")
     compare(copied, undisturbed()[0], tolerance=0)
     assert (copied / "previous" / "1" / "checkpoints" / "step_000000003").is_dir()
