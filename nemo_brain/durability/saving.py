@@ -96,7 +96,8 @@ class Checkpointer:
         first = dist.get_rank() == 0
         path = self.directory / f".{checkpoint.name_of(step)}.incomplete"
         _written(lambda: checkpoint.begin(self.directory, step) if first else None)
-        _written(lambda: strategy.save_weights(path))
+        # A collective by itself: where it fails on one rank the others wait inside of it, and the supervisor ends them.
+        _unharmed(lambda: strategy.save_weights(path))
         files = {}
         if first:
             run = {
@@ -146,15 +147,15 @@ class Checkpointer:
 
 def _written(work: Callable[[], Result], group: dist.ProcessGroup | None = None) -> Result:
     """``on_all_ranks``, with an OSError that says what it means."""
+    return on_all_ranks(lambda: _unharmed(work), group)
 
-    def say() -> Result:
-        try:
-            return work()
-        except OSError as error:
-            said = f"the checkpoint could not be written, earlier ones are unharmed: rank {dist.get_rank()}: {error}"
-            raise OSError(said) from error
 
-    return on_all_ranks(say, group)
+def _unharmed(work: Callable[[], Result]) -> Result:
+    try:
+        return work()
+    except OSError as error:
+        said = f"the checkpoint could not be written, earlier ones are unharmed: rank {dist.get_rank()}: {error}"
+        raise OSError(said) from error
 
 
 def first_intact(candidates: Sequence[Path]) -> Path:

@@ -40,9 +40,14 @@ class RewardGPTModel(PackedGPTModel):
             del self.output_layer
             self.reward_head = RewardHead(self.config)
 
-    def sharded_state_dict(self, *args, **kwargs) -> dict:
-        """Megatron's for any module, for its GPT's wants an output layer; with adapters, theirs and the head's part."""
-        state = MegatronModule.sharded_state_dict(self, *args, **kwargs)
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
+        """Megatron's for any module, for its GPT's wants an output layer; with adapters, theirs and the head's part.
+
+        Each layer has tensors of its own: of frozen ones the optimizer has none, and of a tensor that all layers share it
+        would have to have all.
+        """
+        metadata = {**(metadata or {}), "non_homogeneous_layers": True}
+        state = MegatronModule.sharded_state_dict(self, prefix, sharded_offsets, metadata)
         if not any(map(is_adapter, state)):
             return state
         return {key: value for key, value in state.items() if is_adapter(key) or key.endswith(HEAD)}

@@ -47,6 +47,17 @@ def test_a_resumed_training_is_the_uninterrupted_one_bit_for_bit(tmp_path, kind,
     assert not list(run_dir.glob("previous/*"))
 
 
+@pytest.mark.parametrize(("ranks", "overrides"), [(1, []), (2, [PP2])], ids=["one process", "PP2"])
+def test_a_reward_model_with_frozen_layers_goes_on_bit_for_bit(tmp_path, ranks, overrides):
+    """Of frozen layers the optimizer has no state; with PP2 the first stage trains nothing at all."""
+    options = ["model.frozen_layers=2", *overrides]
+    expected, files = undisturbed("reward_model", *options, ranks=ranks)
+    run_ranks(train, ranks, "reward_model", str(tmp_path / "run"), *options, stop_after=6)
+    assert run_ranks(train, ranks, "reward_model", str(tmp_path / "run"), *options) == ["finished"] * ranks
+    compare(tmp_path / "run", expected, tolerance=0)
+    assert written(tmp_path / "run") == files
+
+
 OTHER = {
     "one process to TP2": (1, [], 2, [TP2]),
     "TP2 to PP2": (2, [TP2], 2, [PP2]),
