@@ -25,8 +25,7 @@ _DRAWN = {variable: colour for colour, variable in COLOURS.items()}
 CURVE_POINTS = 400  # longer curves are averaged down to this many
 Records = Sequence[Mapping[str, Any]]
 
-
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text, in the page's font
     "svg.hashsalt": "nemo_brain",
     "font.size": 9,
@@ -139,12 +138,12 @@ def time_split(iterations: Records) -> Panel:
         return Panel(title, caption, needs("iteration"), [], None)
     with matplotlib.rc_context(_STYLE):
         figure, ax = _figure("iteration")
-        x = parts[0].x
-        width = 0.8 * (x[1] - x[0] if len(x) > 1 else 1)
-        bottom = np.zeros(len(x))
+        at = parts[0].x
+        width = 0.8 * (at[1] - at[0] if len(at) > 1 else 1)
+        bottom = np.zeros(len(at))
         for part in parts:
             height = np.nan_to_num(_floats(part.y))
-            ax.bar(x, height, width, bottom=bottom, color=_DRAWN[part.colour])
+            ax.bar(at, height, width, bottom=bottom, color=_DRAWN[part.colour])
             bottom += height
         ax.xaxis.set_major_locator(_ticks(integer=True))
         return Panel(title, caption, "", parts, _svg(figure, title, "; ".join(map(_spoken, parts))))
@@ -154,12 +153,12 @@ def reliability_diagram(diagrams: Sequence[tuple[str, str, Records | None]]) -> 
     """Accuracy over confidence, a curve for each (label, colour, bins of ``preferences.reliability``); bars show how
     many pairs the bins of the last one hold."""
     title, caption = "Calibration", "How often the model is right where it is how sure; the bars count the pairs."
-    diagrams = [(label, colour, bins) for label, colour, bins in diagrams if bins]
-    if not diagrams:
+    drawn = [(label, colour, bins) for label, colour, bins in diagrams if bins]
+    if not drawn:
         return Panel(title, caption, needs("eval"), [], None)
     curves = [
         Series(label, [b["confidence"] for b in bins], [b["accuracy"] for b in bins], colour, "o-")
-        for label, colour, bins in diagrams
+        for label, colour, bins in drawn
     ]
     with matplotlib.rc_context(_STYLE):
         figure, ax = _figure("confidence", "accuracy")
@@ -170,7 +169,7 @@ def reliability_diagram(diagrams: Sequence[tuple[str, str, Records | None]]) -> 
             axis.set_major_formatter(PercentFormatter(1, decimals=0))
         ax.set_xlim(0.49, 1.01)
         ax.set_ylim(-0.02, 1.05)
-        *_, (_, colour, bins) = diagrams
+        _, colour, bins = drawn[-1]
         sizes = ax.twinx()
         for b in bins:
             middle = (b["low"] + b["high"]) / 2
@@ -188,7 +187,7 @@ def needs(kind: str) -> str:
     return f"metrics.jsonl has no {kind} record with it yet"
 
 
-def thinned(x: Sequence[Any], y: Sequence[Any], points: int = CURVE_POINTS) -> tuple[list[float], list[float | None]]:
+def thinned(x: Sequence[Any], y: Sequence[Any], points: int = CURVE_POINTS) -> tuple[list[Any], list[float | None]]:
     """A curve as it is up to ``points`` points, else the means of that many runs of neighbours."""
     pairs = list(zip(x, y, strict=True))
     size = max(1, math.ceil(len(pairs) / points))

@@ -144,14 +144,14 @@ class BRAInReport(Report):
             return None
         rows, differences = [], []
         for before, after in found:
-            means = [_mean_reward(before), _mean_reward(after)]
-            difference = None if None in means else means[1] - means[0]
+            old, new = _mean_reward(before), _mean_reward(after)
+            difference = None if old is None or new is None else new - old
             differences += [] if difference is None else [difference]
             reference = [(before["reference"], None)] if before.get("reference") else []
             cells = [
                 Cell(before.get("prompt"), unfolds="reference answer", more=reference),
-                _outputs(before, means[0]),
-                _outputs(after, means[1]),
+                _outputs(before, old),
+                _outputs(after, new),
                 Cell(note=_difference(difference)),
             ]
             rows.append(Row(cells, difference or 0.0))
@@ -178,7 +178,7 @@ class BRAInReport(Report):
             found.append(
                 (
                     iteration,
-                    [g | {"outputs": sorted(g["outputs"], key=lambda o: -(o.get("weight") or 0.0))} for g in groups],
+                    [{**g, "outputs": sorted(g["outputs"], key=lambda o: -(o.get("weight") or 0.0))} for g in groups],
                 )
             )
         return found

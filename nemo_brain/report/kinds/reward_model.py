@@ -35,8 +35,9 @@ class RewardModelReport(EpochReport):
         on = f"On {number(last.get('eval/pairs'))} held-out pairs"
         if not self.trained:
             return f"{on}, the start model prefers the chosen output in {now}."
-        (start_low, start_high), (low, high) = (_bounds(record) for record in (self.start, last))
-        if start_low is None or low is None:
+        low, high = _bounds(last)
+        start_low, start_high = _bounds(self.start)
+        if math.isnan(start_low + low):
             return f"{on}, the model prefers the chosen output in {now}."
         before = with_interval(self.start, "eval/accuracy", tenths)
         # Two intervals apart exclude zero for the difference however the pairs' answers are correlated.
@@ -151,8 +152,10 @@ class RewardModelReport(EpochReport):
         ]
 
 
-def _bounds(record: Mapping[str, Any]) -> tuple[float | None, float | None]:
-    return record.get("eval/accuracy_ci_low"), record.get("eval/accuracy_ci_high")
+def _bounds(record: Mapping[str, Any]) -> list[float]:
+    """The accuracy's interval, NaN where it is not known."""
+    ends = [record.get(f"eval/accuracy_ci_{side}") for side in ("low", "high")]
+    return [math.nan if end is None else end for end in ends]
 
 
 def _gap(record: Mapping[str, Any]) -> float | None:
