@@ -22,6 +22,8 @@ from nemo.lightning.io import pl as nemo_io
 from torch.distributed import checkpoint as torch_checkpoint
 from torch.distributed.checkpoint.api import CheckpointException
 
+_STEP = "common_step"  # Megatron's key
+
 
 class InProcessSave(TorchDistSaveShardedStrategy):
     """Megatron's torch_dist format, written by each rank itself: ``save`` takes the tensors, ``write`` writes them.
@@ -80,6 +82,22 @@ def save_with(checkpoint_io, saver: InProcessSave) -> None:
     if replicas.size() > 1:  # each writes its share of what all of them hold
         save = FullyParallelSaveStrategyWrapper(save, replicas)
     checkpoint_io._save_sharded_strategy = save
+
+
+def share_step(optimizer_state: dict) -> dict:
+    """The state that is to be saved, with the number of steps where this rank's optimizer has nothing to train.
+
+    Megatron saves it among what all ranks have in common, which rank 0 writes: of a first pipeline stage whose layers
+    are all frozen, a checkpoint would lack it. A collective of all ranks.
+    """
+    inner = optimizer_state.get("optimizer", optimizer_state)
+    state = inner.get("state") if isinstance(inner, dict) else None
+    steps: list = [None] * dist.get_world_size()
+    dist.all_gather_object(steps, state.get(_STEP) if isinstance(state, dict) else None)
+    known = [step for step in steps if step is not None]
+    if known and isinstance(state, dict):
+        state.setdefault(_STEP, known[0])
+    return optimizer_state
 
 
 def _copy_to_host(state: dict[str, list]) -> None:

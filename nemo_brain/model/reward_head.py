@@ -43,8 +43,7 @@ class RewardGPTModel(PackedGPTModel):
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
         """Megatron's for any module, for its GPT's wants an output layer; with adapters, theirs and the head's part.
 
-        Each layer has tensors of its own: of frozen ones the optimizer has none, and of a tensor that all layers share it
-        would have to have all.
+        Each layer has tensors of its own: of frozen ones the optimizer has none, which one tensor of all layers forbids.
         """
         metadata = {**(metadata or {}), "non_homogeneous_layers": True}
         state = MegatronModule.sharded_state_dict(self, prefix, sharded_offsets, metadata)

@@ -13,7 +13,7 @@ from nemo_brain.core.groups import Prompt, SampledGroup
 from nemo_brain.durability.checkpoint import read_json
 from nemo_brain.durability.saving import fingerprint, first_intact
 from nemo_brain.host import cpu, second_model
-from nemo_brain.host.checkpointing import InProcessSave, loading, loading_optimizers, save_with
+from nemo_brain.host.checkpointing import InProcessSave, loading, loading_optimizers, save_with, share_step
 from nemo_brain.host.distributed import make_groups
 from nemo_brain.host.optimizer import OptimizerGuard
 from nemo_brain.host.trainer import lift_step_limit
@@ -133,6 +133,11 @@ class PackedStrategy(MegatronStrategy):
     def save_weights(self, path: Path) -> None:
         """Model, optimizer and scheduler; ``saver`` writes what it has taken. A collective of all ranks."""
         self.trainer.save_checkpoint(path)
+
+    def optimizer_sharded_state_dict(self, is_loading: bool = False, metadata: dict | None = None) -> dict:
+        """NeMo's, with what a rank lacks that trains nothing."""
+        state = super().optimizer_sharded_state_dict(is_loading, metadata)
+        return state if is_loading else share_step(state)
 
     def load_checkpoint(self, checkpoint_path, selective_restore: bool = False) -> dict:
         """NeMo's, of the first of ``resume_candidates`` that is intact; ``resumed_from`` names it.

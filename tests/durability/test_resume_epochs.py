@@ -47,7 +47,9 @@ def test_a_resumed_training_is_the_uninterrupted_one_bit_for_bit(tmp_path, kind,
     assert not list(run_dir.glob("previous/*"))
 
 
-@pytest.mark.parametrize(("ranks", "overrides"), [(1, []), (2, [PP2])], ids=["one process", "PP2"])
+@pytest.mark.parametrize(
+    ("ranks", "overrides"), [(1, []), (2, [PP2]), (2, [DISTRIBUTED])], ids=["one process", "PP2", "DP2"]
+)
 def test_a_reward_model_with_frozen_layers_goes_on_bit_for_bit(tmp_path, ranks, overrides):
     """Of frozen layers the optimizer has no state; with PP2 the first stage trains nothing at all."""
     options = ["model.frozen_layers=2", *overrides]
