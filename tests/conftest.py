@@ -14,6 +14,7 @@ import pytest
 import tiers
 import torch
 from markupsafe import Markup
+from warm_python import WarmPython
 
 from nemo_brain.host import cpu
 
@@ -44,3 +45,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         item.add_marker(tier)
         if tier == "gpu" and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
+@pytest.fixture(scope="session")
+def warm_python() -> Iterator[Path]:
+    """A program that stands for python and has imported NeMo."""
+    with WarmPython() as warm:
+        yield warm.python

@@ -1,88 +1,118 @@
-"""An interpreter for scripts under test that has imported NeMo already: to start it is to fork the test process."""
+"""An interpreter for scripts under test that has imported NeMo already: to start it is to fork the test process.
+
+``WarmPython().python`` is a program that stands where the script's starter expects python. It hands its arguments,
+directory, environment, standard streams and network over to a server, which forks a child for them; it passes signals
+on, and ends as the child does. Killed, it takes the child with it.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import json
 import os
 import runpy
 import select
+import signal
 import socket
-import stat
-import subprocess
 import sys
+import tempfile
 import traceback
 from pathlib import Path
 
-# Stands where the script expects python: passes on its arguments, directory, environment and standard streams.
 _CLIENT = """#!{python} -S
-import json, os, socket, sys
+import json, os, signal, socket, sys
 server = socket.socket(socket.AF_UNIX)
 server.connect({address!r})
 request = json.dumps([sys.argv[1:], os.getcwd(), dict(os.environ)]).encode()
-socket.send_fds(server, [len(request).to_bytes(8, "big")], [0, 1, 2])
+network = os.open("/proc/self/ns/net", os.O_RDONLY)
+socket.send_fds(server, [len(request).to_bytes(8, "big")], [0, 1, 2, network])
 server.sendall(request)
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    signal.signal(number, lambda number, frame: server.send(bytes([number])))
 sys.exit(server.recv(1)[0])
 """
+_LIBC = ctypes.CDLL(None)
+_PR_SET_PDEATHSIG = 1
 
 
-def run_script(command: list, folder: Path, env: dict[str, str]) -> subprocess.CompletedProcess:
-    """Runs a script in whose environment PYTHON is such an interpreter; output and errors are one stream.
+class WarmPython:
+    """A context: while it lasts, ``python`` can be started."""
 
-    Args:
-        folder: an existing one, for the interpreter.
-    """
-    address, python, log = folder / "socket", folder / "python", folder / "log"
-    python.write_text(_CLIENT.format(python=sys.executable, address=str(address)))
-    python.chmod(python.stat().st_mode | stat.S_IXUSR)
-    with socket.socket(socket.AF_UNIX) as server, log.open("w+") as output:
-        server.bind(str(address))
-        server.listen()
-        process = subprocess.Popen(
-            command, env={**os.environ, **env, "PYTHON": str(python)}, stdout=output, stderr=subprocess.STDOUT
-        )
-        while process.poll() is None:
-            if select.select([server], [], [], 0.05)[0]:
-                _serve(server.accept()[0])
-        output.seek(0)
-        return subprocess.CompletedProcess(command, process.returncode, output.read())
+    def __enter__(self) -> WarmPython:
+        self._folder = tempfile.TemporaryDirectory()
+        address, self.python = Path(self._folder.name, "socket"), Path(self._folder.name, "python")
+        self.python.write_text(_CLIENT.format(python=sys.executable, address=str(address)))
+        self.python.chmod(0o755)
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(str(address))
+            listener.listen()
+            sys.stdout.flush()
+            sys.stderr.flush()
+            self._server = os.fork()
+            if self._server == 0:
+                _serve(listener)
+        return self
 
-
-def _serve(client: socket.socket) -> None:
-    """Runs one program in a fork, to its end."""
-    with client:
-        size, streams, _, _ = socket.recv_fds(client, 8, 3)
-        length, request = int.from_bytes(size, "big"), b""
-        while len(request) < length:
-            request += client.recv(length - len(request))
-        pid = os.fork()
-        if pid == 0:
-            _child(streams, *json.loads(request))
-        for stream in streams:
-            os.close(stream)
-        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-        client.send(bytes([status if status >= 0 else 128 - status]))
+    def __exit__(self, *_) -> None:
+        os.kill(self._server, signal.SIGKILL)  # its children end with it
+        os.waitpid(self._server, 0)
+        self._folder.cleanup()
 
 
-def _child(streams: list[int], arguments: list[str], directory: str, environment: dict[str, str]) -> None:
+def _serve(listener: socket.socket) -> None:
+    """Never returns: a child for every client, signals for the children, exit codes for the clients."""
+    clients: dict[int, socket.socket] = {}
+    while True:
+        for ready in select.select([listener, *clients.values()], [], [], 0.01)[0]:
+            if ready is listener:
+                client = listener.accept()[0]
+                size, streams, _, _ = socket.recv_fds(client, 8, 4)
+                request = client.recv(int.from_bytes(size, "big"), socket.MSG_WAITALL)
+                child = os.fork()
+                if child == 0:
+                    _run(streams, *json.loads(request))
+                for stream in streams:
+                    os.close(stream)
+                clients[child] = client
+            else:
+                child = next(pid for pid, client in clients.items() if client is ready)
+                with contextlib.suppress(ConnectionError):
+                    os.kill(child, (ready.recv(1) or bytes([signal.SIGKILL]))[0])
+        for child in list(clients):
+            done, status = os.waitpid(child, os.WNOHANG)
+            if done:
+                code = os.waitstatus_to_exitcode(status)
+                with clients.pop(child) as client, contextlib.suppress(ConnectionError):
+                    client.send(bytes([code if code >= 0 else 128 - code]))
+
+
+def _run(streams: list[int], arguments: list[str], directory: str, environment: dict[str, str]) -> None:
+    """As the interpreter itself does it; never returns."""
     status = 1
     try:
-        for number, stream in enumerate(streams):
+        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        *standard, network = streams
+        if os.fstat(network).st_ino != os.stat("/proc/self/ns/net").st_ino and _LIBC.setns(network, 0):
+            raise OSError("the client's network cannot be entered")
+        for number, stream in enumerate(standard):
             os.dup2(stream, number)
-        sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w")  # noqa: SIM115 (the process's own)
+        sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w", buffering=1), open(2, "w", buffering=1)  # noqa: SIM115
         os.chdir(directory)
         os.environ.clear()
         os.environ.update(environment)
-        sys.argv = arguments
-        if arguments[0] == "-":
+        sys.argv = [argument for argument in arguments if argument != "-u"]
+        sys.path[:0] = [str(Path(sys.argv[0]).parent), *filter(None, environment.get("PYTHONPATH", "").split(":"))]
+        if sys.argv[0] == "-":
             exec(compile(sys.stdin.read(), "<stdin>", "exec"), {"__name__": "__main__"})
         else:
-            runpy.run_path(arguments[0], run_name="__main__")
+            runpy.run_path(sys.argv[0], run_name="__main__")
         status = 0
     except SystemExit as end:
         if isinstance(end.code, str):
             print(end.code, file=sys.stderr)
         status = end.code if isinstance(end.code, int) else int(end.code is not None)
-    except BaseException:  # as the interpreter itself reports it
+    except BaseException:
         traceback.print_exc()
     finally:
         sys.stdout.flush()

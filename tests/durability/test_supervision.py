@@ -139,13 +139,14 @@ launch(Path({root!r}) / "conf", "toy", lambda cfg: run(cfg, callbacks=[Fails(Fal
 """
 
 
-def test_torchrun_shows_the_first_failure_as_the_root_cause(tmp_path):
+def test_torchrun_shows_the_first_failure_as_the_root_cause(tmp_path, warm_python):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT.format(root=str(ROOT), here=str(Path(__file__).parent)))
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}", str(script)]
     data = f"data.train={ROOT}/examples/data/prompts.jsonl"
     command = [sys.executable, *launcher, data, f"run_dir={tmp_path}/run", *QUIET, *SMALL]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=ROOT)
+    environment = {**os.environ, "PYTHON_EXEC": str(warm_python)}  # what torchrun starts instead of python
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, cwd=ROOT)
     assert done.returncode == 1
     *_, summary = done.stderr.split("Root Cause (first observed failure)")
     assert "rank      : 1 (local_rank: 1)" in summary and "KeyError: 'the first cause'" in summary, done.stderr

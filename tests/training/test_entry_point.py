@@ -1,4 +1,4 @@
-"""The script as a user starts it: exit codes after signals, torchrun restarts. NeMo is imported anew each time."""
+"""The script as a user starts it: exit codes after signals, torchrun restarts."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from nemo_brain.report.run_dir import read_status
 SCRIPT = [str(ROOT / "examples" / "megatron_brain.py"), "--config-name", "toy"]
 
 
-def start(launcher: list[str], run_dir: Path, *overrides: str, **variables: str) -> subprocess.Popen:
+def start(launcher: list[str | Path], run_dir: Path, *overrides: str, **variables: str) -> subprocess.Popen:
     # Or a restart would meet the addresses of the processes before it in the store that it shares with them.
     environment = {**os.environ, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", **variables}
     command = [*launcher, *SCRIPT, f"run_dir={run_dir}", *RUN, *QUIET, *overrides]
@@ -82,21 +82,24 @@ def wait_for_steps(process: subprocess.Popen, run_dir: Path, steps: int) -> None
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=["SIGTERM", "SIGUSR1"])
-def test_a_signal_ends_the_script_with_its_exit_code(tmp_path, number):
-    process = start([sys.executable], tmp_path / "run", "trainer.max_iterations=1000")
+def test_a_signal_ends_the_script_with_its_exit_code(tmp_path, number, warm_python):
+    """One of them in an interpreter that begins and ends as a user's does."""
+    process = start(
+        [sys.executable if number == signal.SIGTERM else warm_python], tmp_path / "run", "trainer.max_iterations=1000"
+    )
     wait_for_steps(process, tmp_path / "run", 2)
     process.send_signal(number)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == EXIT_CODE == 75, output
-    assert f"stopped: signal {number.name}; saved" in output and "Traceback" not in output
+    assert f"stopped: signal {number.name}; the same command goes on" in output and "Traceback" not in output
     assert read_status(tmp_path / "run")["state"] == "interrupted"
 
 
-def test_torchrun_restarts_go_on_by_themselves(tmp_path):
+def test_torchrun_restarts_go_on_by_themselves(tmp_path, warm_python):
     """One of two ranks is killed; the job ends by itself with the result of the undisturbed one."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=2"]
     hold = Hold(tmp_path)
-    process = start(torchrun, tmp_path / "run", *hold.overrides)
+    process = start(torchrun, tmp_path / "run", *hold.overrides, PYTHON_EXEC=str(warm_python))
     hold.reached(process)
     ranks = workers(process)
     assert len(ranks) == 2
@@ -135,7 +138,7 @@ def nodes() -> list[tuple[list[str], str, str]]:
             ip("netns", "del", name)
 
 
-def test_a_node_that_is_lost_and_comes_back_changes_nothing(tmp_path, nodes):
+def test_a_node_that_is_lost_and_comes_back_changes_nothing(tmp_path, nodes, warm_python):
     """Two torchrun agents with a process each. One agent and its process are killed, and the agent is started again."""
     port, hold = free_port(), Hold(tmp_path)
 
@@ -145,7 +148,8 @@ def test_a_node_that_is_lost_and_comes_back_changes_nothing(tmp_path, nodes):
         meeting = [f"--rdzv-endpoint={nodes[0][1]}:{port}", "--rdzv-backend=c10d", f"--rdzv-id={tmp_path.name}"]
         options = [*meeting, f"--rdzv-conf=is_host={node == 0}", f"--local-addr={address}", "--max-restarts=3"]
         launcher = [*enter, *torchrun, *options]
-        return start(launcher, tmp_path / "run", "trainer.num_nodes=2", *hold.overrides, GLOO_SOCKET_IFNAME=interface)
+        variables = {"PYTHON_EXEC": str(warm_python), "GLOO_SOCKET_IFNAME": interface}
+        return start(launcher, tmp_path / "run", "trainer.num_nodes=2", *hold.overrides, **variables)
 
     first, second = agent(0), agent(1)
     try:

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch.distributed as dist
@@ -70,15 +71,15 @@ def rewards(tmp_path):
 
 
 class Launch:
-    """A command that has been started; several start at once, since each imports NeMo."""
+    """A command that has been started, with torchrun where there are several ranks."""
 
-    def __init__(self, *arguments: str, ranks: int = 1):
+    def __init__(self, *arguments: str, python: str | Path = sys.executable, ranks: int = 1):
         launcher = []
         if ranks > 1:
             launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}", f"--master-port={free_port()}"]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         self.process = subprocess.Popen(
-            [sys.executable, *launcher, *PROGRAM, PROMPTS, *QUIET, *arguments],
+            [python, *launcher, *PROGRAM, PROMPTS, *QUIET, *arguments],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -94,16 +95,19 @@ class Launch:
         return self.process.returncode, stdout, stderr
 
 
-def test_the_command_line_ends_with_the_message(tmp_path, rewards):
+def test_the_command_line_ends_with_the_message(tmp_path, rewards, warm_python):
     """A wrong value, an unknown key, and a reward that fails in the middle of a run on two ranks."""
     run_dir = tmp_path / "run"
-    value = Launch("rollout.outputs_per_prompt=1")
-    key = Launch("rollot.save=true")
+    value = Launch("rollout.outputs_per_prompt=1", python=warm_python)
+    key = Launch("rollot.save=true", python=warm_python)
     reward = Launch(*SMALL, f"run_dir={run_dir}", rewards("raises"), ranks=2)
 
     code, _, stderr = value.result()
     assert code == 1
-    assert stderr.splitlines()[-1] == "error: rollout.outputs_per_prompt must be at least 2, not 1"
+    message = (
+        "error: rollout.outputs_per_prompt must be at least 2, not 1: the objective takes nothing from smaller groups"
+    )
+    assert stderr.splitlines()[-1] == message
     assert "Traceback" not in stderr and "HYDRA_FULL_ERROR" not in stderr
 
     code, _, stderr = key.result()
@@ -123,9 +127,9 @@ def test_the_command_line_ends_with_the_message(tmp_path, rewards):
         assert noise not in stdout + stderr
 
 
-def test_an_error_of_a_library_keeps_its_traceback(tmp_path):
+def test_an_error_of_a_library_keeps_its_traceback(tmp_path, warm_python):
     """It may be our bug, or the library's: then the message alone is not enough."""
-    launched = Launch(*SMALL, f"run_dir={tmp_path}/run", "+model.gpt.fp8_param=true")
+    launched = Launch(*SMALL, f"run_dir={tmp_path}/run", "+model.gpt.fp8_param=true", python=warm_python)
     code, _, stderr = launched.result()
     assert code == 1
     assert "Traceback" in stderr and "fp8_param must be used together with fp8 mode" in stderr

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+
 from toy_runs import ROOT
 from transformers import LlamaConfig, LlamaForCausalLM
-from warm_python import run_script
 
 from nemo_brain.data.tokenizers import byte_tokenizer
 from nemo_brain.report.metrics import read_metrics
@@ -12,7 +14,7 @@ from nemo_brain.report.metrics import read_metrics
 CHAT = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}[assistant] "
 
 
-def test_pipeline_from_a_start_model_to_text_by_transformers(tmp_path):
+def test_pipeline_from_a_start_model_to_text_by_transformers(tmp_path, warm_python):
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     start = LlamaForCausalLM(LlamaConfig(vocab_size=258, max_position_embeddings=1024, **sizes))
     start.save_pretrained(tmp_path / "start")
@@ -21,9 +23,10 @@ def test_pipeline_from_a_start_model_to_text_by_transformers(tmp_path):
     tokenizer.save_pretrained(tmp_path / "start")
     out = tmp_path / "out"
     settings = {"OUT": str(out), "MODEL": str(tmp_path / "start"), "PROMPTS": "16", "PROCESSES": "1"}
+    settings["PYTHON"] = str(warm_python)
     script = [ROOT / "examples" / "pipeline.sh", "logger.tensorboard=false"]
-    done = run_script(script, tmp_path, settings)
-    assert done.returncode == 0, done.stdout
+    done = subprocess.run(script, env={**os.environ, **settings}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("\nmodel:    ") == done.stdout.count("\nreference:") == 2
     kinds = {
         name: [r["kind"] for r in read_metrics(out / name / "metrics.jsonl")]
