@@ -49,7 +49,9 @@ GIVEN = {
 
 @functools.cache
 def shipped(name: str) -> DictConfig:
-    return OmegaConf.merge(composed(name), GIVEN[name])
+    cfg = OmegaConf.merge(composed(name), GIVEN[name])
+    OmegaConf.set_struct(cfg, False)
+    return cfg
 
 
 def refusal(name: str, path: str, value: object) -> str:
