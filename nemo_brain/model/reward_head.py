@@ -43,7 +43,7 @@ class RewardGPTModel(PackedGPTModel):
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
         """Megatron's for any module, for its GPT's wants an output layer; with adapters, theirs and the head's part.
 
-        Each layer has its own tensors: of frozen ones the optimizer has none, and one tensor for all could not lack them.
+        Each layer has its own tensors: of frozen ones the optimizer has none, which a tensor of all could not lack.
         """
         metadata = {**(metadata or {}), "non_homogeneous_layers": True}
         state = MegatronModule.sharded_state_dict(self, prefix, sharded_offsets, metadata)
