@@ -19,7 +19,7 @@ help:
 	@echo "make demo     train the quickstart model on this machine's CPU (conf/quickstart.yaml)"
 	@echo "make test     lint, then the whole test suite, on $(JOBS) test processes (JOBS=4: on four)"
 	@echo "make golden   record the metrics in tests/golden/ anew, after a change that was meant to move them"
-	@echo "make lint     ruff, and which room may import which"
+	@echo "make lint     ruff, mypy, and which room may import which"
 	@echo "make install  only make .venv (the others do so by themselves)"
 	@echo "make clean    remove .venv, caches and build outputs; runs/ stays"
 
@@ -37,6 +37,7 @@ golden: $(STAMP)
 lint: $(STAMP)
 	@$(RUN) -m ruff check .
 	@$(RUN) -m ruff format --check .
+	@$(RUN) -m mypy
 	@$(VENV)/bin/lint-imports --no-cache --no-logo
 
 install: $(STAMP)

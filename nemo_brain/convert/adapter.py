@@ -55,7 +55,7 @@ class _AdapterWriter(DirectoryWriter):
 def adapter_tensors(mapping: Mapping, name: str, full: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
     """PEFT's names and tensors of an adapter's matrix: A for each part of a fused layer, of B each part's rows."""
     layer, _, matrix = name.partition(".adapter.")
-    module, parts = mapping.find(f"{layer}.weight")
+    module, parts = mapping.parts(f"{layer}.weight")
     kind = _MATRICES[matrix]
     tensors = [full] * len(parts) if kind == "lora_A" else module.split_rows(full)
     for part, tensor in zip(parts, tensors, strict=True):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -57,7 +58,7 @@ def convert(
     if target.exists() and (target.is_file() or any(target.iterdir())):
         raise ValueError(f"to: {target} exists, and nothing is overwritten: name another directory, or remove it")
     try:
-        weights = open_weights(source)
+        weights: Any = open_weights(source)  # of a file, which names its tensors and needs no shape
         tokenizer = weights.tokenizer
     except ValueError as error:
         raise ValueError(f"from: {error}") from error

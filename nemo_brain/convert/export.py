@@ -9,7 +9,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -111,6 +111,7 @@ def write_parameters(mine: Sequence[GlobalParameter], writer: DirectoryWriter | 
     ``export_model``."""
     if parallel_state.get_data_parallel_rank() == 0:
         for name, full in _full_tensors(mine):
+            assert writer is not None  # _full_tensors yields on rank 0 alone
             writer.attempt(writer.add, name, full)
     if writer:
         writer.attempt(writer.finish)
@@ -138,7 +139,7 @@ def _full_tensors(mine: Sequence[GlobalParameter]) -> Iterator[tuple[str, torch.
             if name in seen:  # the last stage's copy of a tied embedding
                 continue
             seen.add(name)
-            full = None
+            full: Any = None
             if stage == owner:
                 full = mine[index].full()
                 if first_shard and stage > 0:
@@ -261,7 +262,7 @@ class Writer(DirectoryWriter):
         if len(self._files) == 1:
             (self._incomplete / "0.safetensors").rename(self._incomplete / "model.safetensors")
             return
-        weight_map = {}
+        weight_map: dict[str, str] = {}
         for number, names in enumerate(self._files):
             file = f"model-{number + 1:05d}-of-{len(self._files):05d}.safetensors"
             (self._incomplete / f"{number}.safetensors").rename(self._incomplete / file)

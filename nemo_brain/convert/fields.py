@@ -39,7 +39,7 @@ def activation_fields(kind: str, key: str, name: str) -> dict:
     """The fields of transformers' activation ``name``, the value of ``key``. Raises ValueError for an unknown one."""
     if name not in ACTIVATIONS:
         raise ValueError(f"{kind}: {key}={name!r} is not supported, only {', '.join(ACTIVATIONS)}")
-    fields = {"activation_func": ACTIVATIONS[name]}
+    fields: dict[str, Any] = {"activation_func": ACTIVATIONS[name]}
     if name == "gelu":
         fields["bias_activation_fusion"] = False  # Megatron's fused kernels approximate it by tanh
     return fields

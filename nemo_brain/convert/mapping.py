@@ -123,6 +123,12 @@ class Mapping:
             return None
         return module, [f"{prefix}{part}.{kind}" for part in module.parts]
 
+    def parts(self, name: str) -> tuple[Module, list[str]]:
+        """As ``find``, for a name that the architecture has."""
+        found = self.find(name)
+        assert found is not None, name
+        return found
+
 
 class MappedWeights:
     """``Weights`` of a checkpoint that a ``Mapping`` describes.
@@ -149,7 +155,7 @@ class MappedWeights:
         self.mapping = mapping
         self.gpt_config = gpt_config
         self.vocab_size = vocab_size
-        expected = {part for name in mapping.names for part in mapping.find(name)[1]}
+        expected = {part for name in mapping.names for part in mapping.parts(name)[1]}
         names = set(source.names)
         if missing := sorted(expected - names):
             raise ValueError(f"{kind}: the checkpoint lacks {len(missing)} tensors, the first {missing[0]}")
@@ -187,5 +193,5 @@ class MappedExport:
 
     def tensors(self, name: str, full: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
         """Hugging Face's names and tensors of one canonical Megatron tensor, without rows that pad the vocabulary."""
-        module, parts = self.mapping.find(name)
+        module, parts = self.mapping.parts(name)
         yield from zip(parts, module.split(full), strict=True)

@@ -60,8 +60,8 @@ def newest_intact(path: Path) -> Path:
     """
     problems: list[str] = []
     for found in checkpoint.find(path):
-        for problem in problems[-1:]:
-            warnings.warn(f"checkpoint left out: {problem}", stacklevel=2)
+        for earlier in problems[-1:]:
+            warnings.warn(f"checkpoint left out: {earlier}", stacklevel=2)
         problem = checkpoint.damage(found, 0, 1)
         if problem is None:
             return found

@@ -13,7 +13,11 @@ class CheckpointSource(Protocol):
     """A checkpoint on disk, in Hugging Face's terms: what the architectures translate from."""
 
     config: dict  # the keys of config.json
-    names: Collection[str]
-    tokenizer: PreTrainedTokenizerFast
+
+    @property
+    def names(self) -> Collection[str]: ...
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerFast: ...
 
     def tensor(self, name: str) -> torch.Tensor: ...

@@ -140,6 +140,7 @@ class HTTPClient:
                     f"({attempt} attempts), the last: {problem}",
                 )
             await asyncio.sleep(pause)
+        raise AssertionError("attempts do not end by themselves")
 
     def _headers(self) -> dict[str, str]:
         return {"Authorization": f"Bearer {self._key}"} if self._key else {}

@@ -65,8 +65,7 @@ class Interruption:
         A collective of the group; None: of all ranks.
         """
         flags = [self.requested is not None, *also]
-        group = dist.group.WORLD if group is None else group
-        if group.size() == 1:
+        if dist.get_world_size(group) == 1:
             return flags
         device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else "cpu"
         counts = torch.tensor(flags, dtype=torch.int32, device=device)

@@ -56,9 +56,9 @@ def on_all_ranks(
         raise  # all ranks have agreed on it
     except Exception as failure:
         error = failure
-    for failure in gathered(None if error is None else (_said(error), _portable(error)), group):
-        if failure is not None:
-            said, copy = failure
+    for found in gathered(None if error is None else (_said(error), _portable(error)), group):
+        if found is not None:
+            said, copy = found
             # A rank with an error of its own raises that one's, unless it is the same: its traceback is worth more.
             raise error if error is not None and _said(error) == said else copy
     return result
@@ -73,7 +73,7 @@ def on_first_rank(
     """
     first = not dist.is_initialized() or dist.get_rank(group) == 0
     everyone = None if interruption is not None else group
-    result = on_all_ranks(lambda: work() if first else None, everyone, interruption)
+    result: Any = on_all_ranks(lambda: work() if first else None, everyone, interruption)
     if dist.is_initialized() and dist.get_world_size(group) > 1:
         answer = [result]
         dist.broadcast_object_list(answer, _first_of(group), group=group)

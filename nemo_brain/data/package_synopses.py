@@ -12,6 +12,7 @@ import subprocess
 from collections.abc import Iterable, Iterator
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 DPKG_STATUS = Path("/var/lib/dpkg/status")
 APT_LISTS = Path("/var/lib/apt/lists")
@@ -111,7 +112,7 @@ def apt_packages(directory: Path | None = None) -> Iterator[dict]:
 def python_packages() -> Iterator[dict]:
     """Installed Python distributions: their summary, and their readme without markup."""
     for distribution in metadata.distributions():
-        meta = distribution.metadata
+        meta: Any = distribution.metadata  # an email message, of which its protocol names a part
         name, body = meta["Name"], meta.get("Description") or meta.get_payload() or ""
         if name and isinstance(body, str):
             synopsis = (meta.get("Summary") or "").rstrip(".")

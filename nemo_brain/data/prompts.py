@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import overload
 
 import numpy as np
 from transformers import PreTrainedTokenizerFast
@@ -54,6 +55,12 @@ class Prompts(Sequence[Prompt]):
 
     def __len__(self) -> int:
         return len(self._members)
+
+    @overload
+    def __getitem__(self, index: int) -> Prompt: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Prompts: ...
 
     def __getitem__(self, index: int | slice) -> Prompt | Prompts:
         """One prompt, or a part of them. ValueError: the file has changed, or the tokenizer or the template refuses the
@@ -139,7 +146,8 @@ def parse_prompt(record: Record, template: Template, max_prompt_tokens: int) -> 
     elif not template.identity:
         metadata["messages"] = [{"role": "user", "content": prompt}]
     try:
-        text, start, ids = template.render_messages(messages) if prompt is None else template.render_prompt(prompt)
+        rendered = template.render_messages(messages or []) if prompt is None else template.render_prompt(prompt)
+        text, start, ids = rendered
     except ValueError as error:
         raise ValueError(f"{record.where}: {error}") from error
     if not ids:

@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO
+from typing import IO, BinaryIO, cast
 
 Source = str | os.PathLike | Iterable
 # Levels of lists and objects in a record: what writes, copies or compares one later goes a few calls deep for each.
@@ -99,10 +99,10 @@ def parts(source: Source, key: str) -> Iterator[Path | Record]:
         raise ValueError(f"{key} is empty (give at least one record)")
 
 
-def open_lines(path: Path, key: str) -> IO[bytes]:
+def open_lines(path: Path, key: str) -> BinaryIO:
     """The file, decompressed if its name ends in .gz. ValueError: it cannot be opened."""
     try:
-        return gzip.open(path) if path.suffix == ".gz" else path.open("rb")
+        return cast(BinaryIO, gzip.open(path)) if path.suffix == ".gz" else path.open("rb")
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         problem = getattr(error, "strerror", None) or error
         raise ValueError(f"{key}: cannot read {path}: {problem} (give the path of a JSONL file)") from error

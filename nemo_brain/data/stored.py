@@ -39,9 +39,11 @@ class StoredRecords(Sequence[Record]):
         hashes = array("q")  # of ids: those of equal hashes are compared at the end
         for part in parts(source, key):
             if isinstance(part, Record):
-                if not self._parts or not isinstance(self._parts[-1], list):
-                    self._parts.append([])
-                self._parts[-1].append(part)
+                last = self._parts[-1] if self._parts else None
+                if not isinstance(last, list):
+                    last = []
+                    self._parts.append(last)
+                last.append(part)
                 hashes.append(hash(check(part)))
             else:
                 hashes.extend(hash(check(record)) for record in self._file(part, key))
@@ -51,7 +53,7 @@ class StoredRecords(Sequence[Record]):
     def __len__(self) -> int:
         return self._ends[-1]
 
-    def __getitem__(self, index: int) -> Record:
+    def __getitem__(self, index: int) -> Record:  # type: ignore[override]  # slices are not asked for
         """Raises ValueError, naming the file, where it has changed since it was checked or cannot be read any more."""
         if not 0 <= index < len(self):
             raise IndexError(index)
@@ -114,7 +116,7 @@ class _IndexedFile(Sequence[Record]):
     def __len__(self) -> int:
         return len(self._offsets)
 
-    def __getitem__(self, index: int) -> Record:
+    def __getitem__(self, index: int) -> Record:  # type: ignore[override]  # slices are not asked for
         with open_lines(self._path, self._key) as file:
             self._refuse_change(file)
             file.seek(self._offsets[index])

@@ -49,6 +49,7 @@ class Template:
         """
         if self.chat:
             return self.render_messages([{"role": "user", "content": prompt}])
+        assert self._format is not None
         ids = self._protected.encode(self._format.fill({"prompt": prompt}, self._protected.alias))
         if self._start and ids[: len(self._start)] == self._start:  # the format string writes them too
             ids = ids[len(self._start) :]

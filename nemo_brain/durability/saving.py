@@ -203,10 +203,10 @@ def restore_random_states(path: Path) -> None:
 
 def _random_states() -> dict:
     version, internal, gauss = random.getstate()
-    name, keys, position, has_gauss, cached = np.random.get_state()
-    states = {
+    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    states: dict[str, Any] = {
         "python": (version, torch.tensor(internal), gauss),
-        "numpy": (name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached),
+        "numpy": (name, torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, cached),
         "torch": torch.get_rng_state(),
         "tracker": get_cuda_rng_tracker().get_states(),
     }
@@ -224,7 +224,7 @@ def layout() -> dict[str, int]:
 
 
 def versions() -> dict[str, str | None]:
-    found = {}
+    found: dict[str, str | None] = {}
     for name in _PACKAGES:
         try:
             found[name] = importlib.metadata.version(name)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import torch
+from typing import Any
+
 from megatron.core.tensor_parallel import RowParallelLinear
 from nemo.collections.llm.peft.utils import ParallelLinearAdapter, get_adapter_attributes_from_linear
 
 from nemo_brain.host.layers import HAVE_TRANSFORMER_ENGINE
 
 
-def make_adapter(linear: torch.nn.Module, name: str, dim: int, alpha: int) -> ParallelLinearAdapter:
+def make_adapter(linear: Any, name: str, dim: int, alpha: int) -> ParallelLinearAdapter:
     """What NeMo's ``LoRA.transform`` builds for a parallel layer of this name.
 
     Itself it compares the layer with Transformer Engine's classes, and raises where there are none; so does the

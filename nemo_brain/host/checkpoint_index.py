@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.distributed.checkpoint import FileSystemReader
@@ -89,7 +90,8 @@ class ModelReader:
         full = torch.empty(sizes, dtype=stored.entry.properties.dtype)
         wanted = ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))
         items = create_read_items_for_chunk_list(stored.key, stored.entry, [wanted])
-        self._reader.read_data(LoadPlan(items), _Into(full))
+        planner: Any = _Into(full)
+        self._reader.read_data(LoadPlan(items), planner)
         return full if stored.layer is None else full[0]
 
 

@@ -55,6 +55,7 @@ class InProcessSave(TorchDistSaveShardedStrategy):
             OSError: on every rank, when a file could not be written on one of them.
             Exception: on every rank, what else went wrong on one of them.
         """
+        assert self._taken is not None, "save comes first"
         (state, directory), self._taken = self._taken, None
         try:
             torch_checkpoint.save(

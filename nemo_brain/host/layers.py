@@ -20,6 +20,9 @@ except ImportError:
     HAVE_TRANSFORMER_ENGINE = False
 
 
+_MARK = "sequence_parallel"  # the attribute that Megatron looks for on a parameter
+
+
 class Norm(torch.nn.Module):
     """LayerNorm or RMSNorm without Apex or Transformer Engine, also under sequence parallelism.
 
@@ -35,11 +38,11 @@ class Norm(torch.nn.Module):
         device = None if config.use_cpu_initialization else torch.cuda.current_device()
         start = torch.zeros if self.zero_centered else torch.ones
         self.weight = torch.nn.Parameter(start(hidden_size, dtype=config.params_dtype, device=device))
-        self.weight.sequence_parallel = config.sequence_parallel
+        setattr(self.weight, _MARK, config.sequence_parallel)
         self.bias = None
         if config.normalization == "LayerNorm":
             self.bias = torch.nn.Parameter(torch.zeros_like(self.weight))
-            self.bias.sequence_parallel = config.sequence_parallel
+            setattr(self.bias, _MARK, config.sequence_parallel)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         if not self.zero_centered:

@@ -11,6 +11,7 @@ travels with the micro-batch through pipeline stages and activation recompute), 
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 from megatron.core.transformer.module import MegatronModule
@@ -63,7 +64,8 @@ def packed_attention(q_HSD, k_KSD, v_KSD, layout: torch.Tensor, scale: float | N
 
 def _cascade(q_HSD, k_KSD, v_KSD, blocks, scale: float | None) -> torch.Tensor:
     """Block by block: one call for the prefix, one in which the segments are a batch."""
-    sdpa = functools.partial(scaled_dot_product_attention, scale=scale, enable_gqa=q_HSD.shape[0] != k_KSD.shape[0])
+    grouped = q_HSD.shape[0] != k_KSD.shape[0]
+    sdpa: Any = functools.partial(scaled_dot_product_attention, scale=scale, enable_gqa=grouped)
     outs = []
     for start, prefix, segments in blocks:
         middle, end = start + prefix, start + prefix + sum(segments)

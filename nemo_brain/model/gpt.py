@@ -6,7 +6,7 @@ Shapes: S positions of a row, T positions with a target, E temperatures, V vocab
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from megatron.core import parallel_state
@@ -117,7 +117,7 @@ class PackedGPTConfig(GPTConfig):
     """
 
     model_class: ClassVar[type[PackedGPTModel]] = PackedGPTModel
-    transformer_layer_spec: object = layer_spec
+    transformer_layer_spec: Any = layer_spec
     hidden_dropout: float = 0.0
     attention_dropout: float = 0.0
     variable_seq_lengths: bool = True

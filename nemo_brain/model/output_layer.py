@@ -6,7 +6,8 @@ vocabulary), C columns of a chunk, E temperatures.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -108,8 +109,8 @@ class _LinearLogProbs(torch.autograd.Function):
         hidden_TH, weight_VH, _, max_T, _ = ctx.saved_tensors
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         # Summed over the chunks in the accumulation dtype.
-        grad_hidden_TH = torch.zeros_like(hidden_TH, dtype=max_T.dtype) if needs_hidden else None
-        grad_weight_VH = torch.zeros_like(weight_VH) if needs_weight else None
+        grad_hidden_TH: Any = torch.zeros_like(hidden_TH, dtype=max_T.dtype) if needs_hidden else None
+        grad_weight_VH: Any = torch.zeros_like(weight_VH) if needs_weight else None
         for part in reversed(ctx.chunks):  # the kept chunk first, so that its memory serves the others
             grad_TC = _logit_gradient(ctx, part, grad_ET).to(weight_VH.dtype)
             if needs_weight:
@@ -128,6 +129,7 @@ def _logit_gradient(ctx, part: slice, grad_ET: torch.Tensor) -> torch.Tensor:
     """[T, C]: sum over the temperatures of grad * scale * (1[target] - p)."""
     hidden_TH, weight_VH, targets_T, max_T, sums_ET = ctx.saved_tensors
     if ctx.kept is not None:
+        exps: Iterable[torch.Tensor]
         (exps_TC, local_max_T), ctx.kept = ctx.kept, None  # overwritten below: a second backward makes it again
         # It is less this rank's maximum, the sums are less that of all ranks.
         exps_TC *= (ctx.scales[0] * (local_max_T - max_T)).exp()[:, None]
@@ -135,7 +137,7 @@ def _logit_gradient(ctx, part: slice, grad_ET: torch.Tensor) -> torch.Tensor:
     else:
         exps = _exps(_product(hidden_TH, weight_VH[part].T).sub_(max_T[:, None]), ctx.scales)
     column_T1, here_T = locate(targets_T - part.start, part.stop - part.start)
-    total_TC = None
+    total_TC: Any = None
     for e, exps_TC in enumerate(exps):
         grad_T = grad_ET[e] * ctx.scales[e]
         term_TC = exps_TC.mul_((-grad_T / sums_ET[e])[:, None])

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
@@ -75,9 +76,10 @@ def is_adapter(name: str) -> bool:
 
 def unwrap(chunk: torch.nn.Module) -> GPTModel:
     """The GPT inside what Megatron's schedules take (DDP, Float16Module)."""
-    while hasattr(chunk, "module"):
-        chunk = chunk.module
-    return chunk
+    inner: Any = chunk
+    while hasattr(inner, "module"):
+        inner = inner.module
+    return inner
 
 
 def global_parameters(chunk: GPTModel) -> Iterator[GlobalParameter]:

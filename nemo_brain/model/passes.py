@@ -31,7 +31,8 @@ class GroupPasses:
         self.config = config
         self.layout = layout
         self.budget = budget
-        self.device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else "cpu"
+        cuda = torch.cuda.is_available()
+        self.device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
 
     def logprobs(
         self,

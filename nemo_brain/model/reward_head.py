@@ -51,7 +51,7 @@ class RewardGPTModel(PackedGPTModel):
             return state
         return {key: value for key, value in state.items() if is_adapter(key) or key.endswith(HEAD)}
 
-    def forward(self, tokens_1S, positions_1S, attention, select_K, *_, **__) -> torch.Tensor:
+    def forward(self, tokens_1S, positions_1S, attention, select_K, *_, **__) -> torch.Tensor:  # type: ignore[override]
         """One chunk's forward pass over one packed row.
 
         Args:

@@ -5,6 +5,7 @@ Shapes: G groups, N outputs per group, K outputs of a micro-batch.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -33,7 +34,7 @@ class RewardPasses(GroupPasses):
         )
 
 
-def lengthened(groups: list[Group]) -> list[Group]:
+def lengthened(groups: Sequence[Group]) -> list[Group]:
     """The groups with one token more per output: rows hold the tokens that predict, here those of the whole output."""
     return [
         replace(group, outputs=[replace(output, token_ids=[*output.token_ids, 0]) for output in group.outputs])

@@ -35,7 +35,9 @@ class Sequences:
 @functools.lru_cache(maxsize=64)
 def sequences(blocks: tuple[tuple[int, int, tuple[int, ...]], ...], device: torch.device) -> Sequences:
     """Of a row's blocks, each (start, prefix length, segment lengths)."""
-    queries, keys, places = [], [], []
+    queries: list = []
+    keys: list = []
+    places: list = []
     for start, prefix, segments in blocks:
         shared = range(start, start + prefix)
         if prefix:

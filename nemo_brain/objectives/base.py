@@ -38,7 +38,7 @@ class ObjectiveInputs:
 
     def of_groups(self, chosen_G: torch.Tensor) -> ObjectiveInputs:
         """Those of some groups (bool)."""
-        parts = {
+        parts: dict[str, Any] = {
             name: None if value is None else value[chosen_G] for name, value in vars(self).items() if name[-3:] == "_GN"
         }
         ids = self.prompt_ids
@@ -198,13 +198,8 @@ class Objective:
         """
         with torch.no_grad():
             inputs = _inputs(policy_logprobs_GN, mask_GN, prompt_ids, **scores)
-            matrices = (
-                inputs.policy_logprobs_GN,
-                inputs.prior_logprobs_GN,
-                inputs.proposal_logprobs_GN,
-                inputs.rewards_GN,
-            )
-            usable_G = self._large_enough(inputs) & sum(matrices).isfinite().all(-1)
+            logprobs_GN = inputs.policy_logprobs_GN + inputs.prior_logprobs_GN + inputs.proposal_logprobs_GN
+            usable_G = self._large_enough(inputs) & (logprobs_GN + inputs.rewards_GN).isfinite().all(-1)
             if usable_G.any():
                 self.update(inputs.of_groups(usable_G), self._weights(inputs).of_groups(usable_G))
 
@@ -262,7 +257,7 @@ def _inputs(
     if mask_GN is not None:
         kept_GN &= mask_GN.bool()
     policy_GN = policy_logprobs_GN.to(torch.float64).masked_fill(~kept_GN, 0.0)
-    constants_GN = {
+    constants_GN: dict[str, Any] = {
         name: None if matrix_GN is None else matrix_GN.detach().to(torch.float64).masked_fill(~kept_GN, 0.0)
         for name, matrix_GN in matrices_GN.items()
     }

@@ -36,8 +36,9 @@ def make_objective(name: str | None = None, *, _target_: str | None = None, **op
         ValueError: as ``complete_options``; and a value out of range.
     """
     section = complete_options({"name": name, "_target_": _target_, **options})
-    if section.pop("name", None) is not None:
-        return OBJECTIVES[name](**section)
+    registered = section.pop("name", None)
+    if registered is not None:
+        return OBJECTIVES[registered](**section)
     try:
         return instantiate(section, _convert_="all")
     except Exception as error:  # Hydra wraps what the target raises

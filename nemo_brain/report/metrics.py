@@ -48,8 +48,9 @@ class MetricsWriter:
             if isinstance(experiment, SummaryWriter):
                 # What SummaryWriter(purge_step=...) writes; Lightning makes the writer before the step is known.
                 start = SessionLog(status=SessionLog.START)
-                experiment.file_writer.add_event(Event(step=step + 1, file_version="brain.Event:2"))
-                experiment.file_writer.add_event(Event(step=step + 1, session_log=start))
+                file: Any = experiment.file_writer
+                file.add_event(Event(step=step + 1, file_version="brain.Event:2"))
+                file.add_event(Event(step=step + 1, session_log=start))
 
     def write(self, kind: str, step: int, fields: Mapping[str, Any]) -> None:
         """Appends ``{"kind", "step", **fields}``.

@@ -4,10 +4,19 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping
+from typing import overload
 
 from hydra.utils import get_object, instantiate
 
 from nemo_brain.rewards.protocol import CollectiveReward, Reward
+
+
+@overload
+def make_reward(cfg: Mapping | None, alone: None = None) -> Reward | CollectiveReward: ...
+
+
+@overload
+def make_reward(cfg: Mapping | None, alone: str) -> Reward: ...
 
 
 def make_reward(cfg: Mapping | None, alone: str | None = None) -> Reward | CollectiveReward:

@@ -85,6 +85,7 @@ def _file_module(path: str) -> ModuleType:
         raise ValueError(f"{KEY}: there is no file {file} (relative paths start at the working directory)")
     name = f"{file.stem}_{hashlib.sha256(str(file).encode()).hexdigest()[:12]}"
     spec = importlib.util.spec_from_file_location(name, file)
+    assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses and pickle look modules up there
     try:

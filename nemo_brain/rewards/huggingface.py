@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -104,7 +105,7 @@ class HuggingFaceReward:
                 f"reward.max_tokens={max_tokens} is more than the model's {positions} positions (lower it)"
             )
         self._max_tokens = max_tokens or min(known)
-        self._model = None
+        self._model: Any = None
 
     def load(self) -> None:
         """Loads the weights.

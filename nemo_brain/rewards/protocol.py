@@ -7,7 +7,7 @@ import inspect
 import math
 import numbers
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from nemo_brain.core.groups import Group, RewardedGroup, SampledGroup, rewarded
 from nemo_brain.core.heartbeat import heartbeat
@@ -206,7 +206,7 @@ def _first_failure(reward: Reward, batch: tuple, error: Exception) -> int | None
     return start
 
 
-def _number(value: object, name: str, batch: tuple, index: int, skip_nonfinite: bool) -> float:
+def _number(value: Any, name: str, batch: tuple, index: int, skip_nonfinite: bool) -> float:
     """A Python float, checked: finite, unless such are to be skipped."""
     # A NumPy or torch number has ``item``; one that is an array of several stays what it is, and is refused.
     with contextlib.suppress(AttributeError, ValueError, RuntimeError):
@@ -223,7 +223,7 @@ def _number(value: object, name: str, batch: tuple, index: int, skip_nonfinite: 
     raise RewardError(f"{name} returned {shown} (return one finite number per output{skip})", index)
 
 
-def _name(reward: Reward) -> str:
+def _name(reward: Reward | CollectiveReward) -> str:
     own = getattr(reward, "name", None) or getattr(reward, "__qualname__", None) or type(reward).__qualname__
     return f"the reward {own}"
 

@@ -9,6 +9,7 @@ import json
 import logging
 import signal
 from collections.abc import AsyncIterator, Callable
+from typing import Any
 
 import uvicorn
 from omegaconf import DictConfig
@@ -45,7 +46,7 @@ def serve(cfg: DictConfig) -> None:
         server.should_exit = True
 
     app = make_app(batcher, config.max_request_bytes, key, stop)
-    options = {"http": "h11", "ws": "none", "log_level": "info", "access_log": False}
+    options: dict[str, Any] = {"http": "h11", "ws": "none", "log_level": "info", "access_log": False}
     server = uvicorn.Server(uvicorn.Config(app, host=config.host, port=config.port, **options))
     # uvicorn raises the signal again once it is done; an end that was asked for is a success.
     for signal_ in (signal.SIGTERM, signal.SIGINT):

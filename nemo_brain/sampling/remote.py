@@ -208,7 +208,7 @@ class RemoteSampler:
             reason = choice["finish_reason"]
             ids = choice.get("token_ids")
             if ids is None:
-                ids = [int(_TOKEN_ID.fullmatch(token)[1]) for token in logprobs["tokens"]]
+                ids = [_token_id(token) for token in logprobs["tokens"]]
             lengths = len(ids), len(values)
         except (KeyError, TypeError, ValueError, AttributeError):
             raise BadAnswer(_malformed(answer)) from None
@@ -242,6 +242,11 @@ class RemoteSampler:
             )
         text = self.tokenizer.decode(ids[: len(ids) - ended], skip_special_tokens=False)
         return Output(ids, text, ended), math.fsum(values)
+
+
+def _token_id(token: str) -> int:
+    """The number in "token_id:123". AttributeError: it is none of these."""
+    return int(_TOKEN_ID.fullmatch(token)[1])  # type: ignore[index]  # the caller takes it for a malformed answer
 
 
 def _malformed(answer: Any) -> str:

@@ -78,7 +78,7 @@ def train(
     connect(config.trainer.hang_timeout_minutes + 2)
     parts = on_all_ranks(make)
     run_dir = Path(config.run_dir)
-    record = {"kind": kind, "configuration": dataclasses.asdict(config), "data": dict(parts.data)}
+    record: dict[str, Any] = {"kind": kind, "configuration": dataclasses.asdict(config), "data": dict(parts.data)}
     with contextlib.ExitStack() as stack:
 
         def begin() -> list[Path]:

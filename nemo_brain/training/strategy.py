@@ -88,7 +88,8 @@ class PackedStrategy(MegatronStrategy):
             config: has the parallel layout and the precision of the model in training: see ``with_parallel_layout``.
         """
         config = second_model.untrained(config)
-        chunks = []
+        chunks: list[torch.nn.Module] = []
+        chunk: Any
         for stage in range(len(self.chunks)):
             chunk = config.configure_model(weights.tokenizer, vp_stage=stage)
             load_weights([chunk], weights)
@@ -102,6 +103,7 @@ class PackedStrategy(MegatronStrategy):
         """The forward and backward passes of one optimizer step, whose batch the training data gives."""
         batch, *_ = next(dataloader_iter)
         with self.precision_plugin.train_step_context():
+            chunk: Any
             for chunk in self.chunks:
                 chunk.zero_grad_buffer()
             for optimizer in self.optimizers:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from nemo_brain.config.brain import Config
-from nemo_brain.core.groups import Prompt, RewardedGroup, Rollout, ScoredGroup, output_matrix
+from nemo_brain.core.groups import Prompt, RewardedGroup, Rollout, SampledGroup, ScoredGroup, output_matrix
 from nemo_brain.core.ranks import on_all_ranks
 from nemo_brain.data.order import prompts_of_iteration, shuffled, visits
 from nemo_brain.data.rollouts import write_rollout
@@ -59,7 +59,7 @@ class BRAInLoop:
         self.objective = objective
         self.prompts, self.held_out = data.prompts, data.held_out
         # Log-probs of other kernels are not comparable with the policy's.
-        self.offline = [dataclasses.replace(group, prior_logprobs=None) for group in data.offline]
+        self.offline: list[SampledGroup] = [dataclasses.replace(group, prior_logprobs=None) for group in data.offline]
         rollout = config.rollout
         self._sampling = SamplingOptions(
             outputs=rollout.outputs_per_prompt,
@@ -193,8 +193,8 @@ class BRAInLoop:
         missing = [index for index in dict.fromkeys(order) if not isinstance(self.offline[index], RewardedGroup)]
         if missing:
             found = self.worker.reward_offline([self.offline[index] for index in missing])
-            for index, group in zip(missing, found, strict=True):
-                self.offline[index] = group
+            for index, rewarded in zip(missing, found, strict=True):
+                self.offline[index] = rewarded
         return [group for index in order if isinstance(group := self.offline[index], RewardedGroup)]
 
     def _remember(self, iteration: int, scored: Sequence[ScoredGroup]) -> None:

@@ -38,14 +38,15 @@ class Scores:
     def of(cls, groups: Sequence[ScoredGroup], keep_truncated: bool) -> Scores:
         """Collects the groups' scores. Outputs whose reward is not finite are masked, and those without an end token
         unless ``keep_truncated``."""
-        matrices = [output_matrix(groups, name) for name in ("prior_logprobs", "proposal_logprobs", "rewards")]
-        mask_GN = torch.zeros(matrices[0].shape, dtype=torch.bool)
-        lengths_GN = torch.zeros(matrices[0].shape, dtype=torch.float64)
+        prior_GN, proposal_GN = (output_matrix(groups, name) for name in ("prior_logprobs", "proposal_logprobs"))
+        mask_GN = torch.zeros(prior_GN.shape, dtype=torch.bool)
+        lengths_GN = torch.zeros(prior_GN.shape, dtype=torch.float64)
         for g, group in enumerate(groups):
             for i, (output, reward) in enumerate(zip(group.outputs, group.rewards, strict=True)):
                 mask_GN[g, i] = (keep_truncated or output.ended) and math.isfinite(reward)
                 lengths_GN[g, i] = len(output.token_ids)
-        return cls(*matrices, mask_GN, lengths_GN, [group.prompt.id for group in groups])
+        rewards_GN, ids = output_matrix(groups, "rewards"), [group.prompt.id for group in groups]
+        return cls(prior_GN, proposal_GN, rewards_GN, mask_GN, lengths_GN, ids)
 
     def rows(self, groups: Sequence[int]) -> dict[str, Any]:
         """The objective's keyword arguments for some of the groups."""

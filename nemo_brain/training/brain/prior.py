@@ -67,6 +67,7 @@ class OffloadedPrior:
                     leaving[i].copy_(parameter)
                 parameter.copy_(entering[i])
             return
+        assert self._streams is not None
         out, into = self._streams
         current = torch.cuda.current_stream()
         out.wait_stream(current)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -65,7 +66,7 @@ class RemoteRollout:
             return
         if self._export is not None:
             strategy.wait_for_param_gather()
-            export_model(strategy.chunks, self._export, self.config.export_to)
+            export_model(strategy.chunks, self._export, str(self.config.export_to))
         on_first_rank(lambda: self._sampler(options).refresh(self.config.export_to), interruption=interruption)
         self._served = step
 
@@ -86,7 +87,7 @@ class RemoteRollout:
         """
         members = parallel_state.get_model_parallel_group()
         first = members.rank() == 0
-        blocks = self._blocks(prompts, options, seed, iteration, on_outputs) if first else None
+        blocks: Any = self._blocks(prompts, options, seed, iteration, on_outputs) if first else None
         with strategy.prior(alone=True) as score:
             while True:
                 message: list = [None]

@@ -103,7 +103,7 @@ class RolloutWorker:
         skip_nonfinite: bool,
     ):
         self.strategy = strategy
-        self.reward_model = reward
+        self.reward_model: Any = reward  # which of the two it is, says ``collective``
         self.remote = remote
         self.interruption = interruption
         self._seed = seed
@@ -189,7 +189,7 @@ class RolloutWorker:
         known = [prompt for prompt in prompts if prompt.reference is not None]
         if self._collective:
             tokenizer = self.strategy.lightning_module.tokenizer
-            answers = [[*encode(tokenizer, prompt.reference), tokenizer.eos_token_id] for prompt in known]
+            answers = [[*encode(tokenizer, prompt.reference or ""), tokenizer.eos_token_id] for prompt in known]
             groups = [
                 SampledGroup(prompt, [Output(ids, prompt.reference or "", ended=True)])
                 for prompt, ids in zip(known, answers, strict=True)
@@ -225,14 +225,17 @@ class RolloutWorker:
         positions = sum(self._positions(group) for group in groups) if temperatures else 0
         positions += 0 if same else sum(self._positions(group) for group in unknown)
         with progress(positions // self._replicas.size(), "scoring", "tokens") as bar:
-            policy_EGN = prior_GN = None
+            policy_EGN: Any = None
+            prior_GN: Any = None
             if temperatures:
                 policy_EGN = self.strategy.policy_logprobs(groups, temperatures, bar.update)
             if unknown and not same:
                 with self.strategy.prior() as logprobs:
                     prior_GN = logprobs(unknown, bar.update)
-        policy = [group.policy_logprobs for group in groups] if policy_EGN is None else _rows(groups, policy_EGN[0])
-        prior = [group.prior_logprobs for group in groups]
+        policy: Any = (
+            [group.policy_logprobs for group in groups] if policy_EGN is None else _rows(groups, policy_EGN[0])
+        )
+        prior: Any = [group.prior_logprobs for group in groups]
         if same:
             prior = _rows(groups, policy_EGN[0])
         elif prior_GN is not None:

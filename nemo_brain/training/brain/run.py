@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, cast
 
 import lightning.pytorch as pl
 from omegaconf import DictConfig, OmegaConf
@@ -46,7 +47,8 @@ def run(cfg: DictConfig, callbacks: Sequence[pl.Callback] = ()) -> BRAInGPTModel
         Interrupted: on every rank, when the run was asked to end early; it has been saved.
     """
     config = check(cfg)
-    stated = OmegaConf.create({**OmegaConf.to_container(cfg), "objective": config.objective})
+    given = cast(dict[str, Any], OmegaConf.to_container(cfg))
+    stated = OmegaConf.create({**given, "objective": config.objective})
     return train("brain", stated, config, lambda: _parts(config), callbacks)
 
 
@@ -88,10 +90,10 @@ def _parts(config: Config) -> Parts[BRAInGPTModel, BRAInState]:
     def at_end() -> None:
         strategy.wait_for_param_gather()
         if merged is not None:
-            export_model(strategy.chunks, merged, config.model.export_to)
-        if adapter is not None:
-            directory = config.model.export_adapter_to
-            export_adapter(strategy.chunks, adapter, lora, config.model.restore_from, directory)
+            export_model(strategy.chunks, merged, str(config.model.export_to))
+        if adapter is not None and lora is not None:
+            start, directory = config.model.restore_from, str(config.model.export_adapter_to)
+            export_adapter(strategy.chunks, adapter, lora, start, directory)
 
     def loop(frame: Frame[BRAInState]) -> BRAInLoop:
         worker = RolloutWorker(

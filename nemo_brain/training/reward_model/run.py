@@ -66,9 +66,9 @@ def _parts(config: RewardConfig) -> Parts[RewardModel, EpochState]:
     def at_end() -> None:
         if export is not None:
             strategy.wait_for_param_gather()
-            subtracted = config.train.subtract_mean and state.evaluation is not None
-            mean = state.evaluation["eval/reward"] if subtracted else 0.0
-            export_model(strategy.chunks, RewardExport(export, mean, config.data.template), model.export_to)
+            evaluated = state.evaluation if config.train.subtract_mean else None
+            mean = evaluated["eval/reward"] if evaluated is not None else 0.0
+            export_model(strategy.chunks, RewardExport(export, mean, config.data.template), str(model.export_to))
 
     return Parts(
         RewardModel(gpt, weights, model.frozen_layers, make_lora(model.peft, config.seed), optim),

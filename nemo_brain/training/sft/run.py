@@ -66,7 +66,7 @@ def _parts(config: SFTConfig) -> Parts[PackedModel, EpochState]:
     def at_end() -> None:
         if export is not None:
             strategy.wait_for_param_gather()
-            export_model(strategy.chunks, export, config.model.export_to)
+            export_model(strategy.chunks, export, str(config.model.export_to))
 
     return Parts(
         PackedModel(gpt, weights, make_lora(config.model.peft, config.seed), optim),
