@@ -255,7 +255,8 @@ class Writer(DirectoryWriter):
         self._files.append(list(self._tensors))
         self.tensors += len(self._tensors)
         self.total_bytes += self._shard_bytes
-        self._tensors, self._shard_bytes = {}, 0
+        self._tensors.clear()
+        self._shard_bytes = 0
 
     def _name_files(self) -> None:
         """transformers' names; they hold the number of files, which is known at the end only."""

@@ -45,25 +45,48 @@ class Supervisor(pl.Callback):
     """
 
     def __init__(self, hang_minutes: float, directory: Path, interruption: Interruption):
-        self._seconds = 60 * hang_minutes
         self._hang_minutes = hang_minutes
         self._directory = directory
         self._interruption = interruption
-        self._thread: threading.Thread | None = None
+        self._watch: _Watch | None = None  # until the ranks have met
 
     def setup(self, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:
+        self._watch = _Watch(self._hang_minutes, self._directory, self._interruption)
+
+    def on_exception(self, trainer: pl.Trainer, module: pl.LightningModule, exception: BaseException) -> None:
+        if self._watch is None:
+            return
+        if isinstance(exception, Interrupted):
+            self._watch.stop()
+        else:
+            self._watch.report(exception)
+
+    def teardown(self, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:
+        """After a run that nothing happened to; the store is not to end before all ranks have got here."""
+        assert self._watch is not None, "the ranks have not met"
+        dist.barrier()
+        self._watch.stop()
+
+
+class _Watch:
+    """One rank's thread and its end of the store; made on all ranks together."""
+
+    def __init__(self, hang_minutes: float, directory: Path, interruption: Interruption):
+        self._hang_minutes = hang_minutes
+        self._directory = directory
+        self._interruption = interruption
         self._rank, self._size = dist.get_rank(), dist.get_world_size()
         self._store = _shared_store(self._rank)
         self._done = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="supervisor", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="supervisor", daemon=True)
         self._thread.start()
 
-    def on_exception(self, trainer: pl.Trainer, module: pl.LightningModule, exception: BaseException) -> None:
-        if self._thread is None:
-            return  # the ranks have not met yet
-        if isinstance(exception, Interrupted):
-            self._done.set()
-            return
+    def stop(self) -> None:
+        """Watches no longer: this rank ends by itself."""
+        self._done.set()
+
+    def report(self, exception: BaseException) -> None:
+        """Tells all ranks what this one has raised. Returns where it ends by itself."""
         error = f"{type(exception).__name__}: {exception}"
         text = "".join(traceback.format_exception(exception))
         try:
@@ -79,12 +102,7 @@ class Supervisor(pl.Callback):
         except RuntimeError:
             pass  # rank 0 has gone, and the store with it
 
-    def teardown(self, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:
-        """After a run that nothing happened to; the store is not to end before all ranks have got here."""
-        dist.barrier()
-        self._done.set()
-
-    def _watch(self) -> None:
+    def _run(self) -> None:
         counted, total, since = heartbeats(), None, time.monotonic()
         while not self._done.wait(_POLL_SECONDS):
             count = heartbeats()
@@ -92,7 +110,7 @@ class Supervisor(pl.Callback):
                 everyones = self._store.add(_PROGRESS, int(count != counted))
                 if everyones != total:
                     total, since = everyones, time.monotonic()
-                elif time.monotonic() - since > self._seconds:
+                elif time.monotonic() - since > 60 * self._hang_minutes:
                     self._judge({"kind": "hang", "rank": self._rank, "error": ""})
                 self._share_interruption()
                 verdict = json.loads(self._store.get(_VERDICT)) if self._store.check([_VERDICT]) else None
@@ -151,7 +169,7 @@ class Supervisor(pl.Callback):
                 faulthandler.dump_traceback(file)
             self._print(f"stacks:\n{path.read_text()}")
             return
-        faulthandler.dump_traceback(sys.__stderr__)  # no place to write to
+        faulthandler.dump_traceback(sys.__stderr__ or sys.stderr)  # no place to write to
 
     def _print(self, text: str) -> None:
         print(f"[rank {self._rank}] {text}", file=sys.stderr, flush=True)
@@ -169,4 +187,5 @@ def _shared_store(rank: int) -> dist.TCPStore:
         store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
         address = [(host, store.port)]
     dist.broadcast_object_list(address, src=0)
-    return store if rank == 0 else dist.TCPStore(*address[0], is_master=False, wait_for_workers=False)
+    host, port = address[0]
+    return store if rank == 0 else dist.TCPStore(host, port, is_master=False, wait_for_workers=False)

@@ -37,20 +37,22 @@ class RewardBatcher:
         reward: what is called.
         max_batch: items of a call that serves several submissions; a larger submission is a call of its own.
         wait_seconds: how long a call may wait for more submissions.
+        on_failure: called on the thread if the reward cannot be loaded.
     """
 
-    def __init__(self, reward: Reward, max_batch: int, wait_seconds: float):
+    def __init__(self, reward: Reward, max_batch: int, wait_seconds: float, on_failure: Callable[[], None]):
         self.failure: Exception | None = None  # why the reward could not be loaded
         self.ready = False
         self._reward = reward
         self._max_batch = max_batch
         self._wait_seconds = wait_seconds
+        self._on_failure = on_failure
+        self._thread = threading.Thread(target=self._work, name="reward", daemon=True)
         self._queue: queue.SimpleQueue[tuple[Items, Future] | None] = queue.SimpleQueue()
         self._held: tuple[Items, Future] | None = None  # taken from the queue, too large for the call that it was for
 
-    def start(self, on_failure: Callable[[], None]) -> None:
-        """Starts the thread. ``on_failure`` is called there if the reward cannot be loaded."""
-        self._thread = threading.Thread(target=self._work, args=(on_failure,), name="reward", daemon=True)
+    def start(self) -> None:
+        """Starts the thread."""
         self._thread.start()
 
     def submit(self, items: Items) -> Future:
@@ -64,12 +66,12 @@ class RewardBatcher:
         self._queue.put(None)
         self._thread.join(timeout)
 
-    def _work(self, on_failure: Callable[[], None]) -> None:
+    def _work(self) -> None:
         try:
             load_reward(self._reward)
         except Exception as error:
             self.failure = error
-            on_failure()
+            self._on_failure()
             return
         self.ready = True
         while jobs := self._next():

@@ -6,9 +6,9 @@ Shapes: G groups, N outputs per group.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -57,6 +57,8 @@ class MegatronReward:
         self.weights = open_reward_model(restore_from, "reward.restore_from")
         self._template = self.weights.template if template is None else template
         self._rendering = Template(self.weights.tokenizer, self._template)
+        self._fit: _Fit | None = None  # until it is configured
+        self._model: _OffloadedModel | None = None  # until it is set up
 
     def configure(self, gpt: RewardGPTConfig, tokenizer: PreTrainedTokenizerFast, template: str | None) -> None:
         """Takes the reward model's configuration, and the policy's tokenizer and template.
@@ -64,34 +66,31 @@ class MegatronReward:
         Raises:
             ValueError: neither can the policy's token ids be scored, nor its prompts be rendered anew.
         """
-        self._gpt = gpt
-        self._rendered = template == "chat"  # the text of prompts is that of the policy's template
         own = self.weights.tokenizer
-        self._same_tokens = template == self._template and same_tokenizer(tokenizer, own)
+        same_tokens = template == self._template and same_tokenizer(tokenizer, own)
         if template == "chat" and tokenizer.chat_template != own.chat_template:
-            self._same_tokens = False
-        if not self._same_tokens and template is not None and not template == self._template == "chat":
+            same_tokens = False
+        if not same_tokens and template is not None and not template == self._template == "chat":
             raise ValueError(
                 f"data.template={template!r} renders prompts for another tokenizer or template than {self.name} has "
                 f"(template={self._template!r}), and only messages and plain prompts can be rendered anew: use chat "
                 "with both, or data.template=null"
             )
+        self._fit = _Fit(gpt, same_tokens, rendered=template == "chat")
 
     def setup(self, strategy: ModelHost) -> None:
         """Builds this rank's chunks."""
-        self._chunks = strategy.build_frozen_chunks(strategy.with_parallel_layout(self._gpt), self.weights)
-        self._passes = RewardPasses(self._gpt, strategy.layout, strategy.micro_batch_tokens)
-        self._parameters = [parameter for chunk in self._chunks for parameter in chunk.parameters()]
-        self._device = self._parameters[0].device
-        self._host = [_to_host(parameter.data) for parameter in self._parameters]
-        self._leave()
+        assert self._fit is not None, "the reward has not been configured"
+        chunks = strategy.build_frozen_chunks(strategy.with_parallel_layout(self._fit.gpt), self.weights)
+        passes = RewardPasses(self._fit.gpt, strategy.layout, strategy.micro_batch_tokens)
+        self._model = _OffloadedModel(chunks, passes)
 
     def score(self, groups: Sequence[Group], alone: bool) -> list[list[float]]:
         """The rewards of every output; see ``CollectiveReward``."""
         if not groups:
             return []
-        with self._resident():
-            rewards_GN = self._passes.rewards(self._chunks, [self._own(group) for group in groups], alone=alone)
+        assert self._model is not None, "the reward has not been set up"
+        rewards_GN = self._model.rewards([self._own(group) for group in groups], alone)
         return [
             [reward - self.weights.mean for reward in rewards[: len(group.outputs)]]
             for group, rewards in zip(groups, rewards_GN.tolist(), strict=True)
@@ -99,10 +98,11 @@ class MegatronReward:
 
     def _own(self, group: Group) -> Group:
         """The group in the reward model's tokens, prompts cut on the left and outputs on the right to its positions."""
+        assert self._fit is not None, "the reward has not been configured"
         prompt_ids, outputs = group.prompt.token_ids, [output.token_ids for output in group.outputs]
         start: list[int] = []
-        if not self._same_tokens:
-            if self._rendered:
+        if not self._fit.same_tokens:
+            if self._fit.rendered:
                 if "messages" not in group.prompt.metadata:
                     raise ValueError(
                         f"the prompt {group.prompt.id!r} came as token ids, without messages for {self.name} "
@@ -112,12 +112,12 @@ class MegatronReward:
             else:
                 _, start, prompt_ids = self._rendering.render_prompt(group.prompt.text)
             outputs = [self._tokens(output) for output in group.outputs]
-        most = self._gpt.seq_length
+        most = self._fit.gpt.seq_length
         outputs = [ids[: most - len(start) - 1] for ids in outputs]
         room = most - len(start) - max(map(len, outputs))
         return Group(
-            dataclasses.replace(group.prompt, token_ids=start + prompt_ids[-room:]),
-            [dataclasses.replace(output, token_ids=ids) for output, ids in zip(group.outputs, outputs, strict=True)],
+            replace(group.prompt, token_ids=start + prompt_ids[-room:]),
+            [replace(output, token_ids=ids) for output, ids in zip(group.outputs, outputs, strict=True)],
         )
 
     def _tokens(self, output: Output) -> list[int]:
@@ -125,6 +125,38 @@ class MegatronReward:
         ids = encode(self.weights.tokenizer, output.text)
         # An output has at least one token to read the reward at.
         return ids + end if output.ended or not ids else ids
+
+
+@dataclass(frozen=True)
+class _Fit:
+    """How the reward model goes with the policy.
+
+    Args:
+        gpt: the reward model's configuration.
+        same_tokens: the policy's token ids are the reward model's own.
+        rendered: the text of prompts is that of the policy's chat template.
+    """
+
+    gpt: RewardGPTConfig
+    same_tokens: bool
+    rendered: bool
+
+
+class _OffloadedModel:
+    """This rank's chunks, in host memory but for the passes."""
+
+    def __init__(self, chunks: list[torch.nn.Module], passes: RewardPasses):
+        self._chunks = chunks
+        self._passes = passes
+        self._parameters = [parameter for chunk in chunks for parameter in chunk.parameters()]
+        self._device = self._parameters[0].device
+        self._host = [_to_host(parameter.data) for parameter in self._parameters]
+        self._leave()
+
+    def rewards(self, groups: Sequence[Group], alone: bool) -> torch.Tensor:
+        """Rewards [G, N], see ``RewardPasses``."""
+        with self._resident():
+            return self._passes.rewards(self._chunks, groups, alone=alone)
 
     @contextlib.contextmanager
     def _resident(self) -> Iterator[None]:

@@ -8,7 +8,7 @@ import hmac
 import json
 import logging
 import signal
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from typing import Any
 
 import uvicorn
@@ -40,12 +40,12 @@ def serve(cfg: DictConfig) -> None:
     config = check_serve(cfg)
     key = None if config.api_key_env is None else environment_key("api_key_env", config.api_key_env)
     reward = make_reward(config.reward, alone="the reward server")
-    batcher = RewardBatcher(reward, config.max_batch, config.batch_wait_seconds)
 
     def stop() -> None:
         server.should_exit = True
 
-    app = make_app(batcher, config.max_request_bytes, key, stop)
+    batcher = RewardBatcher(reward, config.max_batch, config.batch_wait_seconds, stop)
+    app = make_app(batcher, config.max_request_bytes, key)
     options: dict[str, Any] = {"http": "h11", "ws": "none", "log_level": "info", "access_log": False}
     server = uvicorn.Server(uvicorn.Config(app, host=config.host, port=config.port, **options))
     # uvicorn raises the signal again once it is done; an end that was asked for is a success.
@@ -56,20 +56,17 @@ def serve(cfg: DictConfig) -> None:
         raise ValueError(str(batcher.failure)) from batcher.failure
 
 
-def make_app(
-    batcher: RewardBatcher, max_request_bytes: int, key: str | None, on_failure: Callable[[], None]
-) -> Starlette:
+def make_app(batcher: RewardBatcher, max_request_bytes: int, key: str | None) -> Starlette:
     """The ASGI application, which starts and ends the batcher.
 
     Args:
         max_request_bytes: larger requests are answered 413.
         key: what ``/score`` wants as a bearer token; None: nothing.
-        on_failure: called on another thread if the reward cannot be loaded.
     """
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        batcher.start(on_failure)
+        batcher.start()
         yield
         # All requests have been answered by now; only an abandoned call, or loading, may still go on.
         batcher.close(timeout=5)

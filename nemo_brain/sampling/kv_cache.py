@@ -10,6 +10,7 @@ without gaps; the place of one that leaves is taken by the last.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -41,59 +42,39 @@ class KVCache:
         self.length_of_row = np.zeros(0, dtype=np.int64)  # [R] output positions held
         self._prompt: dict[int, list[torch.Tensor]] = {}  # by layer: keys and values, at least [G, K, P, D]
         self._output: dict[int, list[torch.Tensor]] = {}  # by layer: keys and values, at least [R, K, T, D]
+        self._pass = _Pass([], (0, 0), (0, 0))
 
     def plan(self, prompt_lengths: Sequence[int] = (), outputs: int = 0) -> None:
         """The next pass: these prompts one after another, then one token of every row, then padding if need be.
 
         Each of the prompts becomes a group with ``outputs`` rows behind the others, which hold nothing yet.
         """
-        self._groups, self._rows = len(self.prompt_lengths), len(self.group_of_row)  # with queries in this pass
-        if self._rows:
-            self._plan_rows()
+        parts: list[_Prompts | _Rows] = []
         new = np.array(prompt_lengths, dtype=np.int64)
-        # Where each position of the new prompts goes: its group's place and its position there.
-        groups = self._groups + np.arange(len(new))
-        self._new_places = self._tensor(groups.repeat(new))
-        self._new_positions = self._tensor(np.concatenate([np.arange(n) for n in new] or [np.zeros(0, int)]))
-        self._new_layout = torch.from_numpy(new[:, None])
+        groups = len(self.prompt_lengths) + np.arange(len(new))
+        if len(new):
+            parts.append(_Prompts(groups, new, self.device))
+        if len(self.group_of_row):
+            parts.append(_Rows(self.prompt_lengths, self.group_of_row, self.length_of_row, self.device))
         self.prompt_lengths = np.concatenate([self.prompt_lengths, new])
         self.group_of_row = np.concatenate([self.group_of_row, groups.repeat(outputs)])
         self.length_of_row = np.concatenate([self.length_of_row + 1, np.zeros(len(new) * outputs, dtype=np.int64)])
-        self._prompt_size, self._output_size = (
+        prompt_size, output_size = (
             (len(lengths), int(lengths.max(initial=0))) for lengths in (self.prompt_lengths, self.length_of_row)
         )
-
-    def _plan_rows(self) -> None:
-        # A query's place among its group's: [G, slots], the rest left empty.
-        counts = np.bincount(self.group_of_row, minlength=self._groups)
-        order = self.group_of_row.argsort(kind="stable")
-        slots = np.empty_like(order)
-        slots[order] = np.arange(self._rows) - (counts.cumsum() - counts).repeat(counts)
-        self._slots = int(counts.max())
-        self._slot_of_row = self._tensor(self.group_of_row * self._slots + slots)
-        self._places, self._lengths = torch.arange(self._rows, device=self.device), self._tensor(self.length_of_row)
-        self._longest_prompt, self._longest_output = int(self.prompt_lengths.max()), int(self.length_of_row.max()) + 1
-        prompts = self._tensor(self.prompt_lengths[self.group_of_row])
-        self._absent_R11T = torch.cat(
-            [
-                torch.arange(self._longest_prompt, device=self.device) >= prompts[:, None],
-                torch.arange(self._longest_output, device=self.device) > self._lengths[:, None],
-            ],
-            dim=1,
-        )[:, None, None]
+        self._pass = _Pass(parts, prompt_size, output_size)
 
     def attend(self, layer: int, q_HSD, k_KSD, v_KSD, scale: float | None) -> torch.Tensor:
         """Adds the pass's keys and values to the layer's cache; attention output [H, S, D], zeros for padding."""
-        prompt = _grown(self._prompt, layer, *self._prompt_size, k_KSD)
-        output = _grown(self._output, layer, *self._output_size, k_KSD)
-        prompts, rows = len(self._new_places), self._rows
-        outs = []
-        if prompts:
-            outs.append(self._prefill(prompt, *(t[:, :prompts] for t in (q_HSD, k_KSD, v_KSD)), scale))
-        if rows:
-            row_tokens = (t[:, prompts : prompts + rows].transpose(0, 1) for t in (q_HSD, k_KSD, v_KSD))
-            outs.append(self._decode(prompt, output, *row_tokens, scale).transpose(0, 1))
-        padding = q_HSD.shape[1] - prompts - rows
+        prompt = _grown(self._prompt, layer, *self._pass.prompt_size, k_KSD)
+        output = _grown(self._output, layer, *self._pass.output_size, k_KSD)
+        outs, start = [], 0
+        for part in self._pass.parts:
+            end = start + part.tokens
+            q, k, v = (tensor[:, start:end] for tensor in (q_HSD, k_KSD, v_KSD))
+            outs.append(part.attend(prompt, output, q, k, v, scale))
+            start = end
+        padding = q_HSD.shape[1] - start
         if padding:
             outs.append(q_HSD.new_zeros(len(q_HSD), padding, q_HSD.shape[2]))
         return torch.cat(outs, dim=1)
@@ -113,15 +94,64 @@ class KVCache:
             self.group_of_row[self.group_of_row == mover] = place
         _move(self._prompt, places, movers)
 
-    def _tensor(self, array: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(array).to(self.device, non_blocking=True)
 
-    def _prefill(self, prompt, q_HSD, k_KSD, v_KSD, scale):
+@dataclass(frozen=True)
+class _Pass:
+    """A pass, and what the cache holds after it: how many groups or rows, and the positions of the longest."""
+
+    parts: list[_Prompts | _Rows]
+    prompt_size: tuple[int, int]
+    output_size: tuple[int, int]
+
+
+class _Prompts:
+    """The part of a pass that brings new prompts, one after another."""
+
+    def __init__(self, groups: np.ndarray, lengths: np.ndarray, device: torch.device | str):
+        self.tokens = int(lengths.sum())
+        # Where each position goes: its group's place and its position there.
+        self._groups_S = _tensor(groups.repeat(lengths), device)
+        self._positions_S = _tensor(np.concatenate([np.arange(n) for n in lengths]), device)
+        self._layout = torch.from_numpy(lengths[:, None])
+
+    def attend(self, prompt, output, q_HSD, k_KSD, v_KSD, scale) -> torch.Tensor:
         for buffer, new_KSD in zip(prompt, (k_KSD, v_KSD), strict=True):
-            buffer[self._new_places, :, self._new_positions] = new_KSD.transpose(0, 1)
-        return packed_attention(q_HSD, k_KSD, v_KSD, self._new_layout, scale)
+            buffer[self._groups_S, :, self._positions_S] = new_KSD.transpose(0, 1)
+        return packed_attention(q_HSD, k_KSD, v_KSD, self._layout, scale)
 
-    def _decode(self, prompt, output, q_RHD, k_RKD, v_RKD, scale):
+
+class _Rows:
+    """The part of a pass that brings one token of every row; the arguments say what the cache holds before it."""
+
+    def __init__(
+        self,
+        prompt_lengths: np.ndarray,
+        group_of_row: np.ndarray,
+        length_of_row: np.ndarray,
+        device: torch.device | str,
+    ):
+        self.tokens = len(group_of_row)
+        self._groups = len(prompt_lengths)
+        # A query's place among its group's: [G, slots], the rest left empty.
+        counts = np.bincount(group_of_row, minlength=self._groups)
+        order = group_of_row.argsort(kind="stable")
+        slots = np.empty_like(order)
+        slots[order] = np.arange(self.tokens) - (counts.cumsum() - counts).repeat(counts)
+        self._slots = int(counts.max())
+        self._slot_of_row = _tensor(group_of_row * self._slots + slots, device)
+        self._places, self._lengths = torch.arange(self.tokens, device=device), _tensor(length_of_row, device)
+        self._longest_prompt, self._longest_output = int(prompt_lengths.max()), int(length_of_row.max()) + 1
+        prompts = _tensor(prompt_lengths[group_of_row], device)
+        self._absent_R11T = torch.cat(
+            [
+                torch.arange(self._longest_prompt, device=device) >= prompts[:, None],
+                torch.arange(self._longest_output, device=device) > self._lengths[:, None],
+            ],
+            dim=1,
+        )[:, None, None]
+
+    def attend(self, prompt, output, q_HRD, k_KRD, v_KRD, scale) -> torch.Tensor:
+        q_RHD, k_RKD, v_RKD = (t.transpose(0, 1) for t in (q_HRD, k_KRD, v_KRD))
         rows, heads, width = q_RHD.shape
         kv_heads = k_RKD.shape[1]
         for buffer, new_RKD in zip(output, (k_RKD, v_RKD), strict=True):
@@ -135,7 +165,7 @@ class KVCache:
         weights = scores.masked_fill_(self._absent_R11T, float("-inf")).float().softmax(dim=-1).to(q_RHD.dtype)
         weights_prompt, weights_own = weights.split([self._longest_prompt, self._longest_output], dim=-1)
         out = self._to_rows(self._to_groups(weights_prompt) @ prompt_values_GKPD, q_RKMD.shape[2])
-        return (out + weights_own @ values_RKTD).reshape(rows, heads, width)
+        return (out + weights_own @ values_RKTD).reshape(rows, heads, width).transpose(0, 1)
 
     def _to_groups(self, tensor_RKMX: torch.Tensor) -> torch.Tensor:
         """[R, K, M, X] -> [G, K, slots * M, X]; empty slots are zero."""
@@ -149,6 +179,10 @@ class KVCache:
         groups, kv_heads, _, last = tensor_GKYX.shape
         slots = tensor_GKYX.view(groups, kv_heads, self._slots, per_kv, last).transpose(1, 2)
         return slots.reshape(groups * self._slots, kv_heads, per_kv, last)[self._slot_of_row]
+
+
+def _tensor(array: np.ndarray, device: torch.device | str) -> torch.Tensor:
+    return torch.from_numpy(array).to(device, non_blocking=True)
 
 
 def _fill(array: np.ndarray, places: list[int], movers: list[int], leaving: int) -> np.ndarray:

@@ -73,22 +73,36 @@ class _Row:
     policy_logprob: float = 0.0
 
 
+@dataclass
+class _Pass:
+    """One way through the pipeline, of the new groups' prompts and then the last token of every row, packed.
+
+    ``select_T``: the positions that need logits. ``stage``: the virtual pipeline stage that the pass is at; ``hidden``:
+    what it got there.
+    """
+
+    lane: _Lane
+    new: list[_Group]
+    tokens_1S: torch.Tensor
+    positions_1S: torch.Tensor
+    select_T: torch.Tensor
+    stage: int = 0
+    hidden: torch.Tensor | None = None
+
+
 class _Lane:
     """Rows that go through the pipeline together, in the order of this rank's cache of them.
 
-    ``stage``: the virtual pipeline stage that the pass is at; None between passes. ``hidden``: what it got there.
+    ``current``: the pass that they are in; None between passes.
     """
 
     def __init__(self, cache: KVCache):
         self.cache = cache
         self.rows: list[_Row] = []
-        self.new: list[_Group] = []
-        self.stage: int | None = None
-        self.hidden: torch.Tensor | None = None
+        self.current: _Pass | None = None
 
     def begin(self, admitted: list[_Group], outputs: int, multiple: int) -> None:
-        """Prepares a pass, if there is anything for one: the admitted prompts, then the last token of every row."""
-        self.new = admitted
+        """Prepares a pass, if there is anything for one."""
         if not admitted and not self.rows:
             return
         lengths = [len(group.prompt.token_ids) for group in admitted]
@@ -98,15 +112,14 @@ class _Lane:
         tokens += [row.tokens[-1] for row in self.rows]
         positions += [len(row.group.prompt.token_ids) + len(row.tokens) - 1 for row in self.rows]
         padding = [0] * (-len(tokens) % multiple)
-        self.tokens_1S = torch.tensor([tokens + padding], device=self.cache.device)
-        self.positions_1S = torch.tensor([positions + padding], device=self.cache.device)
-        self.select_T = torch.tensor(select, device=self.cache.device)
         self.cache.plan(lengths, outputs)
-        self.stage = 0
+        device = self.cache.device
+        tokens_1S, positions_1S = (torch.tensor([part + padding], device=device) for part in (tokens, positions))
+        self.current = _Pass(self, admitted, tokens_1S, positions_1S, torch.tensor(select, device=device))
 
     def end(self, new_rows: list[_Row]) -> None:
         """The pass has gone through all stages: the new rows take part from now on."""
-        self.stage = self.hidden = None
+        self.current = None
         self.rows += new_rows
 
     def drop(self, places: list[int]) -> None:
@@ -189,17 +202,18 @@ class Sampler:
         # A few prompts are divided evenly over the lanes.
         rows = self.options.outputs * max(1, min(groups // self._size, -(-len(waiting) // self._size)))
         tick = 0
-        while waiting or any(lane.rows or lane.stage is not None for lane in lanes):
+        while waiting or any(lane.rows or lane.current is not None for lane in lanes):
             # Passes of lane i start at ticks i, i + size, ...: so two lanes never meet on a rank.
             lane = lanes[tick % self._size]
-            if lane.stage is None:
+            if lane.current is None:
                 lane.begin(self._admit(lane, waiting, rows), self.options.outputs, self.config.row_multiple)
             yield self._tick(lanes, seed, iteration)
             tick += 1
 
     def _admit(self, lane: _Lane, waiting: deque[_Group], rows: int) -> list[_Group]:
         """Takes prompts from those that wait, as long as the lane has places for all outputs of one."""
-        admitted, positions = [], 0
+        admitted: list[_Group] = []
+        positions = 0
         while waiting and len(lane.rows) + (len(admitted) + 1) * self.options.outputs <= rows:
             positions += len(waiting[0].prompt.token_ids)
             if admitted and positions > self.options.prefill_tokens:
@@ -208,46 +222,46 @@ class Sampler:
         return admitted
 
     def _tick(self, lanes: list[_Lane], seed: int, iteration: int) -> list[_Row]:
-        running = [lane for lane in lanes if lane.stage is not None]
-        mine = next((lane for lane in running if lane.stage % self._size == self._rank), None)
+        running = [lane.current for lane in lanes if lane.current is not None]
+        mine = next((pass_ for pass_ in running if pass_.stage % self._size == self._rank), None)
         out = None
         if mine is not None:
             chunk = self.chunks[mine.stage // self._size]
             if mine.stage > 0:
                 unwrap(chunk).set_input_tensor(mine.hidden)
-            out = chunk(mine.tokens_1S, mine.positions_1S, mine.cache, mine.select_T)
+            out = chunk(mine.tokens_1S, mine.positions_1S, mine.lane.cache, mine.select_T)
         self._exchange(running, mine, out)
         ended = []
-        for lane in running:
-            if lane.stage == self._last_stage:
-                ended = self._end(lane, out if lane is mine else None, seed, iteration)
+        for pass_ in running:
+            if pass_.stage == self._last_stage:
+                ended = self._end(pass_, out if pass_ is mine else None, seed, iteration)
             else:
-                lane.stage += 1
+                pass_.stage += 1
         return ended
 
-    def _exchange(self, running: list[_Lane], mine: _Lane | None, out: torch.Tensor | None) -> None:
+    def _exchange(self, running: list[_Pass], mine: _Pass | None, out: torch.Tensor | None) -> None:
         """Hidden states go on to the next rank, each rank sending and receiving at the same time."""
         ranks = dist.get_process_group_ranks(self._pipeline)
         operations = []
-        if mine is not None and mine.stage < self._last_stage:
+        if mine is not None and out is not None and mine.stage < self._last_stage:
             following = ranks[(self._rank + 1) % self._size]
             operations.append(dist.P2POp(dist.isend, out.contiguous(), following, self._pipeline))
-        for lane in running:
-            if lane.stage < self._last_stage and (lane.stage + 1) % self._size == self._rank:
+        for pass_ in running:
+            if pass_.stage < self._last_stage and (pass_.stage + 1) % self._size == self._rank:
                 shards = self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1
-                shape = (lane.tokens_1S.shape[1] // shards, 1, self.config.hidden_size)
-                lane.hidden = torch.empty(shape, dtype=self.config.pipeline_dtype, device=self.device)
-                operations.append(dist.P2POp(dist.irecv, lane.hidden, ranks[self._rank - 1], self._pipeline))
+                shape = (pass_.tokens_1S.shape[1] // shards, 1, self.config.hidden_size)
+                pass_.hidden = torch.empty(shape, dtype=self.config.pipeline_dtype, device=self.device)
+                operations.append(dist.P2POp(dist.irecv, pass_.hidden, ranks[self._rank - 1], self._pipeline))
         if operations:
             for request in dist.batch_isend_irecv(operations):
                 request.wait()
 
-    def _end(self, lane: _Lane, logits: torch.Tensor | None, seed: int, iteration: int) -> list[_Row]:
+    def _end(self, pass_: _Pass, logits: torch.Tensor | None, seed: int, iteration: int) -> list[_Row]:
         """A token for each of the lane's rows, from the logits on the last stage. Returns the rows that ended."""
-        options = self.options
+        options, lane = self.options, pass_.lane
         new_rows = [
             _Row(group, i, uniforms(seed, iteration, group.prompt.id, i, options.max_new_tokens))
-            for group in lane.new
+            for group in pass_.new
             for i in range(options.outputs)
         ]
         rows = [*lane.rows, *new_rows]
@@ -255,8 +269,8 @@ class Sampler:
         if logits is not None:
             if new_rows:
                 # The prompts' logits come first; each serves all of its group's rows.
-                news = torch.arange(len(lane.new)).repeat_interleave(options.outputs)
-                places = torch.cat([torch.arange(len(lane.rows)) + len(lane.new), news])
+                news = torch.arange(len(pass_.new)).repeat_interleave(options.outputs)
+                places = torch.cat([torch.arange(len(lane.rows)) + len(pass_.new), news])
                 logits = logits.index_select(0, places.to(self.device))
             uniforms_R = torch.tensor([row.draws[len(row.tokens)] for row in rows], dtype=torch.float64)
             drawn_3R = self._draw(logits, uniforms_R.to(self.device))
