@@ -13,11 +13,12 @@ CANDIDATES := $(if $(PYTHON),$(PYTHON),python3.11 python3.12 python3)
 JOBS ?= 2
 SUITABLE := import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))
 
-.PHONY: help demo test golden lint install clean
+.PHONY: help demo test quick golden lint install clean
 
 help:
 	@echo "make demo     train the quickstart model on this machine's CPU (conf/quickstart.yaml)"
 	@echo "make test     lint, then the whole test suite, on $(JOBS) test processes (JOBS=4: on four)"
+	@echo "make quick    the tests of one process alone, and whole runs of the toy"
 	@echo "make golden   record the metrics in tests/golden/ anew, after a change that was meant to move them"
 	@echo "make lint     ruff, mypy, and which room may import which"
 	@echo "make install  only make .venv (the others do so by themselves)"
@@ -30,6 +31,10 @@ demo: $(STAMP)
 # which so makes what their tests share once.
 test: lint
 	@$(RUN) -m pytest -n $(JOBS) --dist worksteal
+
+quick: $(STAMP)
+	@$(RUN) -m pytest -n $(JOBS) -m unit
+	@$(RUN) -m pytest tests/training/test_run.py
 
 golden: $(STAMP)
 	@$(RUN) tests/golden_runs.py tests/golden
@@ -64,5 +69,5 @@ $(STAMP): setup.py constraints-cpu.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build nemo_brain.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-3.12 build nemo_brain.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -not -path './runs/*' -prune -exec rm -rf {} +

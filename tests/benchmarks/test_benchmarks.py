@@ -24,6 +24,7 @@ def measured(tables: list[str], scratch: Path) -> tuple[dict[str, dict], str]:
     return {t: json.loads((scratch / f"{t}.json").read_text()) for t in tables}, (scratch / "page.md").read_text()
 
 
+@pytest.mark.slow
 def test_every_table_runs_and_is_on_the_page(tmp_path):
     tables = ["step", "layouts", "logprobs", "sampling", "guards", "checkpoints", "scaling", "calculated"]
     results, text = measured(tables, tmp_path)

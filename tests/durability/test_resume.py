@@ -85,6 +85,7 @@ def test_a_run_goes_on_in_another_layout(tmp_path, name):
 KILLED = {"one process": (1, [], 11), "PP2": (2, [PP2], 7), "PP2, async": (2, [PP2, ASYNC], 5)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("ranks", "overrides", "points"), KILLED.values(), ids=KILLED)
 def test_kill_9_anywhere_costs_at_most_the_work_since_the_last_checkpoint(tmp_path, ranks, overrides, points):
     """SIGKILL for one rank or all, at random moments of sampling, scoring, training and saving."""

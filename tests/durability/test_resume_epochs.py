@@ -77,6 +77,7 @@ def test_a_training_goes_on_in_another_layout(tmp_path, kind, name):
     compare(tmp_path / "run", undisturbed(kind)[0], tolerance=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("ranks", "overrides"), [(1, []), (2, [PP2])], ids=["one process", "PP2"])
 def test_kill_9_anywhere_costs_at_most_the_work_since_the_last_checkpoint(tmp_path, kind, ranks, overrides):

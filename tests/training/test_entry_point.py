@@ -19,6 +19,7 @@ from nemo_brain.core.interruption import EXIT_CODE
 from nemo_brain.report.metrics import read_metrics
 from nemo_brain.report.run_dir import read_status
 
+pytestmark = pytest.mark.slow
 SCRIPT = [str(ROOT / "examples" / "megatron_brain.py"), "--config-name", "toy"]
 
 

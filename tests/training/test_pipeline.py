@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 
+import pytest
 from toy_runs import ROOT
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -14,6 +15,7 @@ from nemo_brain.report.metrics import read_metrics
 CHAT = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}[assistant] "
 
 
+@pytest.mark.slow
 def test_pipeline_from_a_start_model_to_text_by_transformers(tmp_path, warm_python):
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     start = LlamaForCausalLM(LlamaConfig(vocab_size=258, max_position_embeddings=1024, **sizes))

@@ -135,6 +135,7 @@ def trained(*overrides: str) -> Trained:
     return Trained(prior, policy)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("gamma", "other"), [GAMMAS, GAMMAS[::-1]])
 def test_a_run_converges_to_the_posterior_of_its_gamma(gamma, other):
     brain = trained(f"objective.gamma={gamma}")
@@ -144,6 +145,7 @@ def test_a_run_converges_to_the_posterior_of_its_gamma(gamma, other):
     assert brain.distance(other) > 4 * BOUND
 
 
+@pytest.mark.slow
 def test_a_higher_reward_is_not_the_posterior():
     """DPO-sft, with the argmax in place of the posterior's weights, earns more reward than BRAIn but is far away."""
     dpo_sft = trained(*DPO_SFT)
