@@ -69,5 +69,5 @@ $(STAMP): setup.py constraints-cpu.txt
 	@touch $@
 
 clean:
-	rm -rf .venv .venv-3.12 build nemo_brain.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-other build nemo_brain.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -not -path './runs/*' -prune -exec rm -rf {} +
