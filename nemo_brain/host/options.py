@@ -17,14 +17,19 @@ STRATEGY_OPTIONS: dict[str, Any] = dict(
 )
 
 
+# Of NeMo's GPTConfig, with virtual stages: how Megatron's interleaved schedule passes hidden states on. Batched, two ranks
+# that send to each other in both directions take one message for the other; where outputs are deallocated once they have
+# been sent, one that is still under way is overwritten. tests/host/test_virtual_stages.py shows both.
+INTERLEAVED: dict[str, Any] = dict(overlap_p2p_comm=True, batch_p2p_comm=False, deallocate_pipeline_outputs=False)
+
+
 def gpt_options(virtual_stages: bool) -> dict[str, Any]:
     """Fields of NeMo's GPTConfig; ``virtual_stages``: the pipeline's stages are divided further."""
     options = dict(
         cross_entropy_loss_fusion=False,
     )
     if virtual_stages:
-        # With batched, deallocating communication the interleaved schedule computes wrong losses at two stages.
-        options |= dict(overlap_p2p_comm=True, batch_p2p_comm=False, deallocate_pipeline_outputs=False)
+        options |= INTERLEAVED
     if not torch.cuda.is_available():
         # Kernels of Apex and Transformer Engine, and weights made on the device.
         options |= dict(use_cpu_initialization=True, masked_softmax_fusion=False, gradient_accumulation_fusion=False)

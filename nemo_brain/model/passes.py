@@ -56,7 +56,7 @@ class GroupPasses:
             chunk.train(mode)
         return self._collect(results, planned, groups, len(temperatures))
 
-    def _plan(self, groups: Sequence[Group], alone: bool = False) -> Plan:
+    def _plan(self, groups: Sequence[Group], alone: bool = False, split: bool = True) -> Plan:
         virtual = self.config.virtual_pipeline_model_parallel_size is not None
         return plan(
             groups,
@@ -65,6 +65,7 @@ class GroupPasses:
             ranks=1 if alone else parallel_state.get_data_parallel_world_size(),
             # The interleaved schedule wants a multiple of the pipeline size.
             multiple=self.config.pipeline_model_parallel_size if virtual else 1,
+            split=split,
         )
 
     def _pack(self, groups, chunks) -> MicroBatch:

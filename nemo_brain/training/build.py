@@ -36,7 +36,7 @@ from nemo_brain.convert.mapping import MappedExport
 from nemo_brain.convert.open import start_weights
 from nemo_brain.host import cpu
 from nemo_brain.host.layers import HAVE_TRANSFORMER_ENGINE
-from nemo_brain.host.options import STRATEGY_OPTIONS, gpt_options
+from nemo_brain.host.options import INTERLEAVED, STRATEGY_OPTIONS, gpt_options
 from nemo_brain.model.gpt import PackedGPTConfig
 from nemo_brain.model.lora import LoRA
 from nemo_brain.model.weights import Weights
@@ -131,6 +131,14 @@ def _given_fields(model: ModelConfig, weights: Weights) -> dict[str, Any]:
             if name in (fields or {}):
                 raise ValueError(f"model.{section}.{name} has a key of its own: set {key}")
     _known(model.options, PackedGPTConfig, "model.options")
+    if model.virtual_pipeline_model_parallel_size is not None:
+        for name, value in INTERLEAVED.items():
+            for section, fields in {"gpt": weights.gpt_config, "options": model.options}.items():
+                if fields.get(name, value) != value:
+                    raise ValueError(
+                        f"model.{section}.{name}={fields[name]} exchanges micro-batches between virtual stages: leave "
+                        "it out, or set model.virtual_pipeline_model_parallel_size=null"
+                    )
     for name, value in model.options.items():
         if given.setdefault(name, value) != value:
             raise ValueError(

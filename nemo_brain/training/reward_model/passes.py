@@ -10,10 +10,9 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from megatron.core import parallel_state
 
 from nemo_brain.core.groups import Group
-from nemo_brain.core.packing import MicroBatch, Plan, chunk_tokens, plan
+from nemo_brain.core.packing import MicroBatch, chunk_tokens
 from nemo_brain.model.reward_passes import RewardPasses, lengthened
 
 
@@ -47,22 +46,13 @@ class PreferencePasses(RewardPasses):
     def train(self, chunks, pairs: Sequence[Group], margins_P: torch.Tensor, centering: float) -> PreferenceResult:
         """Accumulates the gradient of the mean loss over the pairs into the chunks' gradient buffers."""
         pairs = lengthened(pairs)
-        planned = self._plan_whole(pairs)
+        planned = self._plan(pairs, split=False)
         # Megatron averages over micro-batches and data-parallel ranks; ours is a mean over the pairs of the batch.
         scale = len(planned.ranks[0]) * len(planned.ranks) / len(pairs)
         results = self._run(chunks, planned, pairs, (1.0,), _PreferenceLoss(margins_P, centering, scale))
         rewards_P2 = self._collect(results, planned, pairs, 1)[0]
         tokens = sum(chunk_tokens(pair, (0, 1), self.layout) for pair in pairs)
         return PreferenceResult(rewards_P2, preference_losses(rewards_P2, margins_P, centering), tokens)
-
-    def _plan_whole(self, pairs: Sequence[Group]) -> Plan:
-        return plan(
-            pairs,
-            self.budget,
-            self.layout,
-            ranks=parallel_state.get_data_parallel_world_size(),
-            split=False,
-        )
 
 
 @dataclass
