@@ -172,6 +172,12 @@ LATER = {
     "more stages than processes": (ranks, [f"{PP}=2"], PP, "torchrun --nproc-per-node"),
     "gamma of 0": (objective, ["objective.gamma=0"], "objective.gamma", "must be a positive number"),
     "goodness": (objective, ["objective.goodness=x"], "objective.goodness", "bradley_terry, sigmoid"),
+    "batched messages of virtual stages": (
+        describe,
+        [f"{PP}=2", f"{VIRTUAL}=2", "+model.options.batch_p2p_comm=true"],
+        "batch_p2p_comm=True",
+        f"{VIRTUAL}=null",
+    ),
     "unknown model field": (describe, ["+model.gpt.num_layer=4"], "model.gpt.num_layer", "did you mean num_layers"),
     "hidden dropout": (describe, ["+model.gpt.hidden_dropout=0.1"], "model.gpt.hidden_dropout", "must be 0"),
     "attention dropout": (describe, ["+model.gpt.attention_dropout=0.1"], "model.gpt.attention_dropout", "must be 0"),
