@@ -7,7 +7,7 @@ R <= V its real columns (the others pad the vocabulary).
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -93,7 +93,15 @@ class _TargetLogProbs(torch.autograd.Function):
     """The log-probs of local target indices; an index outside [0, R) belongs to another rank's shard."""
 
     @staticmethod
-    def forward(ctx, logits, local_targets, group, real_columns, scale, chunk_bytes):
+    def forward(
+        ctx: Any,
+        logits: torch.Tensor,
+        local_targets: torch.Tensor,
+        group: dist.ProcessGroup | None,
+        real_columns: int,
+        scale: float,
+        chunk_bytes: int,
+    ) -> torch.Tensor:
         dtype = torch.promote_types(logits.dtype, torch.float32)
         logits_PR = logits.reshape(-1, logits.shape[-1])[:, :real_columns]
         targets_P = local_targets.reshape(-1)
@@ -122,7 +130,7 @@ class _TargetLogProbs(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         logits, targets_P, max_P, sum_P = ctx.saved_tensors
         logits_PR = logits.reshape(-1, logits.shape[-1])[:, : ctx.real_columns]
         # d log p(target) / d logit = scale (1[target] - p), from this rank's columns and the two sums alone.

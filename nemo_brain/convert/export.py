@@ -174,7 +174,7 @@ class DirectoryWriter:
         """Writes what is not yet in a file, among it a JSON file."""
         raise NotImplementedError
 
-    def attempt(self, work: Callable, *args) -> None:
+    def attempt(self, work: Callable, *args: Any) -> None:
         """Runs ``work``, unless something has failed before."""
         if self.error is not None:
             return

@@ -88,7 +88,7 @@ class HTTPClient:
         path: str,
         what: str,
         read: Callable[[Any], Answer],
-        body=None,
+        body: Any = None,
         refused: Callable[[httpx.Response], None] = lambda response: None,
     ) -> Answer:
         """What ``read`` makes of the server's JSON.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import signal
 import time
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -72,5 +73,5 @@ class Interruption:
         dist.all_reduce(counts, op=dist.ReduceOp.MAX, group=group)
         return [bool(flag) for flag in counts.tolist()]
 
-    def _received(self, number: int, frame) -> None:
+    def _received(self, number: int, frame: Any) -> None:
         self.request(f"signal {signal.Signals(number).name}")

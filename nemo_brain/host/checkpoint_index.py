@@ -37,7 +37,7 @@ _STACKED = re.compile(r"decoder\.layers\.(\D.*)")  # Megatron keeps the same ten
 class _Index(pickle.Unpickler):
     """Reads torch.distributed.checkpoint's index, and nothing that names anything but its classes."""
 
-    def find_class(self, module: str, name: str):
+    def find_class(self, module: str, name: str) -> Any:
         names = _INDEX_NAMES.get(module, ())
         if names is None or name in names:
             return super().find_class(module, name)

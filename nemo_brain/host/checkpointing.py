@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,6 +18,7 @@ from megatron.core.dist_checkpointing.strategies.torch import (
     _replace_state_dict_keys_with_sharded_keys,
     mcore_to_pyt_state_dict,
 )
+from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import HAVE_APEX_OR_TE, DistributedOptimizer
 from nemo.lightning.io import pl as nemo_io
 from torch.distributed import checkpoint as torch_checkpoint
@@ -40,7 +42,7 @@ class InProcessSave(TorchDistSaveShardedStrategy):
         self._copy = copy
         self._taken: tuple[dict, str] | None = None
 
-    def save(self, sharded_state_dict, checkpoint_dir) -> None:
+    def save(self, sharded_state_dict: Any, checkpoint_dir: Any) -> None:
         sharded_state_dict, _, _ = _replace_state_dict_keys_with_sharded_keys(
             sharded_state_dict, self.keep_only_main_replica
         )
@@ -73,7 +75,7 @@ class InProcessSave(TorchDistSaveShardedStrategy):
             raise failure from error
 
 
-def save_with(checkpoint_io, saver: InProcessSave) -> None:
+def save_with(checkpoint_io: Any, saver: InProcessSave) -> None:
     """Makes NeMo's ``MegatronCheckpointIO`` give its tensors to ``saver``; with replicas, each a share of them.
 
     It chooses between Megatron's own savers by itself, the first time it saves, and has no argument for another.
@@ -110,7 +112,7 @@ def _copy_to_host(state: dict[str, list]) -> None:
 
 
 @contextlib.contextmanager
-def loading(optimizers) -> Iterator[None]:
+def loading(optimizers: Sequence[MegatronOptimizer]) -> Iterator[None]:
     """Around NeMo's loading of weights.
 
     Without CUDA, NeMo's move of what it has loaded to "the" CUDA device is left out. Without Apex and Transformer
@@ -130,7 +132,7 @@ def loading(optimizers) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def loading_optimizers(optimizers) -> Iterator[None]:
+def loading_optimizers(optimizers: Sequence[MegatronOptimizer]) -> Iterator[None]:
     """Around NeMo's loading of optimizer states.
 
     Without Apex and Transformer Engine, Megatron's distributed optimizer looks for torch Adam's step count among the
@@ -149,7 +151,7 @@ def loading_optimizers(optimizers) -> Iterator[None]:
             state["step"] = state["step"].clone()
 
 
-def _inner(optimizers) -> Iterator:
+def _inner(optimizers: Sequence[MegatronOptimizer]) -> Iterator:
     for optimizer in optimizers:
         yield from optimizer.mcore_optimizer.chained_optimizers
 
@@ -168,10 +170,10 @@ def _allocate(optimizer: torch.optim.Optimizer) -> None:
         group["lr"], group["weight_decay"] = lr, weight_decay
 
 
-def _with_step(inner: DistributedOptimizer):
+def _with_step(inner: DistributedOptimizer) -> Callable[[torch.Tensor, dict], None]:
     original = inner._set_main_param_and_optimizer_states
 
-    def load(model_param, tensors) -> None:
+    def load(model_param: torch.Tensor, tensors: dict) -> None:
         group, order = inner.model_param_group_index_map[model_param]
         state = inner.optimizer.state[inner.optimizer.param_groups[group]["params"][order]]
         original(model_param, {**tensors, "step": state["step"]})

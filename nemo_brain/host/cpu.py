@@ -7,6 +7,8 @@ CPU meaning; no line of Megatron or NeMo is replaced.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -22,7 +24,7 @@ def _names_cuda(device: object) -> bool:
 class _CudaMeansCpu(TorchFunctionMode):
     """``device="cuda"``, ``.cuda()``, ``.to("cuda")`` and ``pin_memory=True`` mean ordinary host memory."""
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         if func is torch.Tensor.cuda:
             return args[0]

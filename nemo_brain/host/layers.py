@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
 )
+from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 
 from nemo_brain.host.parallel_residual import ParallelResidualLayer
@@ -30,7 +33,7 @@ class Norm(torch.nn.Module):
     gradients are summed over the tensor-parallel ranks.
     """
 
-    def __init__(self, config, hidden_size: int, eps: float = 1e-5, **_):
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
         super().__init__()
         self.eps = eps
         self.hidden_size = hidden_size
@@ -51,13 +54,13 @@ class Norm(torch.nn.Module):
         bias = None if self.bias is None else self.bias.float()
         return self._normalized(hidden.float(), 1 + self.weight.float(), bias).type_as(hidden)
 
-    def _normalized(self, hidden, weight, bias) -> torch.Tensor:
+    def _normalized(self, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         if bias is None:
             return torch.nn.functional.rms_norm(hidden, (self.hidden_size,), weight, self.eps)
         return torch.nn.functional.layer_norm(hidden, (self.hidden_size,), weight, bias, self.eps)
 
 
-def block_spec(config, core_attention: type, parallel_residual: bool, vp_stage: int | None):
+def block_spec(config: TransformerConfig, core_attention: type, parallel_residual: bool, vp_stage: int | None) -> Any:
     """Megatron's spec of a (virtual) stage's layers.
 
     The functions that make specs, what they take, and the places in a spec change with Megatron-core's versions.

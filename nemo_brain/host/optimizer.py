@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import math
 from types import MethodType
+from typing import Any
+
+from megatron.core.optimizer import MegatronOptimizer
 
 
 class OptimizerGuard:
@@ -20,17 +23,17 @@ class OptimizerGuard:
         optimizer: a ``megatron.core.optimizer.ChainedOptimizer``.
     """
 
-    def __init__(self, optimizer):
+    def __init__(self, optimizer: MegatronOptimizer) -> None:
         self.skipped = 0
         self._finite = True
         norm, step = optimizer.get_grad_norm, optimizer.step_with_ready_grads
 
-        def get_grad_norm(_) -> float:
+        def get_grad_norm(_: Any) -> float:
             value = norm()
             self._finite = math.isfinite(float(value))
             return value
 
-        def step_with_ready_grads(_) -> bool:
+        def step_with_ready_grads(_: Any) -> bool:
             if self._finite:
                 return step()
             self.skipped += 1

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from megatron.core.utils import make_viewless_tensor
 
@@ -14,7 +17,7 @@ class ParallelResidualLayer(TransformerLayer):
     Megatron-core has no such layer, and the attention half of its own, which adds x, is a private method.
     """
 
-    def forward(self, hidden_states, *args, **kwargs):
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """As TransformerLayer's: (hidden states, context)."""
         attended, context = self._forward_attention(hidden_states, *args, **kwargs)
         out_and_bias = self.mlp(self.pre_mlp_layernorm(hidden_states))

@@ -6,12 +6,13 @@ import copy
 from types import SimpleNamespace
 
 import torch
+from nemo.collections.llm.gpt.model.base import GPTConfig
 from nemo.lightning import MegatronStrategy
 from nemo.lightning._strategy_lib import set_model_parallel_attributes
 from nemo.lightning.pytorch.plugins.mixed_precision import update_config_with_dtype_overrides
 
 
-def with_parallel_layout(config, strategy: MegatronStrategy):
+def with_parallel_layout(config: GPTConfig, strategy: MegatronStrategy) -> GPTConfig:
     """A GPTConfig with the parallel layout and the precision of the strategy's model; it is changed and returned.
 
     Both functions are what NeMo calls for its own model, and asks for a Lightning module to find the config in.
@@ -22,7 +23,7 @@ def with_parallel_layout(config, strategy: MegatronStrategy):
     return update_config_with_dtype_overrides(dtypes, config) if dtypes else config
 
 
-def untrained(config):
+def untrained(config: GPTConfig) -> GPTConfig:
     """A copy of a GPTConfig without the hooks by which Megatron's schedules reach the model in training.
 
     NeMo and DistributedDataParallel set them on the config; a forward pass of another model would reduce gradients and
@@ -34,7 +35,7 @@ def untrained(config):
     return config
 
 
-def in_precision(chunk: torch.nn.Module, config, strategy: MegatronStrategy) -> torch.nn.Module:
+def in_precision(chunk: torch.nn.Module, config: GPTConfig, strategy: MegatronStrategy) -> torch.nn.Module:
     """The chunk in the strategy's precision (Float16Module, FP8), as NeMo converts its own.
 
     NeMo's precision plugin converts the ``module`` inside a Lightning module; others, such as Lightning's for fp32, are

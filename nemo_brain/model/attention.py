@@ -14,6 +14,7 @@ import functools
 from typing import Any
 
 import torch
+from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -28,22 +29,29 @@ class GroupAttention(MegatronModule):
 
     def __init__(
         self,
-        config,
+        config: TransformerConfig,
         layer_number: int,
-        attn_mask_type=None,
-        attention_type=None,
-        attention_dropout=None,
+        attn_mask_type: Any = None,
+        attention_type: Any = None,
+        attention_dropout: Any = None,
         softmax_scale: float | None = None,
-        cp_comm_type=None,
-        pg_collection=None,
-    ):
+        cp_comm_type: Any = None,
+        pg_collection: Any = None,
+    ) -> None:
         super().__init__(config=config)
         self.layer_number = layer_number
         self.scale = softmax_scale
 
     def forward(
-        self, query, key, value, attention_mask, attn_mask_type=None, attention_bias=None, packed_seq_params=None
-    ):
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: Any,
+        attn_mask_type: Any = None,
+        attention_bias: Any = None,
+        packed_seq_params: Any = None,
+    ) -> torch.Tensor:
         """query [S, 1, H, D], key and value [S, 1, K, D] -> [S, 1, H * D]; attention_mask: layout tensor or KVCache."""
         positions, _, heads, width = query.shape
         q_HSD, k_KSD, v_KSD = (tensor[:, 0].transpose(0, 1) for tensor in (query, key, value))
@@ -54,7 +62,9 @@ class GroupAttention(MegatronModule):
         return out_HSD.transpose(0, 1).reshape(positions, 1, heads * width)
 
 
-def packed_attention(q_HSD, k_KSD, v_KSD, layout: torch.Tensor, scale: float | None = None) -> torch.Tensor:
+def packed_attention(
+    q_HSD: torch.Tensor, k_KSD: torch.Tensor, v_KSD: torch.Tensor, layout: torch.Tensor, scale: float | None = None
+) -> torch.Tensor:
     """Attention of a packed row: each block's prefix is causal, each segment sees the prefix and itself. [H, S, D]."""
     blocks = _blocks(tuple(map(tuple, layout.tolist())))
     if (kernel := find_kernel(q_HSD)) is not None:
@@ -62,7 +72,9 @@ def packed_attention(q_HSD, k_KSD, v_KSD, layout: torch.Tensor, scale: float | N
     return _cascade(q_HSD, k_KSD, v_KSD, blocks, scale)
 
 
-def _cascade(q_HSD, k_KSD, v_KSD, blocks, scale: float | None) -> torch.Tensor:
+def _cascade(
+    q_HSD: torch.Tensor, k_KSD: torch.Tensor, v_KSD: torch.Tensor, blocks: Any, scale: float | None
+) -> torch.Tensor:
     """Block by block: one call for the prefix, one in which the segments are a batch."""
     grouped = q_HSD.shape[0] != k_KSD.shape[0]
     sdpa: Any = functools.partial(scaled_dot_product_attention, scale=scale, enable_gqa=grouped)
@@ -111,7 +123,7 @@ def _blocks(layout: tuple[tuple[int, ...], ...]) -> tuple[tuple[int, int, tuple[
 
 
 @functools.lru_cache(maxsize=1024)
-def _segment_plan(segments: tuple[int, ...], prefix: int, device: torch.device):
+def _segment_plan(segments: tuple[int, ...], prefix: int, device: torch.device) -> Any:
     """Index that pads the segments to equal length, index that undoes it (None, None if equal already), and the mask
     [longest, prefix + longest] by which position i of a segment sees the prefix and the segment up to i."""
     longest = max(segments)

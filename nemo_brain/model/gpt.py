@@ -30,7 +30,7 @@ class PackedGPTModel(MCoreGPTModel):
         **options: MCoreGPTModel's own.
     """
 
-    def __init__(self, *, real_vocab_size: int, **options):
+    def __init__(self, *, real_vocab_size: int, **options: Any) -> None:
         super().__init__(**options)
         self.real_vocab_size = real_vocab_size
         if self.post_process:
@@ -41,7 +41,7 @@ class PackedGPTModel(MCoreGPTModel):
         self,
         tokens_1S: torch.Tensor,
         positions_1S: torch.Tensor,
-        attention,
+        attention: Any,
         select_T: torch.Tensor,
         targets_T: torch.Tensor | None = None,
         temperatures: tuple[float, ...] = (1.0,),
@@ -64,7 +64,7 @@ class PackedGPTModel(MCoreGPTModel):
             return hidden
         return self.output_layer(hidden[:, 0].index_select(0, select_T), targets_T, temperatures)
 
-    def trunk(self, tokens_1S: torch.Tensor, positions_1S: torch.Tensor, attention) -> torch.Tensor:
+    def trunk(self, tokens_1S: torch.Tensor, positions_1S: torch.Tensor, attention: Any) -> torch.Tensor:
         """The row's hidden states [S, 1, H]; on the last stage normalised and, under sequence parallelism, gathered."""
         hidden = self.embedding(input_ids=tokens_1S, position_ids=positions_1S) if self.pre_process else None
         if hidden is not None and torch.is_grad_enabled() and self.config.recompute_granularity == "full":
@@ -79,12 +79,14 @@ class PackedGPTModel(MCoreGPTModel):
             hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
         return hidden
 
-    def sharded_state_dict(self, *args, **kwargs) -> dict:
+    def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict:
         """Megatron's; of a model with adapters their part alone, because all else stays the start model's."""
         state = super().sharded_state_dict(*args, **kwargs)
         return {key: value for key, value in state.items() if is_adapter(key)} or state
 
-    def _output(self, hidden_TH, targets_T, temperatures) -> torch.Tensor:
+    def _output(
+        self, hidden_TH: torch.Tensor, targets_T: torch.Tensor | None, temperatures: tuple[float, ...]
+    ) -> torch.Tensor:
         """What ``output_layer`` computes: log-probs [E, T] of the targets, or logits [T, V] without targets."""
         if self.share_embeddings_and_output_weights:
             weight_VH = self.shared_embedding_or_output_weight()
@@ -96,7 +98,7 @@ class PackedGPTModel(MCoreGPTModel):
         return linear_logprobs(hidden_TH, weight_VH, targets_T, group, temperatures, self.real_vocab_size)
 
 
-def layer_spec(config: PackedGPTConfig, vp_stage: int | None = None):
+def layer_spec(config: PackedGPTConfig, vp_stage: int | None = None) -> Any:
     """Transformer Engine's layers where it is installed, Megatron-core's own otherwise; with our core attention."""
     return block_spec(config, GroupAttention, config.parallel_residual, vp_stage)
 
@@ -128,7 +130,7 @@ class PackedGPTConfig(GPTConfig):
     high_freq_factor: float = 4.0
     old_context_len: int = 8192
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_fields(self)
         super().__post_init__()
 
@@ -138,7 +140,13 @@ class PackedGPTConfig(GPTConfig):
         shards = self.tensor_model_parallel_size if self.sequence_parallel else 1
         return shards * fp8_multiple(self)
 
-    def configure_model(self, tokenizer=None, pre_process=None, post_process=None, vp_stage=None) -> PackedGPTModel:
+    def configure_model(
+        self,
+        tokenizer: Any = None,
+        pre_process: bool | None = None,
+        post_process: bool | None = None,
+        vp_stage: int | None = None,
+    ) -> PackedGPTModel:
         """Builds this rank's (virtual) pipeline chunk; arguments as in NeMo's GPTConfig."""
         stage = dict(ignore_virtual=False, vp_stage=vp_stage or 0)
         model = self.model_class(

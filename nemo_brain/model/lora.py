@@ -10,6 +10,7 @@ import contextlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
@@ -37,7 +38,7 @@ class SwitchedLoRALinear(LoRALinear):
 
     on = True
 
-    def forward(self, x, *args, **kwargs):
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         if self.on:
             return super().forward(x, *args, **kwargs)
         output, bias, _ = self.base_linear_forward(x, *args, **kwargs)

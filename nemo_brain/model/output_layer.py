@@ -68,7 +68,16 @@ class _LinearLogProbs(torch.autograd.Function):
     """The log-probs of local target indices; an index outside [0, R) belongs to another rank's shard."""
 
     @staticmethod
-    def forward(ctx, hidden_TH, weight_VH, targets_T, group, real_columns, scales, chunk_bytes):
+    def forward(
+        ctx: Any,
+        hidden_TH: torch.Tensor,
+        weight_VH: torch.Tensor,
+        targets_T: torch.Tensor,
+        group: dist.ProcessGroup | None,
+        real_columns: int,
+        scales: tuple[float, ...],
+        chunk_bytes: int,
+    ) -> torch.Tensor:
         dtype = torch.promote_types(hidden_TH.dtype, torch.float32)
         chunks = _chunks(real_columns, chunk_bytes // max(1, len(targets_T) * dtype.itemsize))
         max_T = hidden_TH.new_full(targets_T.shape, -torch.inf, dtype=dtype)  # of this rank's logits so far
@@ -105,7 +114,7 @@ class _LinearLogProbs(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_ET):
+    def backward(ctx: Any, grad_ET: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         hidden_TH, weight_VH, _, max_T, _ = ctx.saved_tensors
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         # Summed over the chunks in the accumulation dtype.
@@ -125,7 +134,7 @@ class _LinearLogProbs(torch.autograd.Function):
         return grad_hidden_TH, grad_weight_VH, None, None, None, None, None
 
 
-def _logit_gradient(ctx, part: slice, grad_ET: torch.Tensor) -> torch.Tensor:
+def _logit_gradient(ctx: Any, part: slice, grad_ET: torch.Tensor) -> torch.Tensor:
     """[T, C]: sum over the temperatures of grad * scale * (1[target] - p)."""
     hidden_TH, weight_VH, targets_T, max_T, sums_ET = ctx.saved_tensors
     if ctx.kept is not None:

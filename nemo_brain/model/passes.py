@@ -5,8 +5,9 @@ Shapes: G groups of the global batch, N outputs per group, E temperatures, T tar
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,7 +16,8 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from nemo_brain.core.groups import Group
 from nemo_brain.core.heartbeat import heartbeat
-from nemo_brain.core.packing import MicroBatch, Plan, pack, plan
+from nemo_brain.core.packing import Chunk, MicroBatch, Plan, pack, plan
+from nemo_brain.model.gpt import PackedGPTConfig
 
 
 class GroupPasses:
@@ -27,7 +29,7 @@ class GroupPasses:
         budget: positions per micro-batch.
     """
 
-    def __init__(self, config, layout: str, budget: int):
+    def __init__(self, config: PackedGPTConfig, layout: str, budget: int) -> None:
         self.config = config
         self.layout = layout
         self.budget = budget
@@ -68,15 +70,22 @@ class GroupPasses:
             split=split,
         )
 
-    def _pack(self, groups, chunks) -> MicroBatch:
+    def _pack(self, groups: Sequence[Group], chunks: Sequence[Chunk]) -> MicroBatch:
         return pack(groups, chunks, self.layout, pad_multiple=self.config.row_multiple)
 
-    def _run(self, chunks, planned: Plan, groups, temperatures, finish: Callable) -> list[torch.Tensor]:
+    def _run(
+        self,
+        chunks: Sequence[torch.nn.Module],
+        planned: Plan,
+        groups: Sequence[Group],
+        temperatures: tuple[float, ...],
+        finish: Callable,
+    ) -> list[torch.Tensor]:
         """Sends this rank's micro-batches through the schedule; what ``finish`` keeps of each, on the last stage."""
         mine = _mine(planned)
         batches = [self._pack(groups, members).to(self.device) for members in mine]
 
-        def step(iterator, chunk):
+        def step(iterator: Iterator[MicroBatch], chunk: torch.nn.Module) -> Any:
             batch = next(iterator)
             heartbeat()
             out = chunk(
@@ -100,7 +109,9 @@ class GroupPasses:
             collect_non_loss_data=isinstance(finish, _Collect),
         )
 
-    def _collect(self, results: list[torch.Tensor], planned: Plan, groups, temperatures: int) -> torch.Tensor:
+    def _collect(
+        self, results: list[torch.Tensor], planned: Plan, groups: Sequence[Group], temperatures: int
+    ) -> torch.Tensor:
         """The micro-batches' log-probs [E, K], gathered from all ranks into [E, G, N]."""
         outputs = max(len(group.outputs) for group in groups)
         matrix_EGN = torch.zeros(temperatures, len(groups), outputs, dtype=torch.float64, device=self.device)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from megatron.core.transformer.module import MegatronModule
@@ -33,7 +34,7 @@ class RewardHead(torch.nn.Module):
 class RewardGPTModel(PackedGPTModel):
     """``PackedGPTModel`` whose last stage ends in a ``RewardHead``."""
 
-    def __init__(self, **options):
+    def __init__(self, **options: Any) -> None:
         # Tied, the last stage would hold a copy of the embedding and sum its gradient with the first stage's.
         super().__init__(**{**options, "share_embeddings_and_output_weights": False})
         if self.post_process:
@@ -51,7 +52,15 @@ class RewardGPTModel(PackedGPTModel):
             return state
         return {key: value for key, value in state.items() if is_adapter(key) or key.endswith(HEAD)}
 
-    def forward(self, tokens_1S, positions_1S, attention, select_K, *_, **__) -> torch.Tensor:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        self,
+        tokens_1S: torch.Tensor,
+        positions_1S: torch.Tensor,
+        attention: Any,
+        select_K: torch.Tensor,
+        *_: Any,
+        **__: Any,
+    ) -> torch.Tensor:
         """One chunk's forward pass over one packed row.
 
         Args:

@@ -13,6 +13,7 @@ import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -57,7 +58,14 @@ def sequences(blocks: tuple[tuple[int, int, tuple[int, ...]], ...], device: torc
     return Sequences(torch.tensor(places, device=device), ends(queries), ends(keys), max(queries), max(keys))
 
 
-def varlen_attention(q_HSD, k_KSD, v_KSD, sequences: Sequences, scale: float | None, kernel: Kernel) -> torch.Tensor:
+def varlen_attention(
+    q_HSD: torch.Tensor,
+    k_KSD: torch.Tensor,
+    v_KSD: torch.Tensor,
+    sequences: Sequences,
+    scale: float | None,
+    kernel: Kernel,
+) -> torch.Tensor:
     """Attention output [H, S, D] of a packed row by one call of the kernel."""
     q_SHD = q_HSD.transpose(0, 1).contiguous()
     k_MKD, v_MKD = (tensor.transpose(0, 1).index_select(0, sequences.keys_M) for tensor in (k_KSD, v_KSD))
@@ -78,7 +86,9 @@ def _installed() -> Kernel | None:
     except ImportError:
         return _torch_kernel()
 
-    def kernel(q_SHD, k_MKD, v_MKD, s, scale):
+    def kernel(
+        q_SHD: torch.Tensor, k_MKD: torch.Tensor, v_MKD: torch.Tensor, s: Sequences, scale: float | None
+    ) -> torch.Tensor:
         return flash_attn_varlen_func(
             q_SHD,
             k_MKD,
@@ -102,7 +112,7 @@ def _torch_kernel() -> Kernel | None:
     if not {"window_size", "enable_gqa", "scale"} <= inspect.signature(varlen_attn).parameters.keys():
         return None  # an earlier interface, without grouped queries
 
-    def kernel(q_SHD, k_MKD, v_MKD, s, scale):
+    def kernel(q_SHD: torch.Tensor, k_MKD: torch.Tensor, v_MKD: torch.Tensor, s: Sequences, scale: float | None) -> Any:
         return varlen_attn(
             q_SHD,
             k_MKD,

@@ -187,7 +187,14 @@ class Objective:
             zero_gradient_G=(coefficients_GN.abs() <= ZERO_COEFFICIENT).all(-1),
         )
 
-    def advance(self, policy_logprobs_GN: torch.Tensor, *, mask_GN=None, prompt_ids=None, **scores) -> None:
+    def advance(
+        self,
+        policy_logprobs_GN: torch.Tensor,
+        *,
+        mask_GN: torch.Tensor | None = None,
+        prompt_ids: Sequence[str] | None = None,
+        **scores: torch.Tensor,
+    ) -> None:
         """Advances the state by one optimizer step.
 
         The trainer calls it once per step, after the step's passes and with the whole global batch, the same on every

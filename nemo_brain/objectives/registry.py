@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 from hydra.utils import get_object, instantiate
 
 from nemo_brain.objectives.base import Objective
 
 OBJECTIVES: dict[str, type[Objective]] = {}
+Item = TypeVar("Item", bound=Callable)
 
 
-def register(name: str, registry: dict = OBJECTIVES):
+def register(name: str, registry: dict = OBJECTIVES) -> Callable[[Item], Item]:
     """Registers an objective class under ``name``, or with ``registry=GOODNESS`` a goodness model."""
 
-    def add(item):
+    def add(item: Item) -> Item:
         if name in registry:
             raise ValueError(f"{name!r} is already registered")
         registry[name] = item

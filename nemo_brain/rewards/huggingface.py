@@ -15,7 +15,12 @@ from typing import Any
 import torch
 import transformers
 from packaging.version import Version
-from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoConfig, AutoModelForSequenceClassification
+from transformers import (
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    PretrainedConfig,
+)
 
 from nemo_brain.core.heartbeat import heartbeat
 from nemo_brain.data.templates import FormatString, render_chat
@@ -234,7 +239,7 @@ def _device(name: str | None) -> torch.device:
     return device
 
 
-def _checked_config(path: Path):
+def _checked_config(path: Path) -> PretrainedConfig:
     """The model's config.json; ValueError for what a reward cannot be."""
     if not (path / "config.json").is_file():
         raise ValueError(

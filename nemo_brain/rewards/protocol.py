@@ -73,7 +73,7 @@ class CollectiveReward(Protocol):
 
     collective: bool
 
-    def setup(self, strategy) -> None:
+    def setup(self, strategy: Any) -> None:
         """Called once on every rank, when the policy's ``PackedStrategy`` has been set up."""
 
     def score(self, groups: Sequence[Group], alone: bool) -> list[list[float]]:

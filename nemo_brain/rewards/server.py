@@ -8,7 +8,7 @@ import hmac
 import json
 import logging
 import signal
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
 import uvicorn
@@ -177,5 +177,7 @@ async def _body(request: Request, limit: int) -> bytes | None:
     return bytes(body) if size <= limit else None
 
 
-def _error(status: int, message: str, item: int | None = None, headers=None) -> JSONResponse:
+def _error(
+    status: int, message: str, item: int | None = None, headers: Mapping[str, str] | None = None
+) -> JSONResponse:
     return JSONResponse({"error": {"message": message, "item": item}}, status, headers)

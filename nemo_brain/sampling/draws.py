@@ -29,7 +29,11 @@ def uniforms(seed: int, iteration: int, prompt_id: str, output: int, positions: 
 
 
 def draw_tokens(
-    logits_RV: torch.Tensor, uniforms_R: torch.Tensor, real_vocab_size: int, group=None, temperature: float = 1.0
+    logits_RV: torch.Tensor,
+    uniforms_R: torch.Tensor,
+    real_vocab_size: int,
+    group: dist.ProcessGroup | None = None,
+    temperature: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One token per row by inverse transform: the first token whose cumulative probability exceeds the draw.
 
@@ -98,7 +102,9 @@ def _scaled(logits: torch.Tensor, temperature: float) -> torch.Tensor:
     return logits.float() if temperature == 1.0 else logits.float() / temperature
 
 
-def _search(logits_RV, peak_R, temperature: float, ends_RB, local_R) -> torch.Tensor:
+def _search(
+    logits_RV: torch.Tensor, peak_R: torch.Tensor, temperature: float, ends_RB: torch.Tensor, local_R: torch.Tensor
+) -> torch.Tensor:
     """The first column of each row whose cumulative weight exceeds ``local_R``: the block first, then within it."""
     last = logits_RV.shape[1] - 1
     block_R = torch.searchsorted(ends_RB, local_R[:, None], right=True)[:, 0].clamp(max=ends_RB.shape[1] - 1)
@@ -119,7 +125,7 @@ def _below(tensor: torch.Tensor) -> torch.Tensor:
     return torch.nextafter(tensor, torch.zeros_like(tensor))
 
 
-def gather(tensor: torch.Tensor, group) -> torch.Tensor:
+def gather(tensor: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
     """Every rank's tensor, stacked in rank order; ``group`` None: this rank's alone."""
     if group is None:
         return tensor[None]

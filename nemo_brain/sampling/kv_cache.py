@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -64,7 +65,9 @@ class KVCache:
         )
         self._pass = _Pass(parts, prompt_size, output_size)
 
-    def attend(self, layer: int, q_HSD, k_KSD, v_KSD, scale: float | None) -> torch.Tensor:
+    def attend(
+        self, layer: int, q_HSD: torch.Tensor, k_KSD: torch.Tensor, v_KSD: torch.Tensor, scale: float | None
+    ) -> torch.Tensor:
         """Adds the pass's keys and values to the layer's cache; attention output [H, S, D], zeros for padding."""
         prompt = _grown(self._prompt, layer, *self._pass.prompt_size, k_KSD)
         output = _grown(self._output, layer, *self._pass.output_size, k_KSD)
@@ -114,7 +117,15 @@ class _Prompts:
         self._positions_S = _tensor(np.concatenate([np.arange(n) for n in lengths]), device)
         self._layout = torch.from_numpy(lengths[:, None])
 
-    def attend(self, prompt, output, q_HSD, k_KSD, v_KSD, scale) -> torch.Tensor:
+    def attend(
+        self,
+        prompt: Any,
+        output: Any,
+        q_HSD: torch.Tensor,
+        k_KSD: torch.Tensor,
+        v_KSD: torch.Tensor,
+        scale: float | None,
+    ) -> torch.Tensor:
         for buffer, new_KSD in zip(prompt, (k_KSD, v_KSD), strict=True):
             buffer[self._groups_S, :, self._positions_S] = new_KSD.transpose(0, 1)
         return packed_attention(q_HSD, k_KSD, v_KSD, self._layout, scale)
@@ -150,7 +161,15 @@ class _Rows:
             dim=1,
         )[:, None, None]
 
-    def attend(self, prompt, output, q_HRD, k_KRD, v_KRD, scale) -> torch.Tensor:
+    def attend(
+        self,
+        prompt: Any,
+        output: Any,
+        q_HRD: torch.Tensor,
+        k_KRD: torch.Tensor,
+        v_KRD: torch.Tensor,
+        scale: float | None,
+    ) -> torch.Tensor:
         q_RHD, k_RKD, v_RKD = (t.transpose(0, 1) for t in (q_HRD, k_KRD, v_KRD))
         rows, heads, width = q_RHD.shape
         kv_heads = k_RKD.shape[1]
@@ -199,7 +218,9 @@ def _move(buffers: dict[int, list[torch.Tensor]], places: list[int], movers: lis
                 buffer[places] = buffer[movers]
 
 
-def _grown(buffers: dict[int, list[torch.Tensor]], layer: int, rows: int, positions: int, new_KSD) -> list:
+def _grown(
+    buffers: dict[int, list[torch.Tensor]], layer: int, rows: int, positions: int, new_KSD: torch.Tensor
+) -> list:
     """The layer's two buffers, enlarged where they hold fewer rows or positions. Zeros, because what a row does not
     use is multiplied by weights of zero."""
     pair = buffers.get(layer)

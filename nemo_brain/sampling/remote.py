@@ -26,6 +26,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import httpx
 from transformers import PreTrainedTokenizerFast
 
 from nemo_brain.config.brain import RemoteConfig
@@ -120,7 +121,7 @@ class RemoteSampler:
         jobs = iter([(p, i) for p in range(len(prompts)) for i in range(n)])
         finished: queue.SimpleQueue = queue.SimpleQueue()
 
-        async def worker(client) -> None:
+        async def worker(client: httpx.AsyncClient) -> None:
             for p, i in jobs:
                 finished.put((p, i, await self._output(client, prompts[p], i, seed, iteration)))
 
@@ -164,7 +165,9 @@ class RemoteSampler:
                         ),
                     )
 
-    async def _output(self, client, prompt: Prompt, index: int, seed: int, iteration: int) -> tuple[Output, float]:
+    async def _output(
+        self, client: httpx.AsyncClient, prompt: Prompt, index: int, seed: int, iteration: int
+    ) -> tuple[Output, float]:
         body = self._body(prompt, request_seed(seed, iteration, prompt.id, index))
         what = f"prompt {prompt.id!r}, output {index}"
         return await self._server.ask(

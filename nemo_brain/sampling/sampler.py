@@ -20,10 +20,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from transformers import PreTrainedTokenizerFast
 
 from nemo_brain.core.groups import Output, Prompt, SampledGroup
 from nemo_brain.core.heartbeat import heartbeat
 from nemo_brain.logprobs import vocab_parallel_logprobs
+from nemo_brain.model.gpt import PackedGPTConfig
 from nemo_brain.model.parameters import unwrap
 from nemo_brain.sampling.draws import draw_tokens, gather, truncate, uniforms
 from nemo_brain.sampling.kv_cache import KVCache, vacate
@@ -141,7 +143,13 @@ class Sampler:
         options: what to sample.
     """
 
-    def __init__(self, chunks: Sequence[torch.nn.Module], config, tokenizer, options: SamplingOptions):
+    def __init__(
+        self,
+        chunks: Sequence[torch.nn.Module],
+        config: PackedGPTConfig,
+        tokenizer: PreTrainedTokenizerFast,
+        options: SamplingOptions,
+    ) -> None:
         self.chunks = chunks
         self.config = config
         self.tokenizer = tokenizer

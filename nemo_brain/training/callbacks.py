@@ -48,7 +48,7 @@ class Driver(pl.Callback):
         # Read here: the scheduler has moved on by the end of the batch.
         self._lr = optimizer.param_groups[0]["lr"]
 
-    def on_train_batch_end(self, trainer: pl.Trainer, module, outputs, batch, batch_idx) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         seconds = time.perf_counter() - self._started
         strategy = self._frame.strategy
         skipped = sum(guard.skipped for guard in strategy.guards)

@@ -109,7 +109,7 @@ class Frame(Generic[AnyState]):
         self._on_nonfinite = on_nonfinite
         self._checkpointer = Checkpointer(config, run_dir / "checkpoints", record)
 
-    def step(self, batch: Batch, head: Mapping[str, Any], metrics) -> Generator[Batch, Outcome, Outcome]:
+    def step(self, batch: Batch, head: Mapping[str, Any], metrics: Any) -> Generator[Batch, Outcome, Outcome]:
         """One optimizer step, recorded: ``head``, what ``metrics`` makes of the passes' result, and what is common.
 
         Raises:
@@ -144,7 +144,7 @@ class Frame(Generic[AnyState]):
         if self.writer:
             self.writer.write(kind, self.state.step, fields)
 
-    def write_samples(self, iteration: int, groups: Sequence[Group], kind: str, alpha=None) -> None:
+    def write_samples(self, iteration: int, groups: Sequence[Group], kind: str, alpha: Any = None) -> None:
         """Groups for samples.jsonl; see ``report.metrics.write_samples``."""
         if self.writer:
             write_samples(self.run_dir, iteration, groups, kind, alpha)

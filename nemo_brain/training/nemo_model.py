@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from nemo.collections.llm.gpt.model.base import GPTModel
 
 from nemo_brain.model.gpt import PackedGPTConfig
@@ -19,7 +21,7 @@ class PackedModel(GPTModel):
         optim: as in NeMo's GPTModel.
     """
 
-    def __init__(self, config: PackedGPTConfig, weights: Weights, lora: LoRA | None = None, optim=None):
+    def __init__(self, config: PackedGPTConfig, weights: Weights, lora: LoRA | None = None, optim: Any = None) -> None:
         super().__init__(config, optim=optim, tokenizer=weights.tokenizer)
         self.weights = weights
         self.lora = lora
@@ -31,6 +33,6 @@ class PackedModel(GPTModel):
         if fresh:
             load(self.module, self.weights, self.lora)
 
-    def forward(self, *args, **kwargs):
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         """One packed row through this chunk: see ``PackedGPTModel.forward``."""
         return self.module(*args, **kwargs)

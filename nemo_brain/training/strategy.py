@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import lightning.pytorch as pl
 import torch
 from nemo.lightning import MegatronStrategy
 
@@ -62,7 +63,7 @@ class PackedStrategy(MegatronStrategy):
         make_groups(self)
         cpu.seed_tracker(self._seed)
 
-    def setup(self, trainer) -> None:
+    def setup(self, trainer: pl.Trainer) -> None:
         """NeMo's, for the model as it stands before any checkpoint is restored; ``guards`` watch its optimizers."""
         super().setup(trainer)
         # NeMo has read from it how long the learning rate's schedule is. When training ends, its loop says.
@@ -99,7 +100,7 @@ class PackedStrategy(MegatronStrategy):
             chunks.append(chunk.eval().requires_grad_(False))
         return chunks
 
-    def training_step(self, dataloader_iter, *args, **kwargs) -> dict[str, torch.Tensor]:
+    def training_step(self, dataloader_iter: Iterator, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
         """The forward and backward passes of one optimizer step, whose batch the training data gives."""
         batch, *_ = next(dataloader_iter)
         with self.precision_plugin.train_step_context():
@@ -141,7 +142,7 @@ class PackedStrategy(MegatronStrategy):
         state = super().optimizer_sharded_state_dict(is_loading, metadata)
         return state if is_loading else share_step(state)
 
-    def load_checkpoint(self, checkpoint_path, selective_restore: bool = False) -> dict:
+    def load_checkpoint(self, checkpoint_path: Any, selective_restore: bool = False) -> dict:
         """NeMo's, of the first of ``resume_candidates`` that is intact; ``resumed_from`` names it.
 
         Raises:
@@ -156,12 +157,12 @@ class PackedStrategy(MegatronStrategy):
         with loading(self.optimizers):
             return super().load_checkpoint(path, selective_restore)
 
-    def load_model_state_dict(self, checkpoint, strict: bool = True) -> None:
+    def load_model_state_dict(self, checkpoint: dict, strict: bool = True) -> None:
         """NeMo's. A checkpoint of a model with adapters holds nothing else (see ``PackedGPTModel.sharded_state_dict``);
         that all of them are in it was seen when it was read."""
         super().load_model_state_dict(checkpoint, strict=strict and self.lightning_module.lora is None)
 
-    def load_optimizer_state_dict(self, checkpoint, selective_restore: bool = False) -> None:
+    def load_optimizer_state_dict(self, checkpoint: dict, selective_restore: bool = False) -> None:
         """NeMo's."""
         with loading_optimizers(self.optimizers):
             super().load_optimizer_state_dict(checkpoint, selective_restore)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from nemo_brain.report.charts import Panel, Series, reliability_diagram
+from nemo_brain.report.charts import Panel, Records, Series, reliability_diagram
 from nemo_brain.report.kinds.base import Cell, Comparison, Note, Row, Rows, Tile, level
 from nemo_brain.report.kinds.epochs import EpochReport
 from nemo_brain.report.text import interval, nats, number, percent, signed, with_interval
@@ -48,7 +48,7 @@ class RewardModelReport(EpochReport):
     def tiles(self) -> list[Tile]:
         last, found = self.last, []
 
-        def tile(title: str, name: str, text, words: str) -> None:
+        def tile(title: str, name: str, text: Any, words: str) -> None:
             if last.get(name) is not None:
                 known = self.trained and self.start.get(name) is not None
                 before = [f"from {text(self.start[name])}"] if known else []
@@ -163,9 +163,9 @@ def _gap(record: Mapping[str, Any]) -> float | None:
     return None if chosen is None or rejected is None else chosen - rejected
 
 
-def _spread(evals) -> list[list[float | None]]:
+def _spread(evals: Records) -> list[list[float | None]]:
     """The mean reward minus, and plus, a standard deviation."""
-    known = [(r.get("eval/reward"), r.get("eval/reward_std")) for r in evals]
+    known: list[tuple[Any, Any]] = [(r.get("eval/reward"), r.get("eval/reward_std")) for r in evals]
     return [[None if None in pair else pair[0] + sign * pair[1] for pair in known] for sign in (-1, 1)]
 
 

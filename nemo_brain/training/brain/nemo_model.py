@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from nemo_brain.model.gpt import PackedGPTConfig
 from nemo_brain.model.lora import LoRA
 from nemo_brain.model.weights import Weights
@@ -23,7 +25,7 @@ class BRAInGPTModel(PackedModel):
         weights: Weights,
         objective: Objective,
         lora: LoRA | None = None,
-        optim=None,
-    ):
+        optim: Any = None,
+    ) -> None:
         super().__init__(config, weights, lora, optim)
         self.objective = objective

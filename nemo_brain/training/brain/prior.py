@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -59,7 +59,7 @@ class OffloadedPrior:
         finally:
             self._exchange(parameters, None, self._policy)
 
-    def _exchange(self, parameters, leaving: list[torch.Tensor] | None, entering: list[torch.Tensor]) -> None:
+    def _exchange(self, parameters: Any, leaving: list[torch.Tensor] | None, entering: list[torch.Tensor]) -> None:
         """Copies the parameters to ``leaving`` (None: they are dropped) and ``entering`` to the parameters."""
         if not self._cuda:
             for i, parameter in enumerate(parameters):

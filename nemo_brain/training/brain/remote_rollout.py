@@ -108,7 +108,9 @@ class RemoteRollout:
                     for (index, group), values in zip(block, logprobs_GN, strict=True):
                         yield index, replace(group, prior_logprobs=values)
 
-    def _blocks(self, prompts, options, seed, iteration, on_outputs) -> Iterator[list[tuple[int, SampledGroup]]]:
+    def _blocks(
+        self, prompts: Any, options: Any, seed: int, iteration: int, on_outputs: Callable[[int], None]
+    ) -> Iterator[list[tuple[int, SampledGroup]]]:
         """What the server has finished, enough for a scoring pass at a time; nothing where it has to be waited for."""
         block: list[tuple[int, SampledGroup]] = []
         positions = 0

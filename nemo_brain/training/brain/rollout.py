@@ -9,7 +9,7 @@ the replica's ranks.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -260,7 +260,9 @@ class RolloutWorker:
         ]
         return scored, gap
 
-    def _sampled(self, share, options: SamplingOptions, iteration: int, on_outputs) -> Iterator[tuple[int, Any]]:
+    def _sampled(
+        self, share: Any, options: SamplingOptions, iteration: int, on_outputs: Callable[[int], None]
+    ) -> Iterator[tuple[int, Any]]:
         arguments = (share, options, self._seed, iteration, on_outputs, self._stop)
         if self.remote is None:
             return self.strategy.sample(*arguments)
@@ -288,7 +290,7 @@ class RolloutWorker:
 
         return self._with_rewards(sampling.ordered, finish)
 
-    def _with_rewards(self, groups: Sequence[SampledGroup], work) -> list[RewardedGroup]:
+    def _with_rewards(self, groups: Sequence[SampledGroup], work: Any) -> list[RewardedGroup]:
         """The groups with the rewards that ``work`` finds on the first rank of the replica."""
         rewards = on_first_rank(lambda: [group.rewards for group in work()], self._members, self.interruption)
         return [rewarded(group, values) for group, values in zip(groups, rewards, strict=True)]

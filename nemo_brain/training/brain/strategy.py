@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import lightning.pytorch as pl
 import torch
 
 from nemo_brain.core.groups import Group, ScoredGroup
@@ -39,7 +40,7 @@ class BRAInStrategy(PackedStrategy):
         self._passes: BRAInPasses | None = None
         self._prior: Prior | None = None
 
-    def setup(self, trainer) -> None:
+    def setup(self, trainer: pl.Trainer) -> None:
         """PackedStrategy's, then the passes and the prior."""
         super().setup(trainer)
         model = self.lightning_module

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 from nemo.collections.llm.gpt.model.base import GPTModel
 
@@ -30,8 +31,8 @@ class RewardModel(GPTModel):
         weights: Weights,
         frozen_layers: int = 0,
         lora: LoRA | None = None,
-        optim=None,
-    ):
+        optim: Any = None,
+    ) -> None:
         super().__init__(config, optim=optim, tokenizer=weights.tokenizer)
         self.weights = weights
         self.frozen_layers = frozen_layers
@@ -51,6 +52,6 @@ class RewardModel(GPTModel):
             if parameter.name.startswith("embedding.") or (layer and int(layer[1]) < self.frozen_layers):
                 parameter.parameter.requires_grad_(False)
 
-    def forward(self, *args, **kwargs):
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         """One packed row through this chunk: see ``RewardGPTModel.forward``."""
         return self.module(*args, **kwargs)

@@ -43,7 +43,9 @@ class PreferenceResult:
 class PreferencePasses(RewardPasses):
     """``RewardPasses`` that train. Every pair lies in one micro-batch, so one pass is enough."""
 
-    def train(self, chunks, pairs: Sequence[Group], margins_P: torch.Tensor, centering: float) -> PreferenceResult:
+    def train(
+        self, chunks: Sequence[torch.nn.Module], pairs: Sequence[Group], margins_P: torch.Tensor, centering: float
+    ) -> PreferenceResult:
         """Accumulates the gradient of the mean loss over the pairs into the chunks' gradient buffers."""
         pairs = lengthened(pairs)
         planned = self._plan(pairs, split=False)

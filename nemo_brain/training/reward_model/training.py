@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import lightning.pytorch as pl
 import torch
 
 from nemo_brain.config.reward_model import RewardConfig
@@ -31,7 +32,7 @@ class PreferenceStrategy(PackedStrategy):
         self._centering = centering
         self._passes: PreferencePasses | None = None
 
-    def setup(self, trainer) -> None:
+    def setup(self, trainer: pl.Trainer) -> None:
         """PackedStrategy's, then the passes."""
         super().setup(trainer)
         self._passes = PreferencePasses(self.lightning_module.config, self.layout, self.micro_batch_tokens)
@@ -73,7 +74,7 @@ class PreferenceLoop(EpochLoop[Preference]):
             rewards_P2 = self._rewards(self.held_out, bar.update)
         return preference_metrics(rewards_P2.numpy())
 
-    def score(self, metrics) -> float:
+    def score(self, metrics: Any) -> float:
         return -metrics["eval/log_loss"]
 
     def shown_groups(self) -> Sequence[RewardedGroup]:
@@ -85,5 +86,5 @@ class PreferenceLoop(EpochLoop[Preference]):
             for pair, rewards in zip(chosen, rewards_P2, strict=True)
         ]
 
-    def _rewards(self, pairs: Sequence[Preference], on_tokens) -> torch.Tensor:
+    def _rewards(self, pairs: Sequence[Preference], on_tokens: Callable[[int], None]) -> torch.Tensor:
         return self.strategy.passes.rewards(self.strategy.chunks, [pair.group for pair in pairs], on_tokens)

@@ -5,7 +5,7 @@ Shapes: G groups of the global batch, each with one output, the completion.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,7 +28,7 @@ class CompletionResult:
 class CompletionPasses(GroupPasses):
     """``GroupPasses`` that train on the completions. The loss is a sum over tokens, so one pass is enough."""
 
-    def train(self, chunks, groups: Sequence[Group]) -> CompletionResult:
+    def train(self, chunks: Sequence[torch.nn.Module], groups: Sequence[Group]) -> CompletionResult:
         """Accumulates the gradient of the mean loss over the completions' tokens into the chunks' gradient buffers."""
         planned = self._plan(groups)
         count = completion_tokens(groups)
@@ -39,7 +39,9 @@ class CompletionPasses(GroupPasses):
         tokens = sum(chunk_tokens(group, (0,), self.layout) for group in groups)
         return CompletionResult(-logprobs_G.sum().item() / count, count, tokens)
 
-    def loss(self, chunks, groups: Sequence[Group], on_tokens) -> float:
+    def loss(
+        self, chunks: Sequence[torch.nn.Module], groups: Sequence[Group], on_tokens: Callable[[int], None]
+    ) -> float:
         """The mean loss over the completions' tokens, without gradients; see ``logprobs``."""
         return -self.logprobs(chunks, groups, on_tokens=on_tokens).sum().item() / completion_tokens(groups)
 

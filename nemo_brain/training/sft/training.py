@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import lightning.pytorch as pl
 from megatron.core import parallel_state
 
 from nemo_brain.config.sft import SFTConfig
@@ -29,7 +30,7 @@ class CompletionStrategy(PackedStrategy):
         super().__init__(**options)
         self._passes: CompletionPasses | None = None
 
-    def setup(self, trainer) -> None:
+    def setup(self, trainer: pl.Trainer) -> None:
         """PackedStrategy's, then the passes."""
         super().setup(trainer)
         self._passes = CompletionPasses(self.lightning_module.config, self.layout, self.micro_batch_tokens)
@@ -74,7 +75,7 @@ class CompletionLoop(EpochLoop[Demonstration]):
             "eval/completion_tokens": completion_tokens(groups),
         }
 
-    def score(self, metrics) -> float:
+    def score(self, metrics: Any) -> float:
         return -metrics["eval/loss"]
 
     def shown_groups(self) -> Sequence[Group]:
