@@ -134,7 +134,7 @@ def _parts(model: models.Trainable, step: Callable[[], None]) -> dict[str, float
     with common.Stopwatch() as watch:
         watch.watch(scoring, "plan", "planning")
         watch.watch(scoring, "pack", "packing")
-        watch.watch(passes._Loss, "__call__", "objective and coefficients")
+        watch.watch(passes._ObjectiveLoss, "__call__", "objective and coefficients")
         watch.watch(passes, "coefficients", "objective and coefficients")
         watch.watch(model.chunks[0], "forward", "forward")
         watch.watch(schedules, "backward_step", "backward")

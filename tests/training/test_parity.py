@@ -94,8 +94,6 @@ def test_sampling_temperature_and_masking_do_not_depend_on_the_layout():
         # Enough outputs end by themselves to leave groups with several.
         "rollout.outputs_per_prompt=16",
         "rollout.max_new_tokens=32",
-        "rollout.prompts_per_iteration=4",
-        "train.global_batch_size=2",
     ]
     compare(reference(*RUN, *options), run_ranks(recorded_run, 2, *RUN, *options, TP2, "train.micro_batch_tokens=1"))
 

@@ -68,7 +68,8 @@ def test_a_server_samples_from_each_refreshed_policy(server, tmp_path, ranks, ov
     steps = [record for record in result["metrics"] if record["kind"] == "step"]
     assert len(steps) == 4 * 2 and all(record["grad_norm"] > 0 for record in steps)
     final = [record for record in result["metrics"] if record["kind"] == "eval"][-1]
-    assert final["eval/kl_to_prior"] > 0.05
+    # Of four outputs, so of either sign; zero to rounding where the policy still is the prior.
+    assert abs(final["eval/kl_to_prior"]) > 0.05
 
 
 def test_a_server_with_other_weights_is_seen_in_the_proposal_gap(server, tmp_path):
