@@ -17,7 +17,7 @@ setup(
     license="Apache-2.0",
     packages=find_packages(include=["nemo_brain", "nemo_brain.*"]),
     package_data={"nemo_brain": ["*.html.j2"]},
-    python_requires=">=3.10,<3.13",
+    python_requires=">=3.11,<3.13",
     install_requires=[
         "torch>=2.6",
         "nemo_toolkit[lightning]>=2.7,<3",
