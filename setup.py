@@ -16,7 +16,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["nemo_brain", "nemo_brain.*"]),
-    package_data={"nemo_brain": ["*.html.j2"]},
+    package_data={"nemo_brain.report": ["*.html.j2"]},
     python_requires=">=3.11,<3.13",
     install_requires=[
         "torch>=2.6",
