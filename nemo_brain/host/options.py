@@ -19,7 +19,7 @@ STRATEGY_OPTIONS: dict[str, Any] = dict(
 
 # Of NeMo's GPTConfig, with virtual stages: how Megatron's interleaved schedule passes hidden states on. Batched, two
 # ranks that send to each other in both directions take one message for the other; deallocated once they have been
-# sent, outputs under way are overwritten. docs/layouts.md has more, tests/host/test_virtual_stages.py shows it.
+# sent, outputs under way are overwritten. docs/layouts.md has more, tests/host/test_virtual_stages.py the first.
 INTERLEAVED: dict[str, Any] = dict(overlap_p2p_comm=True, batch_p2p_comm=False, deallocate_pipeline_outputs=False)
 
 

@@ -24,6 +24,7 @@ from nemo_brain.convert.export import export_model, make_export
 from nemo_brain.convert.open import open_weights
 from nemo_brain.core.groups import Group
 from nemo_brain.data.tokenizers import byte_tokenizer
+from nemo_brain.host.options import INTERLEAVED
 from nemo_brain.model.gpt import PackedGPTConfig
 from nemo_brain.model.parameters import global_parameters
 from nemo_brain.model.passes import GroupPasses
@@ -72,10 +73,9 @@ def build(path: Path, layout: tuple) -> tuple[list, PackedGPTConfig]:
     parallel_state.initialize_model_parallel(tensor_parallel, stages, virtual)
     model_parallel_cuda_manual_seed(1)
     weights = open_weights(path)
-    overlap = dict(overlap_p2p_comm=True, batch_p2p_comm=False, deallocate_pipeline_outputs=False) if virtual else {}
     config = PackedGPTConfig(
         **weights.gpt_config,
-        **overlap,
+        **(INTERLEAVED if virtual else {}),
         vocab_size=weights.vocab_size,
         tensor_model_parallel_size=tensor_parallel,
         pipeline_model_parallel_size=stages,

@@ -20,6 +20,7 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from ranks import run_ranks
 
 from nemo_brain.core.groups import Group, Output, Prompt, SampledGroup
+from nemo_brain.host.options import INTERLEAVED
 from nemo_brain.model.gpt import PackedGPTConfig
 from nemo_brain.model.passes import GroupPasses
 from nemo_brain.model.random_weights import RandomWeights
@@ -55,10 +56,9 @@ def build(gpt: dict, vocab_size: int, tensor=1, stages=1, virtual=None, sequence
     parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(tensor, stages, virtual)
     model_parallel_cuda_manual_seed(1)
-    options = dict(overlap_p2p_comm=True, batch_p2p_comm=False, deallocate_pipeline_outputs=False) if virtual else {}
     config = PackedGPTConfig(
         **gpt,
-        **options,
+        **(INTERLEAVED if virtual else {}),
         vocab_size=vocab_size,
         make_vocab_size_divisible_by=divisible,
         tensor_model_parallel_size=tensor,
