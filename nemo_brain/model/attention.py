@@ -14,7 +14,6 @@ import functools
 from typing import Any
 
 import torch
-from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -29,7 +28,7 @@ class GroupAttention(MegatronModule):
 
     def __init__(
         self,
-        config: TransformerConfig,
+        config: Any,
         layer_number: int,
         attn_mask_type: Any = None,
         attention_type: Any = None,
