@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import fiddle as fdl
 from nemo.collections.llm.gpt.model.base import GPTModel
 
 from nemo_brain.model.gpt import PackedGPTConfig
@@ -25,6 +26,15 @@ class PackedModel(GPTModel):
         super().__init__(config, optim=optim, tokenizer=weights.tokenizer)
         self.weights = weights
         self.lora = lora
+
+    def reinit(self) -> Any:
+        """This model anew, for NeMo's next virtual stage, with the configuration itself.
+
+        NeMo would make it from what the configuration was first given, without the layout that its strategy has set.
+        """
+        other: Any = fdl.build(self.__io__)
+        other.config = self.config
+        return other
 
     def configure_model(self, vp_stage: int | None = None) -> None:
         """Builds this rank's (virtual) pipeline chunk and loads its share of the start weights; once."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+import fiddle as fdl
 from nemo.collections.llm.gpt.model.base import GPTModel
 
 from nemo_brain.model.lora import LoRA, load
@@ -37,6 +38,15 @@ class RewardModel(GPTModel):
         self.weights = weights
         self.frozen_layers = frozen_layers
         self.lora = lora
+
+    def reinit(self) -> Any:
+        """This model anew, for NeMo's next virtual stage, with the configuration itself.
+
+        NeMo would make it from what the configuration was first given, without the layout that its strategy has set.
+        """
+        other: Any = fdl.build(self.__io__)
+        other.config = self.config
+        return other
 
     def configure_model(self, vp_stage: int | None = None) -> None:
         """Builds this rank's (virtual) pipeline chunk and loads its share of the weights; once."""
