@@ -24,6 +24,7 @@ from nemo_brain.convert.reward import open_reward_model
 from nemo_brain.core.groups import Group, Output, Prompt
 from nemo_brain.core.packing import plan
 from nemo_brain.data.examples import split_conversations
+from nemo_brain.model.gpt import PackedGPTConfig
 from nemo_brain.model.reward_head import HEAD
 from nemo_brain.model.reward_passes import RewardPasses
 from nemo_brain.training.reward_model.passes import preference_losses
@@ -64,6 +65,14 @@ def reference(pairs, tmp_path_factory) -> dict:
 def test_layout_equals_one_process(layout, pairs, reference, tmp_path):
     """Gradients of four steps, metrics, and the exported model."""
     world_size, overrides = LAYOUTS[layout]
+    results = run_ranks(recorded_training, world_size, pairs, tmp_path / "run", *RUN, *overrides)
+    compare(reference, results, tmp_path / "run" / "model")
+
+
+def test_virtual_stages_after_another_configuration_in_the_same_process(pairs, reference, tmp_path):
+    """NeMo then tracks what a RewardGPTConfig was made from, and would make the second stage's model from that."""
+    PackedGPTConfig(num_layers=1, hidden_size=8, num_attention_heads=1)
+    world_size, overrides = LAYOUTS["PP2, 2 virtual stages"]
     results = run_ranks(recorded_training, world_size, pairs, tmp_path / "run", *RUN, *overrides)
     compare(reference, results, tmp_path / "run" / "model")
 
