@@ -1,4 +1,4 @@
-"""The NeMo model classes: a Megatron GPT over packed rows, and the one whose training step is BRAIn's."""
+"""The NeMo model class of every training: a Megatron GPT over packed rows."""
 
 from __future__ import annotations
 

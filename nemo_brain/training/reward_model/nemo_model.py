@@ -5,19 +5,17 @@ from __future__ import annotations
 import re
 from typing import Any
 
-import fiddle as fdl
-from nemo.collections.llm.gpt.model.base import GPTModel
-
-from nemo_brain.model.lora import LoRA, load
+from nemo_brain.model.lora import LoRA
 from nemo_brain.model.parameters import global_parameters, unwrap
 from nemo_brain.model.reward_head import RewardGPTConfig
 from nemo_brain.model.weights import Weights
+from nemo_brain.training.nemo_model import PackedModel
 
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
 
 
-class RewardModel(GPTModel):
-    """NeMo's GPTModel around ``RewardGPTModel`` chunks.
+class RewardModel(PackedModel):
+    """``PackedModel`` around ``RewardGPTModel`` chunks.
 
     Args:
         weights: what the chunks are filled with, the head among them.
@@ -34,19 +32,8 @@ class RewardModel(GPTModel):
         lora: LoRA | None = None,
         optim: Any = None,
     ) -> None:
-        super().__init__(config, optim=optim, tokenizer=weights.tokenizer)
-        self.weights = weights
+        super().__init__(config, weights, lora, optim)
         self.frozen_layers = frozen_layers
-        self.lora = lora
-
-    def reinit(self) -> Any:
-        """This model anew, for NeMo's next virtual stage, with the configuration itself.
-
-        NeMo would make it from what the configuration was first given, without the layout that its strategy has set.
-        """
-        other: Any = fdl.build(self.__io__)
-        other.config = self.config
-        return other
 
     def configure_model(self, vp_stage: int | None = None) -> None:
         """Builds this rank's (virtual) pipeline chunk and loads its share of the weights; once."""
@@ -54,14 +41,9 @@ class RewardModel(GPTModel):
         super().configure_model(vp_stage=vp_stage)
         if not fresh:
             return
-        load(self.module, self.weights, self.lora)
         if self.module.post_process:
             self.module.reward_head.requires_grad_(True)
         for parameter in global_parameters(unwrap(self.module)) if self.frozen_layers else ():
             layer = _LAYER.match(parameter.name)
             if parameter.name.startswith("embedding.") or (layer and int(layer[1]) < self.frozen_layers):
                 parameter.parameter.requires_grad_(False)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """One packed row through this chunk: see ``RewardGPTModel.forward``."""
-        return self.module(*args, **kwargs)
