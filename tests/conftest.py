@@ -1,8 +1,10 @@
 """One thread per rank (ranks share the cores); Megatron's CPU meaning before anything imports Megatron; tiers."""
 
+import gc
 import os
 import sys
 
+gc.disable()  # until all is imported
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -45,6 +47,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         item.add_marker(tier)
         if tier == "gpu" and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
+def pytest_collection_finish() -> None:
+    """What is imported stays: the collector need not look at it again, nor copy its pages in every forked rank."""
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session")
