@@ -4,7 +4,6 @@ import gc
 import os
 import sys
 
-gc.disable()  # until all is imported
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -20,6 +19,7 @@ from warm_python import WarmPython
 
 from nemo_brain.host import cpu
 
+gc.disable()  # until all tests are imported
 torch.set_num_threads(1)
 cpu.enable()
 

@@ -6,38 +6,62 @@ CPU meaning; no line of Megatron or NeMo is replaced.
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.overrides import TorchFunctionMode
+from torch.utils import _device as torch_device
 
 _CPU = torch.device("cpu")
-_mode: TorchFunctionMode | None = None
+_LIKE = ("empty_like", "full_like", "ones_like", "rand_like", "randint_like", "randn_like", "zeros_like")
+_NEW = ("new_empty", "new_empty_strided", "new_full", "new_ones", "new_tensor", "new_zeros")
+_enabled = False
 
 
 def _names_cuda(device: object) -> bool:
     return str(device).startswith("cuda") if isinstance(device, (str, torch.device)) else False
 
 
-class _CudaMeansCpu(TorchFunctionMode):
-    """``device="cuda"``, ``.cuda()``, ``.to("cuda")`` and ``pin_memory=True`` mean ordinary host memory."""
+def _on_host(function: Callable) -> Callable:
+    """A function that makes a tensor: ``device="cuda"`` and ``pin_memory=True`` mean ordinary host memory."""
 
-    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        kwargs = kwargs or {}
-        if func is torch.Tensor.cuda:
-            return args[0]
-        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
-            # Megatron's optimizer and gradient clipping sort parameters by comparing this string.
-            return func(*args).replace("torch.", "torch.cuda.", 1)
+    @functools.wraps(function)
+    def made(*args: Any, **kwargs: Any) -> Any:
         if _names_cuda(kwargs.get("device")):
-            kwargs = {**kwargs, "device": _CPU}
+            kwargs["device"] = _CPU
         if kwargs.get("pin_memory"):
-            kwargs = {**kwargs, "pin_memory": False}
-        if func is torch.Tensor.to and len(args) > 1 and _names_cuda(args[1]):
-            args = (args[0], _CPU, *args[2:])
-        return func(*args, **kwargs)
+            kwargs["pin_memory"] = False
+        return function(*args, **kwargs)
+
+    return made
+
+
+def _replace_tensor_functions() -> None:
+    """Each by itself: a TorchFunctionMode would cost every call of torch's, and knows only its own thread."""
+    constructors = torch_device._device_constructors()  # kept by torch for its own contexts, as they are now
+    for name, function in vars(torch).copy().items():
+        if name in _LIKE or (callable(function) and function in constructors):
+            setattr(torch, name, _on_host(function))
+    tensor: Any = torch.Tensor
+    for name in _NEW:
+        setattr(tensor, name, _on_host(getattr(tensor, name)))
+    to, kind = _on_host(tensor.to), tensor.type
+
+    @functools.wraps(to)
+    def moved(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return to(self, *(_CPU if _names_cuda(value) else value for value in args), **kwargs)
+
+    @functools.wraps(kind)
+    def named(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if args or kwargs:
+            return kind(self, *args, **kwargs)
+        # Megatron's optimizer and gradient clipping sort parameters by comparing this string.
+        return kind(self).replace("torch.", "torch.cuda.", 1)
+
+    tensor.to, tensor.type = moved, named
+    tensor.cuda = lambda self, *args, **kwargs: self
 
 
 class _Generators:
@@ -56,10 +80,10 @@ def enable() -> bool:
     Returns:
         Whether the CPU meaning is in force, that is, whether CUDA is absent.
     """
-    global _mode
+    global _enabled
     if torch.cuda.is_available():
         return False
-    if _mode is not None:
+    if _enabled:
         return True
     if "OMP_NUM_THREADS" not in os.environ:
         # Threads of one process wait for each other on small matrices; data-parallel ranks use the cores better.
@@ -76,8 +100,8 @@ def enable() -> bool:
     cuda.default_generators = _Generators()
     cuda._lazy_call = lambda callback, **kwargs: callback()
     cuda._lazy_init = lambda: None
-    _mode = _CudaMeansCpu()
-    _mode.__enter__()
+    _replace_tensor_functions()
+    _enabled = True
     return True
 
 

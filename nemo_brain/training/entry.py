@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 import traceback
 from collections.abc import Callable
@@ -39,4 +40,6 @@ def launch(configurations: Path, name: str, train: Callable[[DictConfig], object
             get_error_handler().record_exception(error)
             sys.exit(f"error: {error}")
 
+    gc.freeze()  # what has been imported stays: no collection need look at it again
+    gc.enable()
     hydra_runner(config_path=str(configurations), config_name=name)(task)()

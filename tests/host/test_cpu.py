@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -26,8 +27,12 @@ def test_the_device_cuda_is_host_memory():
         plain.to("cuda"),
         plain.to(device="cuda:0", dtype=torch.float64),
         plain.to("cuda", torch.float64, non_blocking=True),
+        torch.zeros_like(plain, device="cuda"),
+        plain.new_full((2,), 1.0, device="cuda"),
         torch.nn.Linear(2, 2).cuda(torch.cuda.current_device()).weight,
     ]
+    with ThreadPoolExecutor() as threads:
+        made.append(threads.submit(torch.empty, 3, device="cuda").result())
     assert {tensor.device.type for tensor in made} == {"cpu"}
     assert plain.cuda() is plain
     assert made[5].dtype == made[6].dtype == torch.float64
@@ -54,9 +59,14 @@ def test_random_states_of_the_device_are_the_hosts():
 
 
 def test_a_second_call_changes_nothing():
-    before = torch.cuda.current_device, cpu._mode
+    before = torch.cuda.current_device, torch.empty, torch.Tensor.to
     assert cpu.enable()
-    assert (torch.cuda.current_device, cpu._mode) == before
+    assert (torch.cuda.current_device, torch.empty, torch.Tensor.to) == before
+
+
+def test_contexts_of_another_device_still_place_what_is_made_in_them():
+    with torch.device("meta"):
+        assert torch.empty(2).is_meta and torch.nn.Linear(2, 2).weight.is_meta
 
 
 def tracked(tensor_parallel: int) -> tuple[bool, list[float]]:
