@@ -8,7 +8,9 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
+
+from nemo_brain.data.tokenizers import load_tokenizer
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
@@ -36,15 +38,8 @@ class HuggingFaceDirectory:
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerFast:
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(str(self.path), local_files_only=True, trust_remote_code=False)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{self.path}: its tokenizer cannot be read, expected tokenizer.json: {error}") from error
-        if not isinstance(tokenizer, PreTrainedTokenizerFast):
-            raise ValueError(
-                f"{self.path}: a fast tokenizer (tokenizer.json) is needed, not {type(tokenizer).__name__}"
-            )
-        return tokenizer
+        rows = self.config.get("vocab_size")
+        return load_tokenizer(self.path, key=None, end_token=False, vocab_size=rows)
 
     def tensor(self, name: str) -> torch.Tensor:
         with _open(self._files[name]) as file:

@@ -65,7 +65,8 @@ def start_weights(restore_from: str | None, gpt: dict | None, tokenizer: str | N
     if restore_from is not None:
         return open_weights(restore_from)
     found = byte_tokenizer() if tokenizer is None else load_tokenizer(tokenizer, key="model.tokenizer")
-    return RandomWeights(dict(gpt or {}), len(found), found, seed)
+    rows = max(found.get_vocab().values()) + 1  # of ids with gaps there are fewer
+    return RandomWeights(dict(gpt or {}), rows, found, seed)
 
 
 def _open_checkpoint(path: Path) -> RunWeights:

@@ -28,9 +28,9 @@ class Template:
     def __init__(self, tokenizer: PreTrainedTokenizerFast, template: str | None) -> None:
         self.chat = template == "chat"
         self.identity = template is None
-        if self.chat and not tokenizer.chat_template:
+        if self.chat and (lack := lacks_chat_template(tokenizer)):
             raise ValueError(
-                f"{KEY}=chat: the tokenizer has no chat template (set {KEY} to null or to a format string with "
+                f"{KEY}=chat: the tokenizer {lack} (set {KEY} to null or to a format string with "
                 "{prompt}, or add chat_template.jinja to the tokenizer's directory)"
             )
         self._format = (
@@ -65,6 +65,14 @@ class Template:
             raise ValueError(f"messages need a chat template (set {KEY}=chat, or give a plain prompt)")
         text, ids = render_chat(self._tokenizer, messages, generation_prompt=True)
         return text, [], ids
+
+
+def lacks_chat_template(tokenizer: PreTrainedTokenizerFast) -> str | None:
+    """In words, that there is no template for messages: none at all, or several and none of them named default."""
+    templates = tokenizer.chat_template
+    if isinstance(templates, dict) and templates and not templates.get("default"):
+        return f"has no chat template named default, only {', '.join(templates)}"
+    return None if templates else "has no chat template"
 
 
 def render_chat(

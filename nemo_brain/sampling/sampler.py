@@ -24,6 +24,7 @@ from transformers import PreTrainedTokenizerFast
 
 from nemo_brain.core.groups import Output, Prompt, SampledGroup
 from nemo_brain.core.heartbeat import heartbeat
+from nemo_brain.data.tokenizers import decode
 from nemo_brain.logprobs import vocab_parallel_logprobs
 from nemo_brain.model.gpt import PackedGPTConfig
 from nemo_brain.model.parameters import unwrap
@@ -319,5 +320,5 @@ class Sampler:
 
     def _output(self, row: _Row) -> Output:
         ended = row.tokens[-1] == self.end
-        text = self.tokenizer.decode(row.tokens[: len(row.tokens) - ended], skip_special_tokens=False)
+        text = decode(self.tokenizer, row.tokens[: len(row.tokens) - ended])
         return Output(row.tokens, text, ended)

@@ -13,7 +13,7 @@ from chat_tokenizers import TOKENIZERS, chatml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import BertTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from nemo_brain.core.groups import Group, Output, Prompt, RewardedGroup, Rollout, SampledGroup, ScoredGroup
 from nemo_brain.data.order import prompts_of_iteration, visits
@@ -130,14 +130,6 @@ def test_load_tokenizer_errors_name_the_key_and_the_remedy(tmp_path):
     PreTrainedTokenizerFast(tokenizer_object=BYTES.backend_tokenizer).save_pretrained(tmp_path / "endless")
     with pytest.raises(ValueError, match=r"no end token \(set eos_token in tokenizer_config.json"):
         load_tokenizer(tmp_path / "endless")
-
-
-def test_load_tokenizer_refuses_slow_tokenizers(tmp_path, monkeypatch):
-    (tmp_path / "vocab.txt").write_text("[UNK]\n[SEP]\n[PAD]\n[CLS]\n[MASK]\na\n")
-    slow = BertTokenizer(tmp_path / "vocab.txt")
-    monkeypatch.setattr("nemo_brain.data.tokenizers.AutoTokenizer.from_pretrained", lambda *_, **__: slow)
-    with pytest.raises(ValueError, match=r"BertTokenizer, which has no tokenizer.json .convert it to a fast"):
-        load_tokenizer(tmp_path)
 
 
 # Templates

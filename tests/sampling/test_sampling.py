@@ -44,7 +44,7 @@ GPT = {
 GPT2 = {**GPT, "num_query_groups": 4, "normalization": "LayerNorm", "gated_linear_unit": False}
 GPT2 |= {"position_embedding_type": "learned_absolute", "share_embeddings_and_output_weights": False}
 VOCAB, END = 37, 5
-TOKENIZER = SimpleNamespace(eos_token_id=END, decode=lambda ids, skip_special_tokens: " ".join(map(str, ids)))
+TOKENIZER = SimpleNamespace(eos_token_id=END, decode=lambda ids, **_: " ".join(map(str, ids)))
 PROMPTS = [Prompt(f"p{n}", "", [(7 * n + 3 * i) % VOCAB for i in range(n)]) for n in (4, 1, 9, 6)]
 OPTIONS = SamplingOptions(outputs=4, max_new_tokens=70)  # the cache grows past its block of 64
 
@@ -137,7 +137,7 @@ def test_every_layout_samples_the_same_outputs_with_their_log_probs(gpt):
             assert output.ended == (END in output.token_ids)
             assert output.token_ids.count(END) == output.ended and (not output.ended or output.token_ids[-1] == END)
             assert output.ended or len(output.token_ids) == 70
-            assert output.text == TOKENIZER.decode(output.token_ids[: -1 if output.ended else None], False)
+            assert output.text == TOKENIZER.decode(output.token_ids[: -1 if output.ended else None])
         for group in result["groups"]:
             for sampled_from, policy in zip(group.proposal_logprobs, group.policy_logprobs, strict=True):
                 assert (sampled_from == policy) == (temperature == 1.0), "the temperature enters log q' only"
