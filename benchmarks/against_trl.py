@@ -18,6 +18,7 @@ from benchmarks import common, models
 from benchmarks.sampling import sampled_groups, text_prompts, transformers_model
 from nemo_brain.core.groups import Group, Output, Prompt, ScoredGroup
 from nemo_brain.core.packing import chunk_tokens
+from nemo_brain.data.stop import Stop
 from nemo_brain.objectives import make_objective
 from nemo_brain.sampling.sampler import Sampler, SamplingOptions
 from nemo_brain.training.brain.passes import BRAInPasses, Scores
@@ -202,8 +203,8 @@ def _brain_iteration(model, prior, prompt: Prompt, shape) -> Callable[[], None]:
     passes = BRAInPasses(model.config, "shared_prefix", 16384)
     objective = make_objective("brain", gamma=0.1)
     decode = getattr(model.weights.tokenizer, "decode", lambda ids, **_: str(ids))
-    tokenizer = SimpleNamespace(eos_token_id=-1, decode=decode)
-    options = SamplingOptions(outputs=n, max_new_tokens=output)
+    tokenizer = SimpleNamespace(decode=decode)
+    options = SamplingOptions(outputs=n, max_new_tokens=output, stop=Stop(()))
 
     def iterate() -> None:
         groups = sampled_groups(Sampler(model.chunks, model.config, tokenizer, options), [prompt], iteration=0)

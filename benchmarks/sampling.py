@@ -11,6 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks import common, models
 from nemo_brain.core.groups import Prompt, SampledGroup
+from nemo_brain.data.stop import Stop
 from nemo_brain.sampling.sampler import Sampler, SamplingOptions
 
 TITLE = "Sampling, against transformers"
@@ -162,8 +163,9 @@ def _end_token(model) -> int:
 
 def _ours(model, prompts, n, new, rows, end, counts) -> Callable[[], None]:
     decode = getattr(model.weights.tokenizer, "decode", lambda ids, **_: str(ids))
-    tokenizer = SimpleNamespace(eos_token_id=-1 if end is None else end, decode=decode)
-    options = SamplingOptions(outputs=n, max_new_tokens=new, rows_in_flight=rows)
+    tokenizer = SimpleNamespace(decode=decode)
+    stop = Stop(() if end is None else (end,))
+    options = SamplingOptions(outputs=n, max_new_tokens=new, stop=stop, rows_in_flight=rows)
     sampler = Sampler(model.chunks, model.config, tokenizer, options)
 
     def call() -> None:

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from nemo_brain.data.stop import Stop
 from nemo_brain.data.tokenizers import byte_tokenizer
 
 CORPUS = ["user\nhello world, the assistant said hello\n\n  two words <think> [INST] <|im s im_end end|> eos </s"] * 4
@@ -83,6 +84,11 @@ def chat_tokenizer():
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
+
+
+def own_stop(tokenizer: PreTrainedTokenizerFast) -> Stop:
+    """The tokenizer's end token alone ends outputs."""
+    return Stop((tokenizer.eos_token_id,), end=tokenizer.eos_token_id)
 
 
 USER = {"role": "user", "content": "What colour?"}

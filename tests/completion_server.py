@@ -6,6 +6,7 @@ computed of a prefix until /reset_prefix_cache, also after new weights have been
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 import time
@@ -184,7 +185,8 @@ class CompletionServer:
             token = int(torch.multinomial(law.exp(), 1, generator=generator))
             logprobs.append((law if self.processed else plain.log_softmax(-1))[token].item())
             ids.append(token)
-            if token in body["stop_token_ids"] or token == self.end:
+            text = TOKENIZER.decode(ids)
+            if token in body["stop_token_ids"] or token == self.end or any(end in text for end in body["stop"]):
                 reason = "stop"
                 break
         as_ids = self.kind in ("vllm", "old vllm") and body["return_tokens_as_token_ids"]
@@ -219,5 +221,6 @@ def _send(handler, status: int, answer, headers: dict | None = None) -> None:
         **(headers or {}),
     }.items():
         handler.send_header(name, value)
-    handler.end_headers()
-    handler.wfile.write(content)
+    with contextlib.suppress(BrokenPipeError):  # who asked has given up
+        handler.end_headers()
+        handler.wfile.write(content)

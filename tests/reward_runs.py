@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from chat_tokenizers import own_stop
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from models import tensors_of
@@ -91,6 +92,12 @@ def compare(expected: dict, ranks: list[dict], model: Path) -> None:
 
 
 def loaded(pairs: Path) -> list:
+    tokenizer = byte_tokenizer()
     return load_preferences(
-        str(pairs), tokenizer=byte_tokenizer(), template=None, max_prompt_tokens=16, max_output_tokens=16
+        str(pairs),
+        tokenizer=tokenizer,
+        stop=own_stop(tokenizer),
+        template=None,
+        max_prompt_tokens=16,
+        max_output_tokens=16,
     ).examples

@@ -63,7 +63,7 @@ def convert(
     except ValueError as error:
         raise ValueError(f"from: {error}") from error
     gpt = PackedGPTConfig(**{**weights.gpt_config, "vocab_size": weights.vocab_size})
-    export = make_export(gpt, weights.vocab_size, tokenizer, "from")
+    export = make_export(gpt, weights.vocab_size, tokenizer, "from", weights.generation_config, weights.stop_token_ids)
     writer = Writer(export, target, max_shard_bytes, replaceable=False)
 
     def copy(name: str) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from safetensors.torch import save_file
-from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerFast
+from transformers import PretrainedConfig, PreTrainedTokenizerFast
 
 from nemo_brain.convert.gpt2 import GPT2Export
 from nemo_brain.convert.gpt_neox import GPTNeoXExport
@@ -31,9 +31,11 @@ _MARK = ".nemo_brain_export"  # only a directory with this file is ever replaced
 
 
 class Export(Protocol):
-    """A Megatron GPT in Hugging Face's terms; ``vocab_size`` counts no padding."""
+    """A Megatron GPT in Hugging Face's terms; ``vocab_size`` counts no padding, ``generation_config`` is
+    generation_config.json's content."""
 
     config: PretrainedConfig
+    generation_config: dict[str, Any]
     vocab_size: int
     tokenizer: PreTrainedTokenizerFast
 
@@ -45,7 +47,14 @@ class Export(Protocol):
 EXPORTS: tuple[Callable[..., MappedExport], ...] = (LlamaExport, GPTNeoXExport, GPT2Export)
 
 
-def make_export(gpt: PackedGPTConfig, vocab_size: int, tokenizer: PreTrainedTokenizerFast, key: str) -> MappedExport:
+def make_export(
+    gpt: PackedGPTConfig,
+    vocab_size: int,
+    tokenizer: PreTrainedTokenizerFast,
+    key: str,
+    generation_config: Mapping[str, Any] | None = None,
+    stop_token_ids: Sequence[int] | None = None,
+) -> MappedExport:
     """How a model is written.
 
     Args:
@@ -53,6 +62,8 @@ def make_export(gpt: PackedGPTConfig, vocab_size: int, tokenizer: PreTrainedToke
         vocab_size: rows of the embedding, without padding.
         tokenizer: written beside the weights.
         key: the configuration key that errors name.
+        generation_config: what generation_config.json says besides; None: nothing.
+        stop_token_ids: what it says ends an output; None: the tokenizer's end token.
 
     Raises:
         ValueError: no architecture here computes what the model computes; says what cannot be expressed.
@@ -60,9 +71,12 @@ def make_export(gpt: PackedGPTConfig, vocab_size: int, tokenizer: PreTrainedToke
     refusals = []
     for kind in EXPORTS:
         try:
-            return kind(gpt, vocab_size, tokenizer)
+            export = kind(gpt, vocab_size, tokenizer)
         except ValueError as error:
             refusals.append(str(error))
+            continue
+        export.state_generation(generation_config or {}, stop_token_ids)
+        return export
     raise ValueError(
         f"{key}: no Hugging Face architecture known here computes what this model computes: {'; '.join(refusals)}. "
         f"Change the model, or set {key}=null"
@@ -243,10 +257,9 @@ class Writer(DirectoryWriter):
         self._flush()
         self._name_files()
         self._export.config.save_pretrained(self._incomplete)
-        ends = {
-            name: getattr(self._export.tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")
-        }
-        GenerationConfig(**ends).save_pretrained(self._incomplete)
+        # Not by transformers' class, which refuses to write what some models come with.
+        generation = json.dumps(self._export.generation_config, indent=2, ensure_ascii=False)
+        (self._incomplete / "generation_config.json").write_text(generation + "\n", encoding="utf-8")
         self._export.tokenizer.save_pretrained(self._incomplete)
 
     def _flush(self) -> None:

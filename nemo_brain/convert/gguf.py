@@ -31,6 +31,7 @@ _LAYER = {
     "ffn_up.weight": "mlp.up_proj.weight",
     "ffn_down.weight": "mlp.down_proj.weight",
 }
+_ENDS = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id")
 _NO_DEFAULT = object()
 _LAYER_NAME = re.compile(r"blk\.(\d+)\.(.+)")
 
@@ -53,6 +54,7 @@ class GGUFFile:
             raise ValueError(f"{path}: GGUF architecture {architecture!r} is not supported; known: llama")
         self._tensors = {self._hugging_face_name(tensor.name): tensor for tensor in self._reader.tensors}
         self.config = self._config()
+        self.generation_config: dict = {}
 
     @property
     def names(self) -> set[str]:
@@ -116,6 +118,7 @@ class GGUFFile:
             "rms_norm_eps": self.field("llama.attention.layer_norm_rms_epsilon"),
             "rope_theta": self.field("llama.rope.freq_base", 10000.0),
             "tie_word_embeddings": "lm_head.weight" not in self._tensors,
+            "eos_token_id": [token for key in _ENDS if (token := self.field(key, None)) is not None],
         }
 
     def _hugging_face_name(self, name: str) -> str:

@@ -30,6 +30,8 @@ class HuggingFaceDirectory:
         self.config = _read_object(config)
         if self.config.get("quantization_config"):
             raise ValueError(f"{path}: quantization_config in config.json is not supported; save the model unquantised")
+        generation = path / "generation_config.json"
+        self.generation_config = _read_object(generation) if generation.is_file() else {}
         self._files = self._locate()
 
     @property

@@ -7,11 +7,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from collections.abc import Mapping as Values
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+import transformers
 from transformers import PreTrainedTokenizerFast
+
+from nemo_brain.data.stop import named_token_ids
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -155,6 +159,7 @@ class MappedWeights:
         self.mapping = mapping
         self.gpt_config = gpt_config
         self.vocab_size = vocab_size
+        self.generation_config = source.generation_config
         expected = {part for name in mapping.names for part in mapping.parts(name)[1]}
         names = set(source.names)
         if missing := sorted(expected - names):
@@ -165,6 +170,10 @@ class MappedWeights:
     @property
     def tokenizer(self) -> PreTrainedTokenizerFast:
         return self.source.tokenizer
+
+    @property
+    def stop_token_ids(self) -> tuple[int, ...]:
+        return named_token_ids(self.tokenizer, self.generation_config, self.source.config)
 
     @property
     def names(self) -> list[str]:
@@ -190,6 +199,18 @@ class MappedExport:
         self.mapping = mapping
         self.vocab_size = vocab_size
         self.tokenizer = tokenizer
+        self.generation_config: dict[str, Any] = {}
+
+    def state_generation(self, given: Values[str, Any], stop_token_ids: Sequence[int] | None) -> None:
+        """Says in both configurations which tokens end an output (None: the tokenizer's end token), and in
+        generation_config.json what is ``given`` besides."""
+        own = self.tokenizer.eos_token_id
+        ends = list(stop_token_ids) if stop_token_ids is not None else [] if own is None else [own]
+        end = ends if len(ends) > 1 else next(iter(ends), None)
+        tokens = {"bos_token_id": self.tokenizer.bos_token_id, "pad_token_id": self.tokenizer.pad_token_id}
+        stated = {**tokens, **given, "eos_token_id": end, "transformers_version": transformers.__version__}
+        self.generation_config = {name: value for name, value in stated.items() if value is not None}
+        self.config.eos_token_id = end
 
     def tensors(self, name: str, full: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
         """Hugging Face's names and tensors of one canonical Megatron tensor, without rows that pad the vocabulary."""

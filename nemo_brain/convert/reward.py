@@ -38,10 +38,15 @@ class RewardWeights:
         self.trunk, self.head, self.mean, self.template = trunk, head, mean, template
         self.gpt_config = trunk.gpt_config
         self.vocab_size = trunk.vocab_size
+        self.generation_config = trunk.generation_config
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerFast:
         return self.trunk.tokenizer
+
+    @property
+    def stop_token_ids(self) -> tuple[int, ...]:
+        return self.trunk.stop_token_ids
 
     def tensor(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         return self.head if name == HEAD else self.trunk.tensor(name, shape)
@@ -92,6 +97,7 @@ class _Trunk:
     def __init__(self, source: HuggingFaceDirectory):
         self._source = source
         self.config = {**source.config, "tie_word_embeddings": True}
+        self.generation_config = source.generation_config
         self.names = source.names - {SCORE}
         self.tensor = source.tensor
 
@@ -117,6 +123,7 @@ class RewardExport:
         ids = (getattr(export.tokenizer, f"{name}_token_id") for name in ("pad", "unk", "bos"))
         padding = next((token for token in ids if token not in (None, export.tokenizer.eos_token_id)), None)
         self.tokenizer.pad_token = None if padding is None else self.tokenizer.convert_ids_to_tokens(padding)
+        self.generation_config = {**export.generation_config, "pad_token_id": padding}
         self.config = export.config
         self.config.update(
             {

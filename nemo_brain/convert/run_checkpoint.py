@@ -30,6 +30,7 @@ class RunWeights:
 
     def __init__(self, path: Path, start: Weights):
         self.gpt_config, self.vocab_size, self._start = start.gpt_config, start.vocab_size, start
+        self.generation_config = start.generation_config
         self._path, self._reader = path, ModelReader(path / "weights")
         self._stored = {  # by canonical name
             stored.name if stored.layer is None else layer_tensor(stored.layer, stored.name): stored
@@ -39,6 +40,10 @@ class RunWeights:
     @property
     def tokenizer(self) -> PreTrainedTokenizerFast:
         return self._start.tokenizer
+
+    @property
+    def stop_token_ids(self) -> tuple[int, ...]:
+        return self._start.stop_token_ids
 
     @property
     def names(self) -> list[str]:

@@ -13,6 +13,7 @@ class CheckpointSource(Protocol):
     """A checkpoint on disk, in Hugging Face's terms: what the architectures translate from."""
 
     config: dict  # the keys of config.json
+    generation_config: dict  # those of generation_config.json; {} without one
 
     @property
     def names(self) -> Collection[str]: ...

@@ -12,6 +12,7 @@ from nemo_brain.data.examples import ExampleSet, given_output
 from nemo_brain.data.preferences import conversation_of
 from nemo_brain.data.prompts import parse_messages, parse_prompt
 from nemo_brain.data.records import Record, Source, kind, read_records
+from nemo_brain.data.stop import Stop
 from nemo_brain.data.templates import Template
 
 TURNS = ("all", "last")
@@ -32,6 +33,7 @@ def load_demonstrations(
     source: Source,
     *,
     tokenizer: PreTrainedTokenizerFast,
+    stop: Stop,
     template: str | None,
     max_prompt_tokens: int,
     max_output_tokens: int,
@@ -53,6 +55,7 @@ def load_demonstrations(
     Args:
         source: a JSONL file (.gz: compressed), a list of them, or an iterable of records.
         tokenizer, template, max_prompt_tokens, key: as in ``load_prompts``.
+        stop: what ends the outputs.
         max_output_tokens: longer completions lose tokens on the right, the end token among them.
         assistant_turns: ``all``, or ``last``: of a record's messages of the assistant only the last one.
 
@@ -68,7 +71,7 @@ def load_demonstrations(
             if not text:
                 raise record.error("a completion is empty", "write it, or remove the line")
             parsed = parse_prompt(record.with_prompt(prompt, _OWN), rendering, max_prompt_tokens)
-            output = given_output(tokenizer, text, max_output_tokens)
+            output = given_output(tokenizer, text, max_output_tokens, stop)
             demonstrations.append(Demonstration(Group(parsed, [output]), conversation_of(prompt)))
             cut_prompts += parsed.truncated
             cut_outputs += not output.ended

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from nemo_brain.core.groups import Group, Output
 from nemo_brain.data.prompts import split_holdout
 from nemo_brain.data.records import Source
-from nemo_brain.data.tokenizers import encode
+from nemo_brain.data.stop import Stop
 
 
 class Example(Protocol):
@@ -57,19 +57,20 @@ def split_conversations(examples: Sequence[T], holdout: float, seed: int) -> tup
     return [e for e in examples if e.conversation not in names], [e for e in examples if e.conversation in names]
 
 
-def given_output(tokenizer: PreTrainedTokenizerFast, text: str, max_output_tokens: int) -> Output:
+def given_output(tokenizer: PreTrainedTokenizerFast, text: str, max_output_tokens: int, stop: Stop) -> Output:
     """A text as an output with its end token, unless it is cut to ``max_output_tokens``."""
-    ids = [*encode(tokenizer, text), tokenizer.eos_token_id]
+    ids = stop.given(tokenizer, text)
     return Output(ids[:max_output_tokens], text, ended=len(ids) <= max_output_tokens)
 
 
 def read_examples(
-    data: Any, seed: int, tokenizer: PreTrainedTokenizerFast, load: Callable[..., ExampleSet[T]]
+    data: Any, seed: int, tokenizer: PreTrainedTokenizerFast, stop: Stop, load: Callable[..., ExampleSet[T]]
 ) -> tuple[list[T], list[T]]:
     """Training and held-out examples, all read and checked; rank 0 says how many were cut.
 
     Args:
         data: a configuration's ``data`` section.
+        stop: what ends the outputs.
         load: reads a source, as ``load_preferences`` and ``load_demonstrations`` do.
     """
 
@@ -77,6 +78,7 @@ def read_examples(
         loaded = load(
             source,
             tokenizer=tokenizer,
+            stop=stop,
             template=data.template,
             max_prompt_tokens=data.max_prompt_tokens,
             max_output_tokens=data.max_output_tokens,

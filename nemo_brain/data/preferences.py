@@ -12,6 +12,7 @@ from nemo_brain.core.groups import Group
 from nemo_brain.data.examples import ExampleSet, given_output
 from nemo_brain.data.prompts import parse_prompt
 from nemo_brain.data.records import Record, Source, kind, read_records
+from nemo_brain.data.stop import Stop
 from nemo_brain.data.templates import Template
 
 OWN = ("prompt", "messages", "chosen", "rejected", "margin")  # keys of a record that are no metadata of its prompt
@@ -34,6 +35,7 @@ def load_preferences(
     source: Source,
     *,
     tokenizer: PreTrainedTokenizerFast,
+    stop: Stop,
     template: str | None,
     max_prompt_tokens: int,
     max_output_tokens: int,
@@ -53,6 +55,7 @@ def load_preferences(
     Args:
         source: a JSONL file (.gz: compressed), a list of them, or an iterable of records.
         tokenizer, template, max_prompt_tokens, key: as in ``load_prompts``.
+        stop: what ends the outputs.
         max_output_tokens: longer outputs lose tokens on the right, the end token among them.
 
     Raises:
@@ -64,7 +67,7 @@ def load_preferences(
     for record in read_records(source, key):
         prompt, answers = _split(record, rendering.chat)
         parsed = parse_prompt(record.with_prompt(prompt, OWN), rendering, max_prompt_tokens)
-        outputs = [given_output(tokenizer, text, max_output_tokens) for text in answers]
+        outputs = [given_output(tokenizer, text, max_output_tokens, stop) for text in answers]
         cut_outputs += sum(not output.ended for output in outputs)
         if outputs[0].token_ids == outputs[1].token_ids:
             raise record.error("chosen and rejected are the same", "remove the line, or raise data.max_output_tokens")

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from nemo_brain.core.groups import Group, Output, Prompt, RewardedGroup, Rollout, SampledGroup
 from nemo_brain.data.prompts import parse_prompt, prompt_id, prompt_reference
 from nemo_brain.data.records import Record, Source, kind, read_records
+from nemo_brain.data.stop import Stop
 from nemo_brain.data.templates import Template
 from nemo_brain.data.tokenizers import encode
 
@@ -64,6 +65,7 @@ def read_rollouts(
     source: Source,
     *,
     tokenizer: PreTrainedTokenizerFast,
+    stop: Stop,
     template: str | None,
     max_prompt_tokens: int,
     max_new_tokens: int,
@@ -75,7 +77,7 @@ def read_rollouts(
 
     - ``token_ids``, the end token included if the model emitted it; without them the text is tokenised, and the end
       token appended if the output ended;
-    - ``ended``; without it, whether ``token_ids`` end with the tokenizer's end token, or true for text alone;
+    - ``ended``; without it, whether ``token_ids`` end as ``stop`` says, or true for text alone;
     - ``reward``, ``prior_logprob``, ``proposal_logprob``: on all outputs of the record or on none.
 
     With ``prompt_token_ids`` the prompt is taken as it stands; without them the template is applied to it. Groups are
@@ -86,6 +88,7 @@ def read_rollouts(
     Args:
         source: a JSONL file, a list of them, or an iterable of records.
         tokenizer: the model's tokenizer.
+        stop: what ends the outputs.
         template: see ``Template``.
         max_prompt_tokens: the longest prompt.
         max_new_tokens: the longest output, end token included.
@@ -109,7 +112,7 @@ def read_rollouts(
                 "give every group an id of its own, or put all outputs of a prompt in one record",
             )
         places[slot] = record.where
-        groups[slot] = _group(record, prompt, tokenizer, max_new_tokens)
+        groups[slot] = _group(record, prompt, tokenizer, stop, max_new_tokens)
     return list(groups.values())
 
 
@@ -132,7 +135,9 @@ def _prompt(record: Record, template: Template, max_prompt_tokens: int, vocabula
     return prompt
 
 
-def _group(record: Record, prompt: Prompt, tokenizer: PreTrainedTokenizerFast, max_new_tokens: int) -> SampledGroup:
+def _group(
+    record: Record, prompt: Prompt, tokenizer: PreTrainedTokenizerFast, stop: Stop, max_new_tokens: int
+) -> SampledGroup:
     items = record.fields.get("outputs")
     if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
         raise record.error("outputs is not a list of objects", 'write "outputs": [{"text": "..."}, {"text": "..."}]')
@@ -147,7 +152,7 @@ def _group(record: Record, prompt: Prompt, tokenizer: PreTrainedTokenizerFast, m
             )
         if given:
             scores[f"{name}s"] = [_score(record, f"outputs[{i}].{name}", item[name]) for i, item in enumerate(items)]
-    outputs = [_output(record, f"outputs[{i}]", item, tokenizer, max_new_tokens) for i, item in enumerate(items)]
+    outputs = [_output(record, f"outputs[{i}]", item, tokenizer, stop, max_new_tokens) for i, item in enumerate(items)]
     return (RewardedGroup if "rewards" in scores else SampledGroup)(prompt, outputs, **scores)
 
 
@@ -158,20 +163,28 @@ def _score(record: Record, name: str, value: object) -> float:
     return number
 
 
-def _output(record: Record, name: str, item: dict, tokenizer: PreTrainedTokenizerFast, max_new_tokens: int) -> Output:
+def _output(
+    record: Record, name: str, item: dict, tokenizer: PreTrainedTokenizerFast, stop: Stop, max_new_tokens: int
+) -> Output:
     text = record.text(f"{name}.text", item.get("text"))
     ended = item.get("ended")
     if ended is not None and type(ended) is not bool:
         raise record.error(f"{name}.ended is {kind(ended)}, not a boolean", "write true, false or leave it out")
     if item.get("token_ids") is not None:
         ids = record.token_ids(f"{name}.token_ids", item["token_ids"], len(tokenizer))
-        ended = ids[-1] == tokenizer.eos_token_id if ended is None else ended
+        ended = stop.ended(tokenizer, ids) if ended is None else ended
     else:
         ids = encode(tokenizer, text)
         if not ids:
-            raise record.error(f"{name} is empty", f"give token_ids ([{tokenizer.eos_token_id}] if it ended at once)")
+            raise record.error(f"{name} is empty", f"give token_ids ([{stop.end}] if it ended at once)")
         ended = ended is not False
-        ids += [tokenizer.eos_token_id] * ended
+        if ended:
+            if stop.end is None:
+                raise record.error(
+                    f"{name} ended, but rollout.stop_token_ids names no token that it ends with",
+                    'give token_ids, or "ended": false',
+                )
+            ids.append(stop.end)
     if len(ids) > max_new_tokens:
         raise record.error(
             f"{name} has {len(ids)} tokens, more than rollout.max_new_tokens={max_new_tokens}",

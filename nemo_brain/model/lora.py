@@ -15,12 +15,11 @@ from typing import Any
 import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
 from nemo.collections.llm.peft.lora import LoRALinear
-from transformers import PreTrainedTokenizerFast
 
 from nemo_brain.host.adapters import make_adapter
 from nemo_brain.model.parameters import GlobalParameter, global_parameters, is_adapter
 from nemo_brain.model.random_weights import normal
-from nemo_brain.model.weights import Weights, load_weights
+from nemo_brain.model.weights import Tensors, load_weights
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,7 @@ class SwitchedLoRALinear(LoRALinear):
         return output, bias
 
 
-def load(chunk: GPTModel, weights: Weights, lora: LoRA | None) -> None:
+def load(chunk: GPTModel, weights: Tensors, lora: LoRA | None) -> None:
     """Fills a new, unwrapped chunk; with ``lora`` it is frozen then, and has adapters, which are all that trains."""
     if lora is not None:
         chunk.requires_grad_(False)
@@ -61,16 +60,12 @@ def load(chunk: GPTModel, weights: Weights, lora: LoRA | None) -> None:
 
 
 class _WithAdapters:
-    """``Weights`` of a model with new adapters: A is normal with Xavier's deviation, as NeMo's, but drawn by seed and
+    """``Tensors`` of a model with new adapters: A is normal with Xavier's deviation, as NeMo's, but drawn by seed and
     name, so that it is the same in every layout; B is zero."""
 
-    def __init__(self, weights: Weights, seed: int):
+    def __init__(self, weights: Tensors, seed: int):
         self.weights, self.seed = weights, seed
-        self.gpt_config, self.vocab_size = weights.gpt_config, weights.vocab_size
-
-    @property
-    def tokenizer(self) -> PreTrainedTokenizerFast:
-        return self.weights.tokenizer
+        self.vocab_size = weights.vocab_size
 
     def tensor(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         if not is_adapter(name):

@@ -8,6 +8,8 @@ import math
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from nemo_brain.data.stop import named_token_ids
+
 _SCALED = ("self_attention.linear_proj.weight", "mlp.linear_fc2.weight")
 _UNSCALED = ("self_attention.linear_qkv.weight", "mlp.linear_fc1.weight", "output_layer.weight")
 
@@ -36,8 +38,13 @@ class RandomWeights:
     def __init__(self, gpt_config: dict, vocab_size: int, tokenizer: PreTrainedTokenizerFast, seed: int):
         self.gpt_config = gpt_config
         self.vocab_size = vocab_size
+        self.generation_config: dict = {}
         self.tokenizer = tokenizer
         self.seed = seed
+
+    @property
+    def stop_token_ids(self) -> tuple[int, ...]:
+        return named_token_ids(self.tokenizer)
 
     def tensor(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         """The full tensor of that canonical name: fp32, on the CPU. Raises ValueError for a name that no GPT has."""

@@ -16,17 +16,10 @@ from nemo_brain.core.heartbeat import heartbeat
 from nemo_brain.model.parameters import VOCABULARY_TENSORS, global_parameters
 
 
-class Weights(Protocol):
-    """All that is needed to build a Megatron GPT and fill it.
+class Tensors(Protocol):
+    """``vocab_size``: rows of the embedding, without padding."""
 
-    gpt_config: values for fields of ``PackedGPTConfig``; vocab_size: rows of the embedding, without padding.
-    """
-
-    gpt_config: dict
     vocab_size: int
-
-    @property
-    def tokenizer(self) -> PreTrainedTokenizerFast: ...
 
     def tensor(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         """The full tensor of a canonical Megatron name (see ``sharding``) on the CPU.
@@ -35,8 +28,26 @@ class Weights(Protocol):
         """
 
 
+class Weights(Tensors, Protocol):
+    """All that is needed to build a Megatron GPT and fill it.
+
+    gpt_config: values for fields of ``PackedGPTConfig``; generation_config: what generation_config.json says, {}
+    without one.
+    """
+
+    gpt_config: dict
+    generation_config: dict
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerFast: ...
+
+    @property
+    def stop_token_ids(self) -> tuple[int, ...]:
+        """The tokens that end its outputs, the tokenizer's own first."""
+
+
 @torch.no_grad()
-def load_weights(chunks: Sequence[GPTModel], weights: Weights) -> None:
+def load_weights(chunks: Sequence[GPTModel], weights: Tensors) -> None:
     """Copies this rank's shards of ``weights`` into the unwrapped chunks, casting to the parameters' dtype.
 
     One full tensor is held at a time. Rows that pad the vocabulary become zero. Call it before the optimizer is built:

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from nemo_brain.convert.reward import open_reward_model
 from nemo_brain.core.groups import Group, Output
+from nemo_brain.data.stop import choose_stop
 from nemo_brain.data.templates import Template
 from nemo_brain.data.tokenizers import encode
 from nemo_brain.model.gpt import PackedGPTConfig
@@ -40,7 +41,8 @@ class MegatronReward:
 
     The policy's token ids are scored as they are where its tokenizer and template are the reward model's own. Otherwise
     messages (``data.template=chat`` on both sides) or plain prompts (``data.template=null``) are rendered and tokenised
-    anew, outputs from their text. An output that did not end has no end token then either.
+    anew, outputs from their text. An output that did not end has no end token then either; one that did has that which
+    the reward model's own data ended with.
 
     Args:
         restore_from: the directory of a reward model, see ``convert.reward.open_reward_model``.
@@ -57,6 +59,12 @@ class MegatronReward:
         self.weights = open_reward_model(restore_from, "reward.restore_from")
         self._template = self.weights.template if template is None else template
         self._rendering = Template(self.weights.tokenizer, self._template)
+        self._stop = choose_stop(
+            self.weights.tokenizer,
+            self.weights.stop_token_ids,
+            self._template,
+            vocab_size=self.weights.vocab_size,
+        )
         self._fit: _Fit | None = None  # until it is configured
         self._model: _OffloadedModel | None = None  # until it is set up
 
@@ -99,7 +107,7 @@ class MegatronReward:
     def _own(self, group: Group) -> Group:
         """The group in the reward model's tokens, prompts cut on the left and outputs on the right to its positions."""
         assert self._fit is not None, "the reward has not been configured"
-        prompt_ids, outputs = group.prompt.token_ids, [output.token_ids for output in group.outputs]
+        prompt_ids, outputs = group.prompt.token_ids, [self._as_ended(output) for output in group.outputs]
         start: list[int] = []
         if not self._fit.same_tokens:
             if self._fit.rendered:
@@ -120,11 +128,19 @@ class MegatronReward:
             [replace(output, token_ids=ids) for output, ids in zip(group.outputs, outputs, strict=True)],
         )
 
+    def _as_ended(self, output: Output) -> list[int]:
+        """The policy's tokens, ended as the reward model knows it."""
+        if not output.ended or output.token_ids[-1] == self._stop.end:
+            return output.token_ids
+        if output.token_ids[-1] in self._stop.token_ids:
+            return [*output.token_ids[:-1], *self._stop.given(self.weights.tokenizer, "")]
+        return self._tokens(output)  # it ended with a string
+
     def _tokens(self, output: Output) -> list[int]:
-        end = [self.weights.tokenizer.eos_token_id]
-        ids = encode(self.weights.tokenizer, output.text)
+        tokenizer = self.weights.tokenizer
+        ids = encode(tokenizer, output.text)
         # An output has at least one token to read the reward at.
-        return ids + end if output.ended or not ids else ids
+        return self._stop.given(tokenizer, output.text) if output.ended or not ids else ids
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,6 @@ from transformers import PreTrainedTokenizerFast
 from nemo_brain.config.brain import RemoteConfig
 from nemo_brain.core.groups import Output, Prompt, SampledGroup
 from nemo_brain.core.http import BadAnswer
-from nemo_brain.data.tokenizers import decode
 from nemo_brain.sampling.server import Server
 
 if TYPE_CHECKING:
@@ -62,7 +61,7 @@ class RemoteSampler:
     Args:
         config: where and how to ask.
         options: what to sample; ``rows_in_flight`` is not used, ``config.concurrency`` is.
-        tokenizer: gives the end token and turns ids into text.
+        tokenizer: turns ids into text.
         vocab_size: the model's, without padding; the server may not return other ids.
 
     Raises:
@@ -75,7 +74,6 @@ class RemoteSampler:
         self.config = config
         self.options = options
         self.tokenizer = tokenizer
-        self.end = tokenizer.eos_token_id
         self.vocab_size = vocab_size
         self._server = Server(config)
 
@@ -191,8 +189,8 @@ class RemoteSampler:
             "repetition_penalty": 1.0,
             "presence_penalty": 0.0,
             "frequency_penalty": 0.0,
-            "stop": [],
-            "stop_token_ids": [self.end],
+            "stop": list(self.options.stop.strings),
+            "stop_token_ids": list(self.options.stop.token_ids),
             "include_stop_str_in_output": True,
             "ignore_eos": False,
             "add_special_tokens": False,
@@ -229,23 +227,26 @@ class RemoteSampler:
         for value in values:
             if type(value) not in (int, float) or not _IMPOSSIBLE < value <= _ROUNDING:
                 raise BadAnswer(f"{value!r} is not the log-prob of a sampled token")
-        ended = ids[-1] == self.end
-        if self.end in ids[:-1]:
-            raise BadAnswer(f"the end token {self.end} stands before the end of the output {ids}")
+        stop = self.options.stop
+        output = stop.output(self.tokenizer, ids)
+        if early := sorted(set(ids[:-1]) & set(stop.token_ids)):
+            raise BadAnswer(f"the end token {early[0]} stands before the end of the output {ids}")
+        if stop.strings and ids[:-1] and stop.ended(self.tokenizer, ids[:-1]):
+            raise BadAnswer(f"the output goes on behind one of rollout.stop_strings={list(stop.strings)}: {ids}")
         if reason not in ("stop", "length"):
             raise BadAnswer(f"finish_reason is {reason!r}, neither 'stop' nor 'length'")
-        if reason == "stop" and not ended:
+        if reason == "stop" and not output.ended:
             raise BadAnswer(
-                f"the server stopped at token {ids[-1]}, which is not the tokenizer's end token {self.end}: it stops "
-                "at other tokens too (eos_token_id in the served config.json or generation_config.json)"
+                f"the server stopped at token {ids[-1]}, which is none of the end tokens {list(stop.token_ids)}: it "
+                "stops at other tokens too (eos_token_id in the served config.json or generation_config.json; "
+                "rollout.stop_token_ids names them)"
             )
-        if reason == "length" and not ended and len(ids) < self.options.max_new_tokens:
+        if reason == "length" and not output.ended and len(ids) < self.options.max_new_tokens:
             raise BadAnswer(
                 f"the output was cut after {len(ids)} of rollout.max_new_tokens={self.options.max_new_tokens} tokens: "
                 "the server's context is too short"
             )
-        text = decode(self.tokenizer, ids[: len(ids) - ended])
-        return Output(ids, text, ended), math.fsum(values)
+        return output, math.fsum(values)
 
 
 def _token_id(token: str) -> int:

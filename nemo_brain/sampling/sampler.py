@@ -22,9 +22,9 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from transformers import PreTrainedTokenizerFast
 
-from nemo_brain.core.groups import Output, Prompt, SampledGroup
+from nemo_brain.core.groups import Prompt, SampledGroup
 from nemo_brain.core.heartbeat import heartbeat
-from nemo_brain.data.tokenizers import decode
+from nemo_brain.data.stop import Stop
 from nemo_brain.logprobs import vocab_parallel_logprobs
 from nemo_brain.model.gpt import PackedGPTConfig
 from nemo_brain.model.parameters import unwrap
@@ -36,7 +36,8 @@ _STOP_TICKS = 16  # between two questions whether to stop
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """What is sampled: ``top_k`` (0: all) and ``top_p`` (1: all) truncate the law; log q' is then that law's.
+    """What is sampled: outputs that end as ``stop`` says. ``top_k`` (0: all) and ``top_p`` (1: all) truncate the law;
+    log q' is then that law's.
 
     How: ``rows_in_flight`` outputs at a time (at least one group's, for each lane), of which new prompts bring at most
     ``prefill_tokens`` positions into one pass (or one prompt).
@@ -44,6 +45,7 @@ class SamplingOptions:
 
     outputs: int
     max_new_tokens: int
+    stop: Stop
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
@@ -140,7 +142,7 @@ class Sampler:
     Args:
         chunks: this rank's model chunks as Megatron's schedules take them (DDP-wrapped or not), one per virtual stage.
         config: the model's config.
-        tokenizer: gives the end token and turns ids into text.
+        tokenizer: turns ids into text.
         options: what to sample.
     """
 
@@ -155,7 +157,6 @@ class Sampler:
         self.config = config
         self.tokenizer = tokenizer
         self.options = options
-        self.end = tokenizer.eos_token_id
         self.device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else "cpu"
         self._pipeline = parallel_state.get_pipeline_model_parallel_group()
         self._rank, self._size = self._pipeline.rank(), self._pipeline.size()
@@ -291,7 +292,7 @@ class Sampler:
             row.tokens.append(int(token))
             row.proposal_logprob += sampled
             row.policy_logprob += plain
-            if token == self.end or len(row.tokens) == options.max_new_tokens:
+            if len(row.tokens) == options.max_new_tokens or options.stop.ended(self.tokenizer, row.tokens):
                 ended.append(place)
         lane.drop(ended)
         return [rows[place] for place in ended]
@@ -313,12 +314,7 @@ class Sampler:
     def _sampled(self, prompt: Prompt, rows: Sequence[_Row]) -> SampledGroup:
         return SampledGroup(
             prompt,
-            [self._output(row) for row in rows],
+            [self.options.stop.output(self.tokenizer, row.tokens) for row in rows],
             proposal_logprobs=[row.proposal_logprob for row in rows],
             policy_logprobs=[row.policy_logprob for row in rows],
         )
-
-    def _output(self, row: _Row) -> Output:
-        ended = row.tokens[-1] == self.end
-        text = decode(self.tokenizer, row.tokens[: len(row.tokens) - ended])
-        return Output(row.tokens, text, ended)

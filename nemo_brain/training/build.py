@@ -34,6 +34,7 @@ from nemo_brain.config.schema import did_you_mean
 from nemo_brain.convert.export import check_target, make_export
 from nemo_brain.convert.mapping import MappedExport
 from nemo_brain.convert.open import start_weights
+from nemo_brain.data.stop import Stop, choose_stop
 from nemo_brain.host import cpu
 from nemo_brain.host.layers import HAVE_TRANSFORMER_ENGINE
 from nemo_brain.host.options import INTERLEAVED, STRATEGY_OPTIONS, gpt_options
@@ -190,17 +191,27 @@ def _run_fields(model: ModelConfig, trainer: CommonTrainerConfig) -> dict[str, A
     return fields
 
 
-def export_for(key: str, directory: str | None, gpt: PackedGPTConfig, weights: Weights) -> MappedExport | None:
+def export_for(
+    key: str, directory: str | None, gpt: PackedGPTConfig, weights: Weights, stop_token_ids: Sequence[int]
+) -> MappedExport | None:
     """How the model will be written to the directory that ``key`` names; None: nowhere.
+
+    Args:
+        stop_token_ids: what ends its outputs.
 
     Raises:
         ValueError: that will not be possible.
     """
     if directory is None:
         return None
-    export = make_export(gpt, weights.vocab_size, weights.tokenizer, key)
+    export = make_export(gpt, weights.vocab_size, weights.tokenizer, key, weights.generation_config, stop_token_ids)
     check_target(directory, key)
     return export
+
+
+def model_stop(weights: Weights, template: str | None) -> Stop:
+    """What ends the outputs of a model by its own files. ValueError: nothing does."""
+    return choose_stop(weights.tokenizer, weights.stop_token_ids, template, vocab_size=weights.vocab_size)
 
 
 def _dtype(trainer: CommonTrainerConfig) -> torch.dtype:

@@ -9,7 +9,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from chat_tokenizers import TOKENIZERS, chatml
+from chat_tokenizers import TOKENIZERS, chatml, own_stop
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -56,6 +56,7 @@ def read(source, tokenizer=BYTES, template=None, max_prompt_tokens=100, max_new_
     return read_rollouts(
         source,
         tokenizer=tokenizer,
+        stop=own_stop(tokenizer),
         template=template,
         max_prompt_tokens=max_prompt_tokens,
         max_new_tokens=max_new_tokens,

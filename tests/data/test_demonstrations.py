@@ -6,7 +6,7 @@ import json
 import string
 
 import pytest
-from chat_tokenizers import BLUE, END, RED, USER, VALUES, chat_tokenizer
+from chat_tokenizers import BLUE, END, RED, USER, VALUES, chat_tokenizer, own_stop
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -19,9 +19,11 @@ WHY = {"role": "user", "content": "Why?"}
 
 
 def load(source, template=None, tokenizer=None, prompt=200, output=100, **options):
+    tokenizer = tokenizer or byte_tokenizer()
     return load_demonstrations(
         source,
-        tokenizer=tokenizer or byte_tokenizer(),
+        tokenizer=tokenizer,
+        stop=own_stop(tokenizer),
         template=template,
         max_prompt_tokens=prompt,
         max_output_tokens=output,

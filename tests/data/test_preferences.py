@@ -8,7 +8,7 @@ import math
 
 import numpy as np
 import pytest
-from chat_tokenizers import BLUE, END, RED, USER, VALUES, chat_tokenizer
+from chat_tokenizers import BLUE, END, RED, USER, VALUES, chat_tokenizer, own_stop
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -19,9 +19,11 @@ from nemo_brain.report.preferences import preference_metrics
 
 
 def load(source, template=None, tokenizer=None, prompt=100, output=100):
+    tokenizer = tokenizer or byte_tokenizer()
     return load_preferences(
         source,
-        tokenizer=tokenizer or byte_tokenizer(),
+        tokenizer=tokenizer,
+        stop=own_stop(tokenizer),
         template=template,
         max_prompt_tokens=prompt,
         max_output_tokens=output,

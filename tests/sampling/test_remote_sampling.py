@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -29,13 +30,14 @@ from transformers import AutoModelForCausalLM
 from nemo_brain.config.brain import RemoteConfig, check
 from nemo_brain.core import http as http_client
 from nemo_brain.core.groups import Prompt, SampledGroup
-from nemo_brain.data.tokenizers import byte_tokenizer
+from nemo_brain.data.stop import Stop
 from nemo_brain.sampling import remote as remote_module
 from nemo_brain.sampling.remote import RemoteSampler, request_seed
 from nemo_brain.sampling.sampler import SamplingOptions
 
 PROMPTS = [Prompt(f"p{i}", text, list(text.encode())) for i, text in enumerate(["a", "Straße", "<eos>", "xyz" * 5])]
-OPTIONS = SamplingOptions(outputs=4, max_new_tokens=6)
+STOP = Stop((END,))
+OPTIONS = SamplingOptions(outputs=4, max_new_tokens=6, stop=STOP)
 LENGTH, ROWS = 3, 3_000  # of the test of the law: tokens of an output, outputs
 
 
@@ -85,7 +87,7 @@ def teacher_forced(model, prompt: Prompt, tokens: list[int], temperature: float 
 )
 def test_outputs_are_as_the_local_sampler_gives_them(directory, kind, dialect):
     reports = []
-    options = SamplingOptions(outputs=6, max_new_tokens=12)
+    options = SamplingOptions(outputs=6, max_new_tokens=12, stop=STOP)
     with CompletionServer(directory, kind) as server:
         remote = sampler(server, options, server=dialect)
         pairs = list(finished(remote, on_outputs=reports.append))
@@ -114,12 +116,48 @@ def test_draws_are_keyed_by_seed_iteration_prompt_and_output(directory):
         assert tokens_of(sampled(sampler(server, concurrency=1))) == everything
         for index, prompt in enumerate(PROMPTS):
             assert tokens_of(sampled(sampler(server), [prompt])) == everything[index : index + 1]
-        fewer = sampler(server, SamplingOptions(outputs=2, max_new_tokens=6))
+        fewer = sampler(server, SamplingOptions(outputs=2, max_new_tokens=6, stop=STOP))
         assert tokens_of(sampled(fewer)) == [outputs[:2] for outputs in everything]
         assert tokens_of(sampled(sampler(server), seed=2)) != everything
         assert tokens_of(sampled(sampler(server), iteration=3)) != everything
     seeds = {request_seed(s, i, p, o) for s in (1, 2) for i in (0, 1, 11) for p in ("1", "11") for o in (0, 1, 11)}
     assert len(seeds) == 36 and max(seeds) < 2**53
+
+
+def test_any_end_token_and_string_ends_an_output(directory):
+    """Draws do not depend on what ends an output, so each is the beginning of the longer one."""
+    longer = SamplingOptions(outputs=8, max_new_tokens=12, stop=STOP)
+    with CompletionServer(directory) as server:
+        whole = sampled(sampler(server, longer), PROMPTS, 1, 2)
+        outputs = [output for group in whole for output in group.outputs]
+        other, string = outputs[0].token_ids[1], TOKENIZER.decode(outputs[1].token_ids[1:3])
+        stop = Stop((END, other), (string,))
+        cut = sampled(sampler(server, replace(longer, stop=stop)), PROMPTS, 1, 2)
+    ended = 0
+    for before, after in zip(outputs, (output for group in cut for output in group.outputs), strict=True):
+        ids = next(
+            (before.token_ids[:n] for n in range(1, 13) if stop.ended(TOKENIZER, before.token_ids[:n])),
+            before.token_ids,
+        )
+        assert after == stop.output(TOKENIZER, ids)
+        assert other not in after.token_ids[:-1] and string not in after.text
+        ended += len(ids) < len(before.token_ids)
+    assert ended >= 2
+
+
+def test_an_output_that_goes_on_behind_its_end_is_refused(directory):
+    stop = Stop((END,), ("�",))  # some of the random bytes are no character
+
+    def ignore(attempt, body):
+        body["stop"] = []
+
+    with (
+        CompletionServer(directory, fault=ignore) as server,
+        pytest.raises(ValueError, match=r"goes on behind one of rollout\.stop_strings"),
+    ):
+        sampled(
+            sampler(server, SamplingOptions(outputs=8, max_new_tokens=12, stop=stop), timeout_seconds=1), PROMPTS, 1, 2
+        )
 
 
 @pytest.mark.parametrize("temperature", [1.0, 1.6])
@@ -128,13 +166,11 @@ def test_outputs_follow_the_models_law(tmp_path, temperature):
     save_model(tmp_path, TINY, end=0)
     model = AutoModelForCausalLM.from_pretrained(tmp_path)
     prompt = Prompt("p", "", [1, 4, 2])
-    options = SamplingOptions(outputs=ROWS, max_new_tokens=LENGTH, temperature=temperature)
+    options = SamplingOptions(outputs=ROWS, max_new_tokens=LENGTH, stop=Stop((0,)), temperature=temperature)
     config = RemoteConfig(model="policy", url="", concurrency=8, logprobs="model" if temperature == 1 else "sampled")
-    tokenizer = byte_tokenizer()
-    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(0)
     with CompletionServer(tmp_path, processed=temperature != 1) as server:
         config.url = server.url + "/v1/"
-        (group,) = sampled(RemoteSampler(config, options, tokenizer, TINY), [prompt], 7, 0)
+        (group,) = sampled(RemoteSampler(config, options, TOKENIZER, TINY), [prompt], 7, 0)
     law = {}
     for length in range(1, LENGTH + 1):
         for output in itertools.product(range(TINY), repeat=length):
@@ -249,7 +285,7 @@ WRONG = {
     "aborted": (edit(lambda c: c.update(finish_reason="abort")), "finish_reason is 'abort'"),
     "other end": (
         edit(lambda c: c.update(token_ids=[65], logprobs={"token_logprobs": [-1.0]}, finish_reason="stop")),
-        f"stopped at token 65, which is not the tokenizer's end token {END}",
+        f"stopped at token 65, which is none of the end tokens \\[{END}\\]",
     ),
     "short context": (
         edit(lambda c: c.update(token_ids=[65], logprobs={"token_logprobs": [-1.0]}, finish_reason="length")),

@@ -20,6 +20,7 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from ranks import run_ranks
 
 from nemo_brain.core.groups import Group, Output, Prompt, SampledGroup
+from nemo_brain.data.stop import Stop
 from nemo_brain.host.options import INTERLEAVED
 from nemo_brain.model.gpt import PackedGPTConfig
 from nemo_brain.model.passes import GroupPasses
@@ -44,9 +45,9 @@ GPT = {
 GPT2 = {**GPT, "num_query_groups": 4, "normalization": "LayerNorm", "gated_linear_unit": False}
 GPT2 |= {"position_embedding_type": "learned_absolute", "share_embeddings_and_output_weights": False}
 VOCAB, END = 37, 5
-TOKENIZER = SimpleNamespace(eos_token_id=END, decode=lambda ids, **_: " ".join(map(str, ids)))
+TOKENIZER = SimpleNamespace(decode=lambda ids, **_: " ".join(map(str, ids)))
 PROMPTS = [Prompt(f"p{n}", "", [(7 * n + 3 * i) % VOCAB for i in range(n)]) for n in (4, 1, 9, 6)]
-OPTIONS = SamplingOptions(outputs=4, max_new_tokens=70)  # the cache grows past its block of 64
+OPTIONS = SamplingOptions(outputs=4, max_new_tokens=70, stop=Stop((END,)))  # the cache grows past its block of 64
 
 
 def build(gpt: dict, vocab_size: int, tensor=1, stages=1, virtual=None, sequence_parallel=False, divisible=8):
@@ -152,6 +153,38 @@ def test_every_layout_samples_the_same_outputs_with_their_log_probs(gpt):
                     assert max(ours["errors"]) < 1e-4, (layout, temperature, ours["errors"])
 
 
+ENDS = Stop((END, 11), ("7 3", "20"))
+
+
+def ended_by(stop: Stop, ids: list[int]) -> tuple[list[int], bool]:
+    """An output of a sampler that nothing ended, as far as what ends it; also "27 30" has "7 3"."""
+    texts = [" ".join(map(str, ids[:n])) for n in range(1, len(ids) + 1)]
+    ends = (
+        n
+        for n, text in enumerate(texts, start=1)
+        if ids[n - 1] in stop.token_ids or any(string in text for string in stop.strings)
+    )
+    first = next(ends, None)
+    return ids[:first], first is not None
+
+
+def ended_rows(layouts: list[dict]) -> list:
+    options = replace(OPTIONS, stop=ENDS, max_new_tokens=12)
+    results = []
+    for layout in layouts:
+        chunks, config = build(GPT, VOCAB, **layout)
+        results.append(tokens_of(in_order(Sampler(chunks, config, TOKENIZER, options).sample(PROMPTS, 1, 2))))
+    return results
+
+
+def test_any_end_token_and_string_ends_a_row_in_every_layout():
+    ((expected,),) = run_ranks(ended_rows, 1, [{}])
+    reasons = {(ended, ids[-1] in ENDS.token_ids) for outputs in expected for ids, ended in outputs}
+    assert reasons == {(True, True), (True, False), (False, False)}
+    for results in run_ranks(ended_rows, 2, [dict(tensor=2), dict(stages=2)]):
+        assert results == [expected, expected]
+
+
 def batchings() -> None:
     chunks, config = build(GPT, VOCAB)
 
@@ -169,6 +202,9 @@ def batchings() -> None:
         assert sample(prefill_tokens=positions, rows_in_flight=9) == everything, positions
     for index, prompt in enumerate(PROMPTS):
         assert sample([prompt]) == everything[index : index + 1], "a prompt's outputs do not depend on its neighbours"
+    unending = sample(stop=Stop(()))
+    assert {(len(ids), ended) for outputs in unending for ids, ended in outputs} == {(70, False)}
+    assert sample(stop=ENDS) == [[ended_by(ENDS, ids) for ids, _ in outputs] for outputs in unending]
     assert sample(outputs=2) == [outputs[:2] for outputs in everything]
     for limit in (1, 6):
         cut = [[(ids[:limit], END in ids[:limit]) for ids, _ in outputs] for outputs in everything]
@@ -231,11 +267,10 @@ def sampled_laws(tensor: int) -> tuple[dict, list[SampledGroup]]:
     passes = GroupPasses(config, "shared_prefix", budget=10_000)
     every = Group(prompt, [Output(list(s), "", False) for s in SEQUENCES])
     logprobs = dict(zip(SEQUENCES, passes.logprobs(chunks, [every])[0, 0].tolist(), strict=True))
-    tokenizer = SimpleNamespace(eos_token_id=0, decode=TOKENIZER.decode)
     samples = []
     for changes in LAWS:
-        options = SamplingOptions(outputs=ROWS, max_new_tokens=LENGTH, rows_in_flight=ROWS, **changes)
-        ((_, group),) = Sampler(chunks, config, tokenizer, options).sample([prompt], 1, 0)
+        options = SamplingOptions(outputs=ROWS, max_new_tokens=LENGTH, stop=Stop((0,)), rows_in_flight=ROWS, **changes)
+        ((_, group),) = Sampler(chunks, config, TOKENIZER, options).sample([prompt], 1, 0)
         samples.append(group)
     return logprobs, samples
 

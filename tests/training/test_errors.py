@@ -16,6 +16,7 @@ from toy_runs import QUIET, ROOT, toy_config
 
 from nemo_brain.core.groups import RewardedGroup
 from nemo_brain.data.rollouts import read_rollouts
+from nemo_brain.data.stop import Stop
 from nemo_brain.data.tokenizers import byte_tokenizer
 from nemo_brain.training.brain.run import run
 
@@ -170,7 +171,9 @@ def test_a_reward_fails_on_every_data_parallel_rank(name, rewards, tmp_path):
     # What was sampled is not lost, nor are the rewards that were computed; offline training takes it.
     path = tmp_path / "run" / "failed_rollout.jsonl"
     assert message.endswith(f"(the 4 groups sampled in this iteration are in {path})")
-    groups = read_rollouts(path, tokenizer=byte_tokenizer(), template=None, max_prompt_tokens=32, max_new_tokens=8)
+    groups = read_rollouts(
+        path, tokenizer=byte_tokenizer(), stop=Stop((256,)), template=None, max_prompt_tokens=32, max_new_tokens=8
+    )
     assert len({group.prompt.id for group in groups}) == 4
     rewarded = [isinstance(group, RewardedGroup) for group in groups]
     assert rewarded == ([True, True, False, False] if name == "raises_on_rank_1" else [False] * 4)

@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 
 import pytest
-from chat_tokenizers import TOKENIZERS
+from chat_tokenizers import TOKENIZERS, own_stop
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hypothesis import example, given, settings
@@ -145,6 +145,7 @@ def taken(path: Path, content: bytes, read):
         return None
 
 
+STOP = own_stop(TOKENIZER)
 OPTIONS = {"tokenizer": TOKENIZER, "max_prompt_tokens": 8}
 templates = st.sampled_from([None, "chat", "Q: {prompt}"])
 
@@ -171,7 +172,7 @@ def test_any_prompt_file_is_taken_or_refused_with_its_line(scratch, content, tem
     for name in ("r.jsonl", "samples.jsonl"):
         (scratch / name).unlink(missing_ok=True)
     write_rollout(scratch / "r.jsonl", Rollout(0, groups))
-    again = read_rollouts(scratch / "r.jsonl", template=template, max_new_tokens=4, **OPTIONS)
+    again = read_rollouts(scratch / "r.jsonl", stop=STOP, template=template, max_new_tokens=4, **OPTIONS)
     assert [group.prompt.token_ids for group in again] == [group.prompt.token_ids for group in groups]
     write_samples(scratch, 0, groups, "train")
     assert [sample["id"] for sample in read_samples(scratch / "samples.jsonl")] == [g.prompt.id for g in groups]
@@ -181,7 +182,7 @@ def test_any_prompt_file_is_taken_or_refused_with_its_line(scratch, content, tem
 @given(content=lines_of(ROLLOUTS), template=templates)
 def test_any_rollout_file_is_taken_or_refused_with_its_line(scratch, content, template):
     def read(path):
-        return read_rollouts(path, template=template, max_new_tokens=4, **OPTIONS)
+        return read_rollouts(path, stop=STOP, template=template, max_new_tokens=4, **OPTIONS)
 
     groups = taken(scratch / "r.jsonl", content, read)
     for group in groups or ():
@@ -194,7 +195,7 @@ def test_any_rollout_file_is_taken_or_refused_with_its_line(scratch, content, te
 @given(content=lines_of(PREFERENCES), template=templates)
 def test_any_preference_file_is_taken_or_refused_with_its_line(scratch, content, template):
     def read(path):
-        return load_preferences(path, template=template, max_output_tokens=4, **OPTIONS)
+        return load_preferences(path, stop=STOP, template=template, max_output_tokens=4, **OPTIONS)
 
     loaded = taken(scratch / "pairs.jsonl", content, read)
     for pair in loaded.examples if loaded else ():

@@ -10,6 +10,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import torch.distributed as dist
+from chat_tokenizers import own_stop
 from demonstrations import sft_config, write_demonstrations
 from layouts import PP2, SP, TP2
 from models import tensors_of
@@ -116,8 +117,14 @@ def test_the_comparison_can_fail(demonstrations, reference, tmp_path):
 
 def groups_of(demonstrations: Path) -> tuple[list[Group], list[Group]]:
     """The training and held-out groups of the reference."""
+    tokenizer = byte_tokenizer()
     examples = load_demonstrations(
-        str(demonstrations), tokenizer=byte_tokenizer(), template=None, max_prompt_tokens=16, max_output_tokens=16
+        str(demonstrations),
+        tokenizer=tokenizer,
+        stop=own_stop(tokenizer),
+        template=None,
+        max_prompt_tokens=16,
+        max_output_tokens=16,
     ).examples
     train, held_out = split_conversations(examples, 4, seed=0)
     return [e.group for e in train], [e.group for e in held_out]

@@ -13,6 +13,7 @@ from nemo_brain.config.brain import DataConfig
 from nemo_brain.core.groups import Prompt, SampledGroup
 from nemo_brain.data.prompts import Prompts, load_prompts
 from nemo_brain.data.rollouts import read_rollouts
+from nemo_brain.data.stop import Stop
 
 
 @dataclass(frozen=True)
@@ -29,12 +30,18 @@ class BRAInData:
 
 
 def read_data(
-    data: DataConfig, seed: int, tokenizer: PreTrainedTokenizerFast, max_new_tokens: int, max_held_out: int | None
+    data: DataConfig,
+    seed: int,
+    tokenizer: PreTrainedTokenizerFast,
+    stop: Stop,
+    max_new_tokens: int,
+    max_held_out: int | None,
 ) -> BRAInData:
     """Reads and checks all of it.
 
     Args:
         seed: of the choice of held-out prompts.
+        stop: what ends an output.
         max_new_tokens: the longest output of an offline group.
         max_held_out: at most so many prompts are held out; None: all that there are.
 
@@ -48,6 +55,7 @@ def read_data(
         offline = read_rollouts(
             data.rollouts,
             tokenizer=tokenizer,
+            stop=stop,
             template=data.template,
             max_prompt_tokens=data.max_prompt_tokens,
             max_new_tokens=max_new_tokens,

@@ -17,6 +17,7 @@ from nemo_brain.core.groups import Prompt, RewardedGroup, Rollout, SampledGroup,
 from nemo_brain.core.ranks import on_all_ranks
 from nemo_brain.data.order import prompts_of_iteration, shuffled, visits
 from nemo_brain.data.rollouts import write_rollout
+from nemo_brain.data.stop import Stop
 from nemo_brain.durability.guards import nonfinite_rewards, warn_of_collapse, write_groups
 from nemo_brain.objectives import Objective
 from nemo_brain.report.evaluate import evaluate, rollout_metrics
@@ -43,6 +44,7 @@ class BRAInLoop:
         worker: makes the groups.
         objective: of the model in training.
         data: what it is made on.
+        stop: what ends an output.
     """
 
     def __init__(
@@ -52,6 +54,7 @@ class BRAInLoop:
         worker: RolloutWorker,
         objective: Objective,
         data: BRAInData,
+        stop: Stop,
     ):
         self.config = config
         self.frame = frame
@@ -64,6 +67,7 @@ class BRAInLoop:
         self._sampling = SamplingOptions(
             outputs=rollout.outputs_per_prompt,
             max_new_tokens=rollout.max_new_tokens,
+            stop=stop,
             temperature=rollout.temperature,
             top_k=rollout.top_k,
             top_p=rollout.top_p,

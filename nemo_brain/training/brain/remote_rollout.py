@@ -15,16 +15,18 @@ from megatron.core import parallel_state
 from nemo.collections.llm.gpt.model.base import GPTConfig
 
 from nemo_brain.config.brain import RemoteConfig
-from nemo_brain.convert.export import check_target, export_model, make_export
+from nemo_brain.convert.export import export_model
 from nemo_brain.core.groups import Prompt, SampledGroup
 from nemo_brain.core.interruption import Interruption
 from nemo_brain.core.packing import chunk_tokens
 from nemo_brain.core.ranks import on_first_rank
+from nemo_brain.data.stop import Stop
 from nemo_brain.model.weights import Weights
 from nemo_brain.sampling.remote import RemoteSampler
 from nemo_brain.sampling.sampler import SamplingOptions
 from nemo_brain.sampling.server import Server
 from nemo_brain.training.brain.strategy import BRAInStrategy
+from nemo_brain.training.build import export_for
 
 _EXPORT_KEY = "rollout.remote.export_to"
 
@@ -35,6 +37,7 @@ class RemoteRollout:
     Args:
         config: that section.
         gpt, weights: of the policy.
+        stop: what ends its outputs.
         layout: of the rows in which the prior scores what the server has sampled.
         block: so many row positions are scored at a time.
 
@@ -43,7 +46,7 @@ class RemoteRollout:
             set.
     """
 
-    def __init__(self, config: RemoteConfig, gpt: GPTConfig, weights: Weights, layout: str, block: int):
+    def __init__(self, config: RemoteConfig, gpt: GPTConfig, weights: Weights, stop: Stop, layout: str, block: int):
         self.config = config
         self._block = block
         self._layout = layout
@@ -52,8 +55,7 @@ class RemoteRollout:
         self._served: int | None = None
         Server(self.config)
         if self.config.export_to is not None:
-            self._export = make_export(gpt, weights.vocab_size, weights.tokenizer, _EXPORT_KEY)
-            check_target(self.config.export_to, _EXPORT_KEY)
+            self._export = export_for(_EXPORT_KEY, self.config.export_to, gpt, weights, stop.token_ids)
 
     def refresh(self, strategy: BRAInStrategy, step: int, options: SamplingOptions, interruption: Interruption) -> None:
         """Gives the server the policy as it stands after ``step`` optimizer steps. A collective of all ranks.

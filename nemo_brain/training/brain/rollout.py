@@ -33,7 +33,7 @@ from nemo_brain.core.interruption import Interrupted, Interruption
 from nemo_brain.core.packing import chunk_tokens
 from nemo_brain.core.ranks import gathered, on_all_ranks, on_first_rank
 from nemo_brain.data.rollouts import write_rollout
-from nemo_brain.data.tokenizers import encode
+from nemo_brain.data.stop import Stop
 from nemo_brain.report.progress import progress
 from nemo_brain.rewards.protocol import (
     CollectiveReward,
@@ -86,6 +86,7 @@ class RolloutWorker:
         reward: of the outputs.
         remote: samples in place of the policy's own ranks, if it is given.
         interruption: may end sampling and waiting early.
+        stop: what ends an output.
         seed: of the draws.
         run_dir: where the groups of an iteration go that fails.
         skip_nonfinite: rewards that are not finite are taken.
@@ -97,6 +98,7 @@ class RolloutWorker:
         reward: Reward | CollectiveReward,
         remote: RemoteRollout | None,
         interruption: Interruption,
+        stop: Stop,
         *,
         seed: int,
         run_dir: Path,
@@ -106,6 +108,7 @@ class RolloutWorker:
         self.reward_model: Any = reward  # which of the two it is, says ``collective``
         self.remote = remote
         self.interruption = interruption
+        self._ends = stop
         self._seed = seed
         self._run_dir = run_dir
         self._skip_nonfinite = skip_nonfinite
@@ -189,7 +192,7 @@ class RolloutWorker:
         known = [prompt for prompt in prompts if prompt.reference is not None]
         if self._collective:
             tokenizer = self.strategy.lightning_module.tokenizer
-            answers = [[*encode(tokenizer, prompt.reference or ""), tokenizer.eos_token_id] for prompt in known]
+            answers = [self._ends.given(tokenizer, prompt.reference or "") for prompt in known]
             groups = [
                 SampledGroup(prompt, [Output(ids, prompt.reference or "", ended=True)])
                 for prompt, ids in zip(known, answers, strict=True)

@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from nemo_brain.config.brain import Config, check
 from nemo_brain.convert.adapter import export_adapter
 from nemo_brain.convert.export import export_model
+from nemo_brain.data.stop import choose_stop
 from nemo_brain.model.reward_head import RewardGPTConfig
 from nemo_brain.objectives import make_objective
 from nemo_brain.rewards.build import make_reward
@@ -57,6 +58,15 @@ def _parts(config: Config) -> Parts[BRAInGPTModel, BRAInState]:
     reward = make_reward(config.reward)
     weights = make_weights(config.model, config.seed)
     gpt = make_gpt_config(config.model, config.trainer, weights, config.lengths)
+    stop = choose_stop(
+        weights.tokenizer,
+        weights.stop_token_ids,
+        config.data.template,
+        token_ids=config.rollout.stop_token_ids,
+        strings=config.rollout.stop_strings,
+        vocab_size=weights.vocab_size,
+        key="rollout.stop_token_ids",
+    )
     if isinstance(reward, MegatronReward):
         reward_gpt = make_gpt_config(config.model, config.trainer, reward.weights, config.lengths, RewardGPTConfig)
         reward.configure(reward_gpt, weights.tokenizer, config.data.template)
@@ -64,7 +74,7 @@ def _parts(config: Config) -> Parts[BRAInGPTModel, BRAInState]:
     if config.rollout.remote is not None:
         # As many positions as fill the pipeline are scored at a time.
         block = config.train.micro_batch_tokens * config.model.pipeline_model_parallel_size
-        remote = RemoteRollout(config.rollout.remote, gpt, weights, config.layout, block)
+        remote = RemoteRollout(config.rollout.remote, gpt, weights, stop, config.layout, block)
     lora = make_lora(config.model.peft, config.seed)
     model = BRAInGPTModel(gpt, weights, objective, lora, make_optimizer(config.optim, config.trainer))
     strategy = make_strategy(
@@ -81,11 +91,12 @@ def _parts(config: Config) -> Parts[BRAInGPTModel, BRAInState]:
         config.data,
         config.seed,
         weights.tokenizer,
+        stop,
         max_new_tokens=config.rollout.max_new_tokens,
         max_held_out=config.validation.max_prompts,
     )
-    merged = export_for("model.export_to", config.model.export_to, gpt, weights)
-    adapter = export_for("model.export_adapter_to", config.model.export_adapter_to, gpt, weights)
+    merged = export_for("model.export_to", config.model.export_to, gpt, weights, stop.token_ids)
+    adapter = export_for("model.export_adapter_to", config.model.export_adapter_to, gpt, weights, stop.token_ids)
 
     def at_end() -> None:
         strategy.wait_for_param_gather()
@@ -101,11 +112,12 @@ def _parts(config: Config) -> Parts[BRAInGPTModel, BRAInState]:
             reward,
             remote,
             frame.interruption,
+            stop,
             seed=config.seed,
             run_dir=frame.run_dir,
             skip_nonfinite=config.train.on_nonfinite == "skip",
         )
-        return BRAInLoop(config, frame, worker, objective, data)
+        return BRAInLoop(config, frame, worker, objective, data, stop)
 
     return Parts(
         model,

@@ -21,6 +21,7 @@ from nemo_brain.training.build import (
     make_optimizer,
     make_strategy,
     make_weights,
+    model_stop,
 )
 from nemo_brain.training.epochs import EpochState, steps_per_epoch
 from nemo_brain.training.reward_model.nemo_model import RewardModel
@@ -49,9 +50,10 @@ def _parts(config: RewardConfig) -> Parts[RewardModel, EpochState]:
     gpt = make_gpt_config(model, config.trainer, weights, config.lengths, RewardGPTConfig)
     if model.frozen_layers > gpt.num_layers:
         raise ValueError(f"model.frozen_layers is {model.frozen_layers}, the model has {gpt.num_layers} layers")
-    export = export_for("model.export_to", model.export_to, gpt, weights)
+    stop = model_stop(weights, config.data.template)
+    export = export_for("model.export_to", model.export_to, gpt, weights, stop.token_ids)
     optim = make_optimizer(config.optim, config.trainer)
-    pairs, held_out = read_examples(config.data, config.seed, weights.tokenizer, load_preferences)
+    pairs, held_out = read_examples(config.data, config.seed, weights.tokenizer, stop, load_preferences)
     strategy = make_strategy(
         PreferenceStrategy,
         model,

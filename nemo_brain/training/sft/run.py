@@ -24,6 +24,7 @@ from nemo_brain.training.build import (
     make_optimizer,
     make_strategy,
     make_weights,
+    model_stop,
 )
 from nemo_brain.training.epochs import EpochState, steps_per_epoch
 from nemo_brain.training.nemo_model import PackedModel
@@ -49,10 +50,11 @@ def fine_tune(cfg: DictConfig, callbacks: Sequence[pl.Callback] = ()) -> PackedM
 def _parts(config: SFTConfig) -> Parts[PackedModel, EpochState]:
     weights = make_weights(config.model, config.seed)
     gpt = make_gpt_config(config.model, config.trainer, weights, config.lengths)
-    export = export_for("model.export_to", config.model.export_to, gpt, weights)
+    stop = model_stop(weights, config.data.template)
+    export = export_for("model.export_to", config.model.export_to, gpt, weights, stop.token_ids)
     optim = make_optimizer(config.optim, config.trainer)
     load = partial(load_demonstrations, assistant_turns=config.data.assistant_turns)
-    examples, held_out = read_examples(config.data, config.seed, weights.tokenizer, load)
+    examples, held_out = read_examples(config.data, config.seed, weights.tokenizer, stop, load)
     strategy = make_strategy(
         CompletionStrategy,
         config.model,
@@ -74,6 +76,6 @@ def _parts(config: SFTConfig) -> Parts[PackedModel, EpochState]:
         EpochState(),
         steps=config.trainer.epochs * steps_per_epoch(examples, config.train.global_batch_size),
         data={"examples": checksum(examples), "held-out examples": checksum(held_out)},
-        loop=lambda frame: CompletionLoop(config, frame, strategy, examples, held_out),
+        loop=lambda frame: CompletionLoop(config, frame, strategy, examples, held_out, stop),
         at_end=at_end,
     )

@@ -15,6 +15,7 @@ from nemo_brain.core.groups import Group
 from nemo_brain.core.interruption import Interrupted
 from nemo_brain.core.ranks import gathered
 from nemo_brain.data.demonstrations import Demonstration
+from nemo_brain.data.stop import Stop
 from nemo_brain.report.progress import progress
 from nemo_brain.sampling.sampler import SamplingOptions
 from nemo_brain.training.epochs import EpochLoop, EpochState, EpochStep
@@ -54,9 +55,11 @@ class CompletionLoop(EpochLoop[Demonstration]):
         strategy: CompletionStrategy,
         examples: Sequence[Demonstration],
         held_out: Sequence[Demonstration],
+        stop: Stop,
     ):
         super().__init__(config, frame, examples, held_out)
         self.strategy = strategy
+        self._stop = stop
 
     def step_metrics(self, result: CompletionResult) -> dict[str, Any]:
         return {"loss": result.loss, "completion_tokens": result.completion_tokens}
@@ -83,7 +86,7 @@ class CompletionLoop(EpochLoop[Demonstration]):
         each replica samples for its share of them."""
         chosen = self.held_out[: self.config.validation.samples]
         prompts = [dataclasses.replace(e.group.prompt, reference=e.group.outputs[0].text) for e in chosen]
-        options = SamplingOptions(outputs=1, max_new_tokens=self.config.data.max_output_tokens)
+        options = SamplingOptions(outputs=1, max_new_tokens=self.config.data.max_output_tokens, stop=self._stop)
         replicas, interruption = parallel_state.get_data_parallel_group(), self.frame.interruption
         members = parallel_state.get_model_parallel_group()
         share = prompts[replicas.rank() :: replicas.size()]
