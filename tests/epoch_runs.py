@@ -28,6 +28,7 @@ RUN = (
     # Slow, so that no loss vanishes: layouts agree to 1e-5 of what is not itself a rounding error.
     "optim.lr=3e-4",
     "optim.sched={name: WarmupPolicy, warmup_steps: 3, min_lr: 1e-4}",
+    "model.gpt.num_layers=2",
 )
 STEPS = 12
 # Written once, in the test process: its forks have the same path.

@@ -31,6 +31,7 @@ RUN = (
     "rollout.save=true",
     "optim.adam_eps=1e-3",  # as in test_parity: rounding of tiny gradients stays tiny in other layouts
     "optim.sched={name: WarmupPolicy, warmup_steps: 3, min_lr: 1e-3}",
+    "model.gpt.num_layers=2",
 )
 STEPS = 12
 # Not compared between layouts: packing, the sampler's own rounding, and lists of numbers.

@@ -56,6 +56,9 @@ def named_token_ids(tokenizer: PreTrainedTokenizerFast, *files: Mapping[str, Any
     """The end tokens of a model: the tokenizer's, then what ``eos_token_id`` of generation_config.json and config.json
     names, a number or a list.
 
+    Tokens of ordinary text are left out, with a warning: transformers' classes of configurations have 2 or the like as
+    a default, and write it whatever the tokenizer is.
+
     Raises:
         ValueError: ``eos_token_id`` is something else.
     """
@@ -66,7 +69,16 @@ def named_token_ids(tokenizer: PreTrainedTokenizerFast, *files: Mapping[str, Any
         if not all(type(item) is int for item in items):
             raise ValueError(f"eos_token_id is {named!r}, neither a token id nor a list of them")
         found += items
-    return tuple(dict.fromkeys(token for token in found if token >= 0))
+    own = {tokenizer.eos_token_id, *tokenizer.added_tokens_decoder}
+    for token in dict.fromkeys(token for token in found if token not in own):
+        spelled = tokenizer.convert_ids_to_tokens(token) if 0 <= token < len(tokenizer) else None
+        what = "no token" if spelled is None else f"{spelled!r}, a token of ordinary text"
+        warnings.warn(
+            f"eos_token_id={token} in generation_config.json or config.json is {what}: it ends no output (if it is "
+            "meant to, rollout.stop_token_ids names it)",
+            stacklevel=2,
+        )
+    return tuple(dict.fromkeys(token for token in found if token in own))
 
 
 def choose_stop(

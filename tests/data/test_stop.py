@@ -21,13 +21,22 @@ BYTES = byte_tokenizer()
     [
         ([], (256,)),
         ([{}, {}], (256,)),
-        ([{"eos_token_id": None}, {"eos_token_id": 7}], (256, 7)),
-        ([{"eos_token_id": 257}, {"eos_token_id": [7, 257, 256]}], (256, 257, 7)),
-        ([{"eos_token_id": -1}], (256,)),
+        ([{"eos_token_id": None}, {"eos_token_id": 257}], (256, 257)),
+        ([{"eos_token_id": 257}, {"eos_token_id": [258, 257, 256]}], (256, 257, 258)),
     ],
 )
 def test_every_file_may_name_end_tokens(files, ids):
-    assert named_token_ids(BYTES, *files) == ids
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens(["<turn>"], special_tokens=True)
+    assert named_token_ids(tokenizer, *files) == ids
+
+
+@pytest.mark.parametrize(
+    ("token", "what"), [(65, "'A', a token of ordinary text"), (-1, "no token"), (999, "no token")]
+)
+def test_a_default_that_is_no_end_token_of_this_tokenizer_is_left_out(token, what):
+    with pytest.warns(UserWarning, match=f"eos_token_id={token} in .* is {what}"):
+        assert named_token_ids(BYTES, {"eos_token_id": [token, 257]}) == (256, 257)
 
 
 @pytest.mark.parametrize("named", ["2", [1, "2"], {"a": 1}, 2.0, True])

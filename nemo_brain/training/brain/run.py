@@ -60,7 +60,7 @@ def _parts(config: Config) -> Parts[BRAInGPTModel, BRAInState]:
     gpt = make_gpt_config(config.model, config.trainer, weights, config.lengths)
     stop = choose_stop(
         weights.tokenizer,
-        weights.stop_token_ids,
+        () if config.rollout.stop_token_ids is not None else weights.stop_token_ids,
         config.data.template,
         token_ids=config.rollout.stop_token_ids,
         strings=config.rollout.stop_strings,
