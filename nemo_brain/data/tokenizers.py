@@ -105,8 +105,9 @@ _WITHOUT_ROW: WeakKeyDictionary[PreTrainedTokenizerFast, dict[int, str]] = WeakK
 def decode(tokenizer: PreTrainedTokenizerFast, ids: Sequence[int]) -> str:
     """The text of tokens, exactly: no space is cleaned up, whatever the tokenizer's configuration says.
 
-    Special tokens stand in it as they are spelled; what no token has as its id has no text. Bytes that are no UTF-8, as
-    at the end of a row that was cut inside a character, are U+FFFD.
+    Special tokens stand in it as they are spelled; an id without a token has no text. Bytes that are no UTF-8, as at
+    the end of a row that was cut inside a character, are U+FFFD. A row's text is not that of its parts put together:
+    more bytes may complete a character, and a piece at the start loses its space.
     """
     return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
