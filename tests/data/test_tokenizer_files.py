@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from chat_tokenizers import chatml, llama
 from safetensors.torch import save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizer_files import CHAT, SPECIAL, V5, backend, write
+from tokenizers import Tokenizer, processors
 from transformers import AutoTokenizer, ByT5Tokenizer, LlamaTokenizerFast, PreTrainedTokenizerFast
 
 from nemo_brain.convert.huggingface import HuggingFaceDirectory
@@ -17,11 +18,7 @@ from nemo_brain.data.templates import Template
 from nemo_brain.data.tokenizers import byte_tokenizer, encode, load_tokenizer, start_tokens
 
 ROOT = Path(__file__).resolve().parents[2]
-CHAT = "{% for m in messages %}<|turn|>{{ m.role }}: {{ m.content }}<|eot|>{% endfor %}"
-SPECIAL = ["<s>", "</s>", "<|turn|>", "<|eot|>", "<img>"]  # 256 to 260; <think>, which is not special, is 261
 TEXTS = ["hello world", " hello", "Hé \n w  x ,", "<|eot|>a", "a <think> </s>hello ", "<|turn|> x<img>"]
-# Keys that every file of version 5 has.
-V5 = {"backend": "tokenizers", "bos_token": "<s>", "eos_token": "</s>", "tokenizer_class": "TokenizersBackend"}
 AGAIN = {"is_local": True, "local_files_only": False}  # of what version 5 has read and written once more
 ADDED = {"content": "<|eot|>", "lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
 DECODER = {str(256 + i): {**ADDED, "content": token, "special": True} for i, token in enumerate(SPECIAL)}
@@ -55,28 +52,6 @@ FILES = {
     "a class of neither": {"eos_token": "</s>", "tokenizer_class": "TomorrowsTokenizer"},
     "no class": {"eos_token": "</s>"},
 }  # fmt: skip
-
-
-def backend(prefix=False, start=False) -> Tokenizer:
-    """Byte-level BPE of 262 tokens."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    made = Tokenizer(models.BPE(vocab={symbol: index for index, symbol in enumerate(alphabet)}, merges=[]))
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix)
-    made.decoder = decoders.ByteLevel()
-    made.add_special_tokens(SPECIAL)
-    made.add_tokens(["<think>"])
-    if start:
-        made.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 256)])
-    return made
-
-
-def write(directory: Path, config: dict, template: str | None = CHAT, made: Tokenizer | None = None) -> Path:
-    directory.mkdir(exist_ok=True)
-    (made or backend()).save(str(directory / "tokenizer.json"))
-    (directory / "tokenizer_config.json").write_text(json.dumps(config))
-    if template:
-        (directory / "chat_template.jinja").write_text(template)
-    return directory
 
 
 def assert_is_the_file(tokenizer, directory: Path) -> None:
