@@ -30,7 +30,8 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Output:
-    """One output y. ``token_ids`` includes the end token when the model emitted it (``ended``)."""
+    """One output y. ``token_ids`` includes the end token when the model emitted it (``ended``); ``text`` does not, but
+    has other special tokens as they are spelled."""
 
     token_ids: list[int]
     text: str

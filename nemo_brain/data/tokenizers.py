@@ -54,41 +54,42 @@ def load_tokenizer(
             that the model has no embedding for.
     """
     path = Path(path)
-    where = f"{path}" if key is None else f"{key}: {path}"
+    prefix = "" if key is None else f"{key}: "
     if not path.is_dir():
-        raise ValueError(f"{where} is not a directory (give a Hugging Face directory with a tokenizer.json)")
+        raise ValueError(f"{prefix}{path} is not a directory (give a Hugging Face directory with a tokenizer.json)")
     try:
         tokenizer = read_tokenizer(path)
     except Exception as error:  # transformers raises many types here
         raise ValueError(
-            f"{where} has no tokenizer that can be loaded: {error} (save one there with "
+            f"{prefix}{path} has no tokenizer that can be loaded: {error} (save one there with "
             "tokenizer.save_pretrained, which writes tokenizer.json and tokenizer_config.json)"
         ) from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ValueError(
-            f"{where} holds a {type(tokenizer).__name__}, which has no tokenizer.json (convert it to a fast "
+            f"{prefix}{path} holds a {type(tokenizer).__name__}, which has no tokenizer.json (convert it to a fast "
             "tokenizer and save it there)"
         )
     if end_token and tokenizer.eos_token_id is None:
-        raise ValueError(f"{where}: the tokenizer has no end token (set eos_token in tokenizer_config.json)")
+        raise ValueError(f"{prefix}the tokenizer in {path} has no end token (set eos_token in tokenizer_config.json)")
     if vocab_size is not None:
-        _check_rows(tokenizer, vocab_size, where)
+        ends = [tokenizer.eos_token_id] if end_token else []
+        _check_rows(tokenizer, vocab_size, ends, f"{prefix}the tokenizer in {path}")
     return tokenizer
 
 
-def _check_rows(tokenizer: PreTrainedTokenizerFast, vocab_size: int, where: str) -> None:
+def _check_rows(tokenizer: PreTrainedTokenizerFast, vocab_size: int, ends: Sequence[int], subject: str) -> None:
     """ValueError for a token without an embedding that text or the tokenizer itself makes; a warning for others."""
     behind = {index: token for token, index in tokenizer.get_vocab().items() if index >= vocab_size}
     if not behind:
         return
     special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
     special |= set(tokenizer.all_special_ids)
-    own = {*tokenizer("a").input_ids, *tokenizer("a", "a").input_ids, tokenizer.eos_token_id}
+    own = {*tokenizer("a").input_ids, *tokenizer("a", "a").input_ids, *ends}
     made = sorted(index for index in behind if index in own or index not in special)
     index = made[0] if made else min(behind)
     lack = (
-        f"{where}: the tokenizer's {behind[index]!r} has the id {index}, but the model's embedding has "
-        f"{vocab_size} rows (vocab_size in config.json)"
+        f"{subject} gives {behind[index]!r} the id {index}, but the model's embedding has {vocab_size} rows "
+        "(vocab_size in config.json)"
     )
     if made:
         raise ValueError(
@@ -105,8 +106,9 @@ _WITHOUT_ROW: WeakKeyDictionary[PreTrainedTokenizerFast, dict[int, str]] = WeakK
 def decode(tokenizer: PreTrainedTokenizerFast, ids: Sequence[int]) -> str:
     """The text of tokens, exactly: no space is cleaned up, whatever the tokenizer's configuration says.
 
-    Special tokens stand in it as they are spelled; what no token has as its id has no text. Bytes that are no UTF-8, as
-    at the end of a row that was cut inside a character, are U+FFFD.
+    Special tokens stand in it as they are spelled; an id without a token has no text. Bytes that are no UTF-8, as at
+    the end of a row that was cut inside a character, are U+FFFD. A row's text is not that of its parts put together:
+    more bytes may complete a character, and a piece at the start loses its space.
     """
     return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 

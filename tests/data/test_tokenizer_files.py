@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from chat_tokenizers import chatml, llama
 from safetensors.torch import save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizer_files import CHAT, SPECIAL, V5, backend, write
+from tokenizers import Tokenizer, processors
 from transformers import AutoTokenizer, ByT5Tokenizer, LlamaTokenizerFast, PreTrainedTokenizerFast
 
 from nemo_brain.convert.huggingface import HuggingFaceDirectory
@@ -17,11 +18,7 @@ from nemo_brain.data.templates import Template
 from nemo_brain.data.tokenizers import byte_tokenizer, encode, load_tokenizer, start_tokens
 
 ROOT = Path(__file__).resolve().parents[2]
-CHAT = "{% for m in messages %}<|turn|>{{ m.role }}: {{ m.content }}<|eot|>{% endfor %}"
-SPECIAL = ["<s>", "</s>", "<|turn|>", "<|eot|>", "<img>"]  # 256 to 260; <think>, which is not special, is 261
 TEXTS = ["hello world", " hello", "Hé \n w  x ,", "<|eot|>a", "a <think> </s>hello ", "<|turn|> x<img>"]
-# Keys that every file of version 5 has.
-V5 = {"backend": "tokenizers", "bos_token": "<s>", "eos_token": "</s>", "tokenizer_class": "TokenizersBackend"}
 AGAIN = {"is_local": True, "local_files_only": False}  # of what version 5 has read and written once more
 ADDED = {"content": "<|eot|>", "lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
 DECODER = {str(256 + i): {**ADDED, "content": token, "special": True} for i, token in enumerate(SPECIAL)}
@@ -55,28 +52,6 @@ FILES = {
     "a class of neither": {"eos_token": "</s>", "tokenizer_class": "TomorrowsTokenizer"},
     "no class": {"eos_token": "</s>"},
 }  # fmt: skip
-
-
-def backend(prefix=False, start=False) -> Tokenizer:
-    """Byte-level BPE of 262 tokens."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    made = Tokenizer(models.BPE(vocab={symbol: index for index, symbol in enumerate(alphabet)}, merges=[]))
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix)
-    made.decoder = decoders.ByteLevel()
-    made.add_special_tokens(SPECIAL)
-    made.add_tokens(["<think>"])
-    if start:
-        made.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 256)])
-    return made
-
-
-def write(directory: Path, config: dict, template: str | None = CHAT, made: Tokenizer | None = None) -> Path:
-    directory.mkdir(exist_ok=True)
-    (made or backend()).save(str(directory / "tokenizer.json"))
-    (directory / "tokenizer_config.json").write_text(json.dumps(config))
-    if template:
-        (directory / "chat_template.jinja").write_text(template)
-    return directory
 
 
 def assert_is_the_file(tokenizer, directory: Path) -> None:
@@ -214,7 +189,9 @@ def test_a_token_of_text_without_an_embedding_is_refused(tmp_path):
     directory = write(tmp_path, V5)
     load_tokenizer(directory, vocab_size=262)
     for rows, token in ((261, "<think>"), (200, "")):
-        with pytest.raises(ValueError, match=rf"k: {tmp_path}: the tokenizer's '{token}.* has {rows} rows .*resize"):
+        with pytest.raises(
+            ValueError, match=rf"k: the tokenizer in {tmp_path} gives '{token}.* has {rows} rows .*resize"
+        ):
             load_tokenizer(directory, key="k", vocab_size=rows)
 
 
@@ -223,11 +200,13 @@ def test_an_end_or_start_token_without_an_embedding_is_refused(tmp_path):
     for token in ("<start>", "<end>", "[PAD]"):
         made.add_special_tokens([token])
     end = write(tmp_path / "end", V5 | {"eos_token": "<end>"}, made=made)
-    with pytest.raises(ValueError, match="the tokenizer's '<end>' has the id 263, but"):
+    with pytest.raises(ValueError, match="gives '<end>' the id 263, but"):
         load_tokenizer(end, vocab_size=263)
+    with pytest.warns(UserWarning, match="gives '<end>' the id 263, but"):  # what ends outputs is another's to say
+        load_tokenizer(end, vocab_size=263, end_token=False)
     made.post_processor = processors.TemplateProcessing(single="<start> $A", special_tokens=[("<start>", 262)])
     start = write(tmp_path / "start", V5, made=made)
-    with pytest.raises(ValueError, match="the tokenizer's '<start>' has the id 262, but"):
+    with pytest.raises(ValueError, match="gives '<start>' the id 262, but"):
         load_tokenizer(start, vocab_size=262)
 
 
@@ -235,7 +214,7 @@ def test_a_special_token_without_an_embedding_is_warned_about_and_no_template_ma
     made = backend()
     made.add_special_tokens(["[PAD]"])
     directory = write(tmp_path, V5 | {"pad_token": "[PAD]"}, CHAT + "{{ pad_token }}", made)
-    with pytest.warns(UserWarning, match=r"k: .*'\[PAD\]' has the id 262, but the model's embedding has 262 rows"):
+    with pytest.warns(UserWarning, match=r"k: .*gives '\[PAD\]' the id 262, but the model's embedding has 262 rows"):
         tokenizer = load_tokenizer(directory, key="k", vocab_size=262)
     assert 262 not in encode(tokenizer, "[PAD]")
     assert Template(tokenizer, None).render_prompt("[PAD]")[2] == encode(tokenizer, "[PAD]")
@@ -248,7 +227,7 @@ def test_a_model_directory_compares_its_tokenizer_with_its_embedding(tmp_path):
     write(tmp_path, V5)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "vocab_size": 261}))
     save_file({}, tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match=rf"^{tmp_path}: the tokenizer's '<think>' has the id 261, but"):
+    with pytest.raises(ValueError, match=r"^the tokenizer in .* gives '<think>' the id 261, but"):
         _ = HuggingFaceDirectory(tmp_path).tokenizer
 
 

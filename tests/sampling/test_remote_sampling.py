@@ -31,6 +31,7 @@ from nemo_brain.config.brain import RemoteConfig, check
 from nemo_brain.core import http as http_client
 from nemo_brain.core.groups import Prompt, SampledGroup
 from nemo_brain.data.stop import Stop
+from nemo_brain.data.tokenizers import decode
 from nemo_brain.sampling import remote as remote_module
 from nemo_brain.sampling.remote import RemoteSampler, request_seed
 from nemo_brain.sampling.sampler import SamplingOptions
@@ -103,7 +104,7 @@ def test_outputs_are_as_the_local_sampler_gives_them(directory, kind, dialect):
             assert output.ended == (END in output.token_ids)
             assert output.token_ids.count(END) == output.ended and (not output.ended or output.token_ids[-1] == END)
             assert output.ended or len(output.token_ids) == 12
-            assert output.text == TOKENIZER.decode(output.token_ids[: -1 if output.ended else None], False)
+            assert output.text == decode(TOKENIZER, output.token_ids[: -1 if output.ended else None])
             # fp32; twelve tokens.
             assert abs(logprob - teacher_forced(model, group.prompt, output.token_ids)) < 1e-4
             lengths.append(len(output.token_ids))
