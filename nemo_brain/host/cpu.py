@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch.utils import _device as torch_device
+from torch.utils import cpp_extension
 
 _CPU = torch.device("cpu")
 _LIKE = ("empty_like", "full_like", "ones_like", "rand_like", "randint_like", "randn_like", "zeros_like")
@@ -85,6 +86,8 @@ def enable() -> bool:
         return False
     if _enabled:
         return True
+    # With a CUDA build of torch and a compiler Megatron's import would compile an allocator, and fail without a device.
+    cpp_extension.CUDA_HOME = None
     if "OMP_NUM_THREADS" not in os.environ:
         # Threads of one process wait for each other on small matrices; data-parallel ranks use the cores better.
         torch.set_num_threads(1)

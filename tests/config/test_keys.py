@@ -69,17 +69,17 @@ def refusal(name: str, path: str, value: object) -> str:
 def test_every_bound_is_checked_and_can_be_reached(name):
     checked = 0
     for path, item, _ in keys(KINDS[name]):
-        rule = rules(item)
+        rule, many = rules(item), str(item.type).startswith("list")
         outside: list = [bound for bound in (rule.above, rule.below) if bound is not None]
         outside += [rule.at_least - 1] if rule.at_least is not None else []
         outside += [rule.at_most + 1] if rule.at_most is not None else []
         outside += ["none of them"] if rule.among is not None else []
         for value in outside:
-            said = refusal(name, path, [value] if str(item.type).startswith("list") else value)
+            said = refusal(name, path, [value] if many else value)
             assert said.startswith(f"{path} must be {rule.bounds}"), said
             checked += 1
         for bound in (rule.at_least, rule.at_most):
-            assert bound is None or not refusal(name, path, bound), path
+            assert bound is None or not refusal(name, path, [bound] if many else bound), path
         if str(item.type).startswith("float"):
             assert refusal(name, path, math.nan) == f"{path} must be a finite number, not nan"
     assert checked >= 6
