@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from nemo_brain.convert.export import Export
 from nemo_brain.convert.huggingface import HuggingFaceDirectory
 from nemo_brain.convert.open import ARCHITECTURES, open_weights, resolve
+from nemo_brain.convert.weight_files import weight_files
 from nemo_brain.model.random_weights import normal
 from nemo_brain.model.reward_head import HEAD
 from nemo_brain.model.weights import Weights
@@ -60,16 +61,17 @@ def new_head(trunk: Weights, std: float, seed: int) -> RewardWeights:
 def is_reward_model(path: str | Path) -> bool:
     """Whether the path is a Hugging Face directory with a ``score.weight``."""
     path = resolve(path)
-    return (path / "config.json").is_file() and SCORE in HuggingFaceDirectory(path).names
+    return (path / "config.json").is_file() and SCORE in weight_files(path)
 
 
-def open_reward_model(path: str | Path, key: str) -> RewardWeights:
+def open_reward_model(path: str | Path, key: str, allow_nonfinite: bool = False) -> RewardWeights:
     """Opens a reward model without reading its trunk's tensors.
 
     Args:
         path: a directory that a reward model was exported to, or another one of a supported architecture's
             ForSequenceClassification with one label.
         key: the configuration key that errors name.
+        allow_nonfinite: a tensor that is not finite is taken, rather than refused when it is read.
 
     Raises:
         ValueError: there is none, or it has not one score.
@@ -79,7 +81,8 @@ def open_reward_model(path: str | Path, key: str) -> RewardWeights:
             f"{key}: {path} is not the directory of a reward model (config.json, and safetensors with {SCORE}); train "
             "one with examples/megatron_reward_model.py"
         )
-    source = HuggingFaceDirectory(resolve(path))
+    unless = None if allow_nonfinite else f"{key.partition('.')[0]}.allow_nonfinite"
+    source = HuggingFaceDirectory(resolve(path), unless)
     head = source.tensor(SCORE)
     if head.ndim != 2 or len(head) != 1:
         raise ValueError(f"{key}: {path} has a {SCORE} of shape {list(head.shape)}; a reward model has one label")

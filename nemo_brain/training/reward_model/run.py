@@ -86,5 +86,5 @@ def _parts(config: RewardConfig) -> Parts[RewardModel, EpochState]:
 def _reward_weights(model: RewardModelConfig, seed: int) -> RewardWeights:
     """A reward model to go on with, or a language model with a new head."""
     if model.restore_from is not None and not model.gpt and is_reward_model(model.restore_from):
-        return open_reward_model(model.restore_from, "model.restore_from")
+        return open_reward_model(model.restore_from, "model.restore_from", model.allow_nonfinite)
     return new_head(make_weights(model, seed), model.head_std, seed)
