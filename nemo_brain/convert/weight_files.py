@@ -95,9 +95,7 @@ def _weight_map(directory: Path) -> dict[str, Path]:
         raise ValueError(f"{directory}: {INDEX} has no weight_map of names and files (copy it again)")
     for name, file in index.items():
         if PurePosixPath(file).is_absolute() or ".." in PurePosixPath(file).parts:
-            raise ValueError(
-                f"{directory}: {INDEX} says that {name} is in {file}, outside the directory (copy it again)"
-            )
+            raise ValueError(f"{directory}: {INDEX} has {name} in {file}, outside the directory (copy it again)")
     return {name: directory / file for name, file in index.items()}
 
 

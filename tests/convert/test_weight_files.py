@@ -107,7 +107,7 @@ def test_an_index_and_files_that_disagree_are_refused_by_file_and_tensor(shards)
 @pytest.mark.parametrize("place", ["../elsewhere.safetensors", "/tmp/elsewhere.safetensors", "sub/../../x.safetensors"])
 def test_an_index_names_no_files_outside_its_directory(shards, place):
     edit_index(shards, **{DOWN: place})
-    with pytest.raises(ValueError, match=rf"says that {DOWN} is in {place}, outside the directory"):
+    with pytest.raises(ValueError, match=rf"has {DOWN} in {place}, outside the directory"):
         open_weights(shards)
 
 
@@ -141,7 +141,7 @@ def test_files_that_are_cut_off_or_mere_pointers_are_named(shards, single):
 def test_variants_and_shards_without_an_index_are_named(shards, single, tmp_path):
     (single / SINGLE).rename(single / "model.fp16.safetensors")
     with pytest.raises(
-        ValueError, match=rf"neither {SINGLE} nor {INDEX}, .* but model\.fp16\.safetensors\. .*variant="
+        ValueError, match=r"neither model\.safetensors nor .* but model\.fp16\.safetensors\. .*variant="
     ):
         open_weights(single)
     (shards / INDEX).unlink()
@@ -191,9 +191,7 @@ def test_a_tensor_that_is_not_finite_is_named_on_every_rank(shards, layouts):
     expected = f"decoder.layers.3.mlp.linear_fc2.weight: {file}: {DOWN} is not finite: 1 of 6144 values are NaN or"
     for said in run_ranks(loaded, max(tp * pp for tp, pp, _ in layouts), shards, layouts):
         assert [text.startswith(expected) for text in said] == [True] * len(layouts), said
-        assert all(
-            text.endswith("(copy the file again, or take it as it is with model.allow_nonfinite=true)") for text in said
-        )
+        assert all(text.endswith("or take it as it is with model.allow_nonfinite=true)") for text in said)
     assert open_weights(shards, finite_unless=None).tensor("decoder.layers.3.mlp.linear_fc2.weight").isnan().any()
 
 
@@ -205,7 +203,7 @@ def test_convert_refuses_weights_that_are_not_finite_unless_allowed(single, tmp_
     main([f"from={single}", f"to={tmp_path}/target", "allow_nonfinite=true"])
     found, expected = tensors_of(tmp_path / "target"), tensors_of(single)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
-    with pytest.raises(ValueError, match="^allow_nonfinite must be true or false, not '1'"):
+    with pytest.raises(ValueError, match=r"^allow_nonfinite must be true or false, not '1'"):
         main([f"from={single}", f"to={tmp_path}/other", "allow_nonfinite=1"])
 
 

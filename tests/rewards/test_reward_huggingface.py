@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from ranks import run_ranks
+from safetensors.torch import load_file, save_file
 from scored_models import (
     CHAT,
     CLOSE,
@@ -24,7 +25,6 @@ from scored_models import (
     scores,
     user,
 )
-from safetensors.torch import load_file, save_file
 from tokenizers import processors
 from toy_runs import recorded_run
 from transformers import (
@@ -193,9 +193,7 @@ def test_directories_that_hold_no_reward_model_are_refused(llama, bert, tmp_path
 
     pickled = shutil.copytree(llama, tmp_path / "pickled")
     (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
-    with pytest.raises(
-        ValueError, match=r"^reward\.model: \S+pickled: only pickled weights .* \(safetensors alone are read; make"
-    ):
+    with pytest.raises(ValueError, match=r"^reward\.model: \S+pickled: only pickled weights .* \(safetensors alone"):
         HuggingFaceReward(str(pickled))
 
     sharded = shutil.copytree(llama, tmp_path / "sharded")
