@@ -104,7 +104,7 @@ class HuggingFaceReward:
             )
         if self._template is None:
             self._format = FormatString(template, ("prompt", "output"), "reward.template", "chat, pair")
-        self._pad = self._config.pad_token_id
+        self._pad = self._config.get_text_config().pad_token_id
         self._types = template == "pair" and "token_type_ids" in self._tokenizer.model_input_names
         positions = getattr(self._config, "max_position_embeddings", None)
         known = [limit for limit in (positions, self._tokenizer.model_max_length) if limit and limit < _UNLIMITED]
@@ -217,11 +217,11 @@ class HuggingFaceReward:
         longest = max(len(ids) for ids, _ in rows)
         pad = self._pad
         if pad is None:
-            # Such a model scores a row's last token; of a batch, the last one that is not padding. Any token that ends
-            # no row makes them the same.
+            # Without one a model scores a row's last token; of a batch, the last one that is not padding. Any token that
+            # ends no row makes them the same.
             ends = {ids[-1] for ids, _ in rows}
             pad = next(token for token in itertools.count() if token not in ends)
-        self._model.config.pad_token_id = pad
+        self._model.config.get_text_config().pad_token_id = pad
         inputs = {
             "input_ids": [ids + [pad] * (longest - len(ids)) for ids, _ in rows],
             "attention_mask": [[1] * len(ids) + [0] * (longest - len(ids)) for ids, _ in rows],
@@ -267,6 +267,9 @@ def _checked_config(path: Path) -> PretrainedConfig:
             f"reward.model: {path} has {config.num_labels} labels, a reward model has one (name another model; "
             "id2label in its config.json lists the labels)"
         )
+    text = config.get_text_config()
+    if text.pad_token_id is not None and not 0 <= text.pad_token_id < text.vocab_size:
+        text.pad_token_id = None  # no token at all: -1 is written for none
     try:
         weight_files(path)
     except ValueError as error:

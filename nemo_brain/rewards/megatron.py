@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from nemo_brain.convert.reward import open_reward_model
+from nemo_brain.convert.reward import PADDING, open_reward_model
 from nemo_brain.core.groups import Group, Output
 from nemo_brain.data.stop import choose_stop
 from nemo_brain.data.templates import Template
@@ -197,7 +197,8 @@ def same_tokenizer(one: PreTrainedTokenizerFast, other: PreTrainedTokenizerFast)
 
 def _law(tokenizer: PreTrainedTokenizerFast) -> tuple:
     state = json.loads(tokenizer.backend_tokenizer.to_str())
-    added = sorted((token["id"], token["content"], token["special"]) for token in state["added_tokens"])
+    tokens = [token for token in state["added_tokens"] if token["content"] != PADDING]  # which no text and template has
+    added = sorted((token["id"], token["content"], token["special"]) for token in tokens)
     parts = [state[name] for name in ("normalizer", "pre_tokenizer", "model")]
     return tokenizer.eos_token_id, added, parts
 
