@@ -113,6 +113,16 @@ def llama(tied: bool) -> LlamaForCausalLM:
     return model
 
 
+def damaged_llama(path: Path) -> Path:
+    """A directory with a Llama over bytes whose embedding of "~" is NaN; without that byte all is as it should be."""
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=258, max_position_embeddings=64, **sizes))
+    model.model.embed_tokens.weight.data[ord("~"), 3] = torch.nan
+    model.save_pretrained(path)
+    byte_tokenizer().save_pretrained(path)
+    return path
+
+
 def write_gguf(path: Path, architecture: str = "llama", tensors: dict | None = None, **metadata) -> Path:
     """An untied Llama as llama.cpp's converter writes it: fp32, rows of queries and keys in neighbouring pairs."""
     model = llama(tied=False)

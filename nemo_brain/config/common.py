@@ -88,6 +88,11 @@ class ModelConfig:
         "a Hugging Face directory, a .gguf file, package:NAME (the GGUF file in an installed package), or a run's "
         "directory or checkpoint; null: from scratch by model.gpt",
     )
+    allow_nonfinite: bool = key(
+        False,
+        "tensors of restore_from with values that are NaN or infinite are taken, rather than refused by file and name",
+        resumable=True,
+    )
     tokenizer: str | None = key(None, "from scratch only: a Hugging Face directory with a tokenizer; null: bytes")
     export_to: str | None = key(
         None,

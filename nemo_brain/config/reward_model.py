@@ -16,6 +16,7 @@ from nemo_brain.config.common import (
     check_common,
 )
 from nemo_brain.config.schema import key, parse
+from nemo_brain.data.preferences import FORKS
 
 
 @dataclass
@@ -41,6 +42,11 @@ class RewardTrainConfig(GroupTrainConfig):
 
 @dataclass
 class RewardDataConfig(EpochDataConfig):
+    forks: str = key(
+        "refuse",
+        "transcripts and messages that part before the last answer, or go on behind it",
+        among=dict(zip(FORKS, ("", "the pair is the two answers with which they part"), strict=True)),
+    )
     train: Any = key(
         MISSING, "JSONL (.gz: compressed) of chosen and rejected, with or without prompt; or a list of files"
     )

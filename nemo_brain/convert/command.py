@@ -19,8 +19,10 @@ from nemo_brain.model.gpt import PackedGPTConfig
 from nemo_brain.model.parameters import VOCABULARY_TENSORS
 from nemo_brain.report.progress import progress
 
-USAGE = "python examples/convert.py from=SOURCE to=DIRECTORY [dtype=fp32|bf16] [max_shard_size=5GB]"
-_KEYS = ("from", "to", "dtype", "max_shard_size")
+USAGE = (
+    "python examples/convert.py from=SOURCE to=DIRECTORY [dtype=fp32|bf16] [max_shard_size=5GB] [allow_nonfinite=true]"
+)
+_KEYS = ("from", "to", "dtype", "max_shard_size", "allow_nonfinite")
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
@@ -34,12 +36,19 @@ def main(arguments: Sequence[str]) -> None:
             raise ValueError(f"dtype must be {' or '.join(_DTYPES)}, not {given['dtype']!r}")
         dtype = _DTYPES[given["dtype"]]
     size = _bytes(given["max_shard_size"]) if "max_shard_size" in given else MAX_SHARD_BYTES
-    written = convert(given["from"], given["to"], dtype, size)
+    allow = given.get("allow_nonfinite", "false")
+    if allow not in ("true", "false"):
+        raise ValueError(f"allow_nonfinite must be true or false, not {allow!r}")
+    written = convert(given["from"], given["to"], dtype, size, allow == "true")
     print(f"{given['to']}: {written}")
 
 
 def convert(
-    source: str, target: str | Path, dtype: torch.dtype | None = None, max_shard_bytes: int = MAX_SHARD_BYTES
+    source: str,
+    target: str | Path,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    allow_nonfinite: bool = False,
 ) -> str:
     """Writes the checkpoint ``source`` to the new directory ``target``; returns what was written, in words.
 
@@ -49,16 +58,18 @@ def convert(
         dtype: of the written tensors; None keeps what the checkpoint has (a GGUF file is dequantised to fp32, a run's
             checkpoint has what the run trained in).
         max_shard_bytes: the largest safetensors file, and what is held in memory.
+        allow_nonfinite: tensors with values that are NaN or infinite are written as they are.
 
     Raises:
-        ValueError: ``target`` holds something, or ``source`` cannot be read or represented exactly.
+        ValueError: ``target`` holds something, or ``source`` cannot be read or represented exactly, or is not finite.
         OSError: ``target`` could not be written; nothing is left there.
     """
     target = Path(target)
     if target.exists() and (target.is_file() or any(target.iterdir())):
         raise ValueError(f"to: {target} exists, and nothing is overwritten: name another directory, or remove it")
     try:
-        weights: Any = open_weights(source)  # of a file, which names its tensors and needs no shape
+        # Of a file, which names its tensors and needs no shape.
+        weights: Any = open_weights(source, None if allow_nonfinite else "allow_nonfinite")
         tokenizer = weights.tokenizer
     except ValueError as error:
         raise ValueError(f"from: {error}") from error

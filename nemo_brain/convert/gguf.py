@@ -14,6 +14,7 @@ from gguf.quants import dequantize
 from transformers import PreTrainedTokenizerFast
 
 from nemo_brain.convert.gguf_tokenizer import build_tokenizer
+from nemo_brain.convert.source import check_finite
 
 _TOP = {
     "token_embd.weight": "model.embed_tokens.weight",
@@ -39,12 +40,17 @@ _LAYER_NAME = re.compile(r"blk\.(\d+)\.(.+)")
 class GGUFFile:
     """One .gguf file of the llama architecture.
 
+    Args:
+        path: the file.
+        finite_unless: see ``open_weights``.
+
     Raises ValueError on other architectures, tensors without a Hugging Face name (rotary scaling, biases, experts) and
     tokenizers whose splitting is not known here.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, finite_unless: str | None):
         self.path = path
+        self._finite_unless = finite_unless
         try:
             self._reader = GGUFReader(path)
         except (ValueError, IndexError) as error:
@@ -74,7 +80,7 @@ class GGUFFile:
         return default
 
     def tensor(self, name: str) -> torch.Tensor:
-        """The tensor of a Hugging Face name, dequantised to fp32."""
+        """The tensor of a Hugging Face name, dequantised to fp32. ValueError: it cannot be, or is not finite."""
         stored = self._tensors[name]
         try:
             values = dequantize(stored.data, stored.tensor_type)
@@ -82,6 +88,7 @@ class GGUFFile:
             raise ValueError(f"{self.path}: {stored.name}: {stored.tensor_type.name} cannot be dequantised") from error
         # GGUF states the fastest dimension first.
         tensor = torch.from_numpy(np.array(values, dtype=np.float32)).view(*stored.shape.tolist()[::-1])
+        check_finite(tensor, f"{self.path}: {stored.name}", self._finite_unless)
         if name.endswith("q_proj.weight"):
             return _unpermute(tensor, self.config["num_attention_heads"])
         if name.endswith("k_proj.weight"):

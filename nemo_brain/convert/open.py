@@ -31,24 +31,26 @@ ARCHITECTURES = {
 }
 
 
-def open_weights(path: str | Path) -> Weights:
+def open_weights(path: str | Path, finite_unless: str | None = "model.allow_nonfinite") -> Weights:
     """Opens a checkpoint without reading its tensors.
 
     Args:
         path: a Hugging Face directory (config.json and safetensors), a .gguf file, ``package:NAME`` (the GGUF file
             inside the installed Python package NAME, which is not imported), a run's checkpoint, or a run's directory:
             its newest intact checkpoint.
+        finite_unless: a tensor that is not finite is refused when it is read; the key that would allow it, for the
+            error. None: it is allowed.
 
     Raises:
         ValueError: the path holds no such checkpoint, or one that cannot be represented exactly; says why.
     """
     path = resolve(path)
     if path.is_file() and path.suffix == ".gguf":
-        source: CheckpointSource = GGUFFile(path)
+        source: CheckpointSource = GGUFFile(path, finite_unless)
     elif checkpoint.find(path):
-        return _open_checkpoint(newest_intact(path))
+        return _open_checkpoint(newest_intact(path), finite_unless)
     elif path.is_dir():
-        source = HuggingFaceDirectory(path)
+        source = HuggingFaceDirectory(path, finite_unless)
     else:
         raise ValueError(
             f"{path} is neither a directory with config.json and safetensors, a .gguf file, nor a run's checkpoint; "
@@ -60,16 +62,18 @@ def open_weights(path: str | Path) -> Weights:
     return ARCHITECTURES[architecture](source)
 
 
-def start_weights(restore_from: str | None, gpt: dict | None, tokenizer: str | None, seed: int) -> Weights:
+def start_weights(
+    restore_from: str | None, gpt: dict | None, tokenizer: str | None, seed: int, allow_nonfinite: bool = False
+) -> Weights:
     """The model that a run starts from, by the keys of its ``model`` section and its seed."""
     if restore_from is not None:
-        return open_weights(restore_from)
+        return open_weights(restore_from, None if allow_nonfinite else "model.allow_nonfinite")
     found = byte_tokenizer() if tokenizer is None else load_tokenizer(tokenizer, key="model.tokenizer")
     rows = max(found.get_vocab().values()) + 1  # of ids with gaps there are fewer
     return RandomWeights(dict(gpt or {}), rows, found, seed)
 
 
-def _open_checkpoint(path: Path) -> RunWeights:
+def _open_checkpoint(path: Path, finite_unless: str | None) -> RunWeights:
     run = checkpoint.read_json(path / "run.json")
     configuration = run["configuration"]
     if run["kind"] == "reward_model":
@@ -87,7 +91,7 @@ def _open_checkpoint(path: Path) -> RunWeights:
         start = start_weights(**model, seed=configuration["seed"])
     except ValueError as error:
         raise ValueError(f"{path}: architecture and tokenizer are those of its run's start model: {error}") from error
-    return RunWeights(path, start)
+    return RunWeights(path, start, finite_unless)
 
 
 def resolve(path: str | Path) -> Path:

@@ -17,11 +17,14 @@ from transformers import PreTrainedTokenizerFast
 from nemo_brain.convert.export import Export
 from nemo_brain.convert.huggingface import HuggingFaceDirectory
 from nemo_brain.convert.open import ARCHITECTURES, open_weights, resolve
+from nemo_brain.convert.weight_files import weight_files
+from nemo_brain.model.parameters import VOCABULARY_TENSORS
 from nemo_brain.model.random_weights import normal
 from nemo_brain.model.reward_head import HEAD
 from nemo_brain.model.weights import Weights
 
 SCORE = "score.weight"
+PADDING = "<|reward_padding|>"  # of an exported reward model whose tokenizer has no padding token of its own
 
 
 class RewardWeights:
@@ -60,16 +63,17 @@ def new_head(trunk: Weights, std: float, seed: int) -> RewardWeights:
 def is_reward_model(path: str | Path) -> bool:
     """Whether the path is a Hugging Face directory with a ``score.weight``."""
     path = resolve(path)
-    return (path / "config.json").is_file() and SCORE in HuggingFaceDirectory(path).names
+    return (path / "config.json").is_file() and SCORE in weight_files(path)
 
 
-def open_reward_model(path: str | Path, key: str) -> RewardWeights:
+def open_reward_model(path: str | Path, key: str, allow_nonfinite: bool = False) -> RewardWeights:
     """Opens a reward model without reading its trunk's tensors.
 
     Args:
         path: a directory that a reward model was exported to, or another one of a supported architecture's
             ForSequenceClassification with one label.
         key: the configuration key that errors name.
+        allow_nonfinite: a tensor that is not finite is taken, rather than refused when it is read.
 
     Raises:
         ValueError: there is none, or it has not one score.
@@ -79,7 +83,8 @@ def open_reward_model(path: str | Path, key: str) -> RewardWeights:
             f"{key}: {path} is not the directory of a reward model (config.json, and safetensors with {SCORE}); train "
             "one with examples/megatron_reward_model.py"
         )
-    source = HuggingFaceDirectory(resolve(path))
+    unless = None if allow_nonfinite else f"{key.partition('.')[0]}.allow_nonfinite"
+    source = HuggingFaceDirectory(resolve(path), unless)
     head = source.tensor(SCORE)
     if head.ndim != 2 or len(head) != 1:
         raise ValueError(f"{key}: {path} has a {SCORE} of shape {list(head.shape)}; a reward model has one label")
@@ -109,8 +114,9 @@ class _Trunk:
 class RewardExport:
     """``Export`` of a reward model whose trunk ``export`` can express.
 
-    transformers reads the score at the last token that is no padding, so padding must not look like the end token: the
-    tokenizer is written with another padding token, or with none.
+    transformers reads the score at the last token that is no padding, so padding must be no token that ends a row: one
+    that ends outputs, or stands for unknown text. The tokenizer keeps its padding token if it is none of these;
+    otherwise it gets ``PADDING``, whose row in the embedding is one that no token had, or a further one of zeros.
     """
 
     def __init__(self, export: Export, mean: float, template: str | None):
@@ -120,9 +126,14 @@ class RewardExport:
         self._trunk = export
         self.vocab_size = export.vocab_size
         self.tokenizer = copy.deepcopy(export.tokenizer)
-        ids = (getattr(export.tokenizer, f"{name}_token_id") for name in ("pad", "unk", "bos"))
-        padding = next((token for token in ids if token not in (None, export.tokenizer.eos_token_id)), None)
-        self.tokenizer.pad_token = None if padding is None else self.tokenizer.convert_ids_to_tokens(padding)
+        self.tokenizer.padding_side = "right"  # as in training, where absolute positions count from a row's first token
+        ends = export.generation_config.get("eos_token_id")
+        used = {*(ends if isinstance(ends, list) else [ends])}
+        used |= {getattr(self.tokenizer, f"{name}_token_id") for name in ("eos", "unk", "bos", "sep", "cls")}
+        if self.tokenizer.pad_token_id in {None, *used}:
+            self.tokenizer.add_special_tokens({"pad_token": PADDING})
+        padding = self.tokenizer.pad_token_id
+        self._added_rows = max(0, padding + 1 - self.vocab_size)
         self.generation_config = {**export.generation_config, "pad_token_id": padding}
         self.config = export.config
         self.config.update(
@@ -130,6 +141,7 @@ class RewardExport:
                 "architectures": [classifier],
                 "num_labels": 1,
                 "pad_token_id": padding,
+                "vocab_size": self.vocab_size + self._added_rows,
                 "tie_word_embeddings": True,
                 "reward_mean": mean,
                 "reward_template": template,
@@ -139,5 +151,7 @@ class RewardExport:
     def tensors(self, name: str, full: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
         if name == HEAD:
             yield SCORE, full
-        else:
-            yield from self._trunk.tensors(name, full)
+            return
+        if name in VOCABULARY_TENSORS:
+            full = torch.cat([full, full.new_zeros(self._added_rows, full.shape[1])])
+        yield from self._trunk.tensors(name, full)

@@ -8,15 +8,23 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerFast
 
 from nemo_brain.core.groups import Group
+from nemo_brain.data import conversations
+from nemo_brain.data.conversations import (
+    Conversation,
+    columns,
+    conversation_of,
+    index_of,
+    is_transcript,
+    parse_messages,
+)
 from nemo_brain.data.examples import ExampleSet, given_output
-from nemo_brain.data.preferences import conversation_of
-from nemo_brain.data.prompts import parse_messages, parse_prompt
+from nemo_brain.data.prompts import parse_prompt
 from nemo_brain.data.records import Record, Source, kind, read_records
 from nemo_brain.data.stop import Stop
 from nemo_brain.data.templates import Template
 
 TURNS = ("all", "last")
-_OWN = ("prompt", "completion", "messages")
+_OWN = (*conversations.OWN, "completion")
 _EXAMPLE = 'write {"prompt": ..., "completion": ...} or {"messages": [...]}'
 
 
@@ -42,11 +50,12 @@ def load_demonstrations(
 ) -> ExampleSet[Demonstration]:
     """Reads demonstrations.
 
-    A record has one of these, and may have ``id``:
+    A record has one of these, and may have ``system`` (text: a system message before the others) and ``id``; what is
+    null is not there:
 
     - ``prompt`` and ``completion``, both text;
     - ``prompt`` and ``completion``, both messages;
-    - ``messages``: a conversation.
+    - ``messages``: a conversation; a text ``prompt`` beside it repeats one of the user's messages (UltraChat's).
 
     Messages end with one of the assistant. Each message of the assistant in ``completion`` or ``messages`` is a
     demonstration of its own: its prompt is all that precedes it, rendered as when the model is asked to answer, and the
@@ -70,6 +79,9 @@ def load_demonstrations(
         for prompt, text in turns if assistant_turns == "all" else turns[-1:]:
             if not text:
                 raise record.error("a completion is empty", "write it, or remove the line")
+            if rendering.chat and isinstance(prompt, str) and is_transcript(prompt):
+                text = text.strip()  # as its messages
+            prompt = conversations.with_system(record, prompt, rendering.chat)
             parsed = parse_prompt(record.with_prompt(prompt, _OWN), rendering, max_prompt_tokens)
             output = given_output(tokenizer, text, max_output_tokens, stop)
             demonstrations.append(Demonstration(Group(parsed, [output]), conversation_of(prompt)))
@@ -78,15 +90,17 @@ def load_demonstrations(
     return ExampleSet(demonstrations, cut_prompts, cut_outputs)
 
 
-def _turns(record: Record) -> Iterator[tuple[str | list[dict[str, str]], str]]:
+def _turns(record: Record) -> Iterator[tuple[str | Conversation, str]]:
     """The prompts and completions of a record."""
-    prompt, completion, messages = (record.fields.get(name) for name in _OWN)
+    prompt, completion, messages = (record.fields.get(name) for name in ("prompt", "completion", "messages"))
     if messages is not None:
-        if prompt is not None or completion is not None:
+        messages = parse_messages(record, "messages", messages)
+        repeated = prompt is None or (isinstance(prompt, str) and index_of(messages, prompt) is not None)
+        if not repeated or completion is not None:
             raise record.error("both messages and prompt or completion", _EXAMPLE)
-        yield from _assistant_turns(record, parse_messages(record, "messages", messages), 0)
+        yield from _assistant_turns(record, messages, 0)
     elif prompt is None or completion is None:
-        raise record.error(f"no {'completion' if completion is None else 'prompt'}", _EXAMPLE)
+        raise record.error(f"no {'completion' if completion is None else 'prompt'}", _EXAMPLE + columns(record))
     elif isinstance(prompt, list) and isinstance(completion, list):
         before = parse_messages(record, "prompt", prompt)
         yield from _assistant_turns(record, [*before, *parse_messages(record, "completion", completion)], len(before))
@@ -97,9 +111,7 @@ def _turns(record: Record) -> Iterator[tuple[str | list[dict[str, str]], str]]:
         raise record.error(kinds, "make both text, or both lists of messages")
 
 
-def _assistant_turns(
-    record: Record, messages: list[dict[str, str]], start: int
-) -> Iterator[tuple[list[dict[str, str]], str]]:
+def _assistant_turns(record: Record, messages: Conversation, start: int) -> Iterator[tuple[Conversation, str]]:
     """What the assistant says from the message ``start`` on, each with all that precedes it."""
     roles = [message["role"] for message in messages]
     if roles[-1] != "assistant":

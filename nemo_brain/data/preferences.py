@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import itertools
-import re
 from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerFast
 
 from nemo_brain.core.groups import Group
+from nemo_brain.data import conversations
+from nemo_brain.data.conversations import TURN, Conversation, conversation_of, index_of, is_transcript, parse_messages
 from nemo_brain.data.examples import ExampleSet, given_output
 from nemo_brain.data.prompts import parse_prompt
 from nemo_brain.data.records import Record, Source, kind, read_records
 from nemo_brain.data.stop import Stop
 from nemo_brain.data.templates import Template
 
-OWN = ("prompt", "messages", "chosen", "rejected", "margin")  # keys of a record that are no metadata of its prompt
-_TURN = re.compile(r"\n\n(Human|Assistant):")
-_TRANSCRIPT = re.compile(r"\n\nHuman:")
-_ROLES = {"Human": "user", "Assistant": "assistant"}
+OWN = (*conversations.OWN, "chosen", "rejected", "margin")  # keys of a record that are no metadata of its prompt
+FORKS = ("refuse", "cut")
+# What files call the prompt that are not TRL's: without it a common beginning of the answers would pass for one.
+_OTHER_PROMPTS = ("question", "instruction", "query", "input", "context", "post", "history")
+_EXAMPLE = 'write {"prompt": ..., "chosen": ..., "rejected": ...}'
 
 
 @dataclass
@@ -39,15 +41,18 @@ def load_preferences(
     template: str | None,
     max_prompt_tokens: int,
     max_output_tokens: int,
+    forks: str = "refuse",
     key: str = "data.train",
 ) -> ExampleSet[Preference]:
     """Reads preference pairs.
 
-    A record has ``chosen`` and ``rejected``, and may have ``prompt``, ``margin`` (default 0) and ``id``:
+    A record has ``chosen`` and ``rejected``, and may have ``prompt``, ``system`` (text: a system message before the
+    prompt's), ``margin`` (default 0) and ``id``; what is null is not there:
 
     - text with a text ``prompt``: a plain prompt and two outputs;
     - messages, with or without a ``prompt`` of messages: without it the prompt is their common beginning, and what
-      follows is one message of the assistant in each (TRL's conversational format);
+      follows is one message of the assistant in each (TRL's conversational format). Messages may repeat the prompt,
+      which may then be text (UltraFeedback's);
     - transcripts "\\n\\nHuman: ... \\n\\nAssistant: ..." (hh-rlhf): the prompt is their common beginning up to an
       "\\n\\nAssistant:", the outputs are what follows. With ``data.template=chat`` the prompt is read as messages;
     - other texts without a prompt: their common beginning, whole words of it, is the prompt (TRL's implicit prompt).
@@ -57,6 +62,8 @@ def load_preferences(
         tokenizer, template, max_prompt_tokens, key: as in ``load_prompts``.
         stop: what ends the outputs.
         max_output_tokens: longer outputs lose tokens on the right, the end token among them.
+        forks: transcripts and messages that part before the last answer, or go on behind it, are refused
+            (``refuse``), or the pair is the two answers with which they part (``cut``).
 
     Raises:
         ValueError: naming ``path:line`` or the key, what is wrong and the remedy.
@@ -65,87 +72,124 @@ def load_preferences(
     pairs: list[Preference] = []
     cut_prompts = cut_outputs = 0
     for record in read_records(source, key):
-        prompt, answers = _split(record, rendering.chat)
+        prompt, answers = _split(record, rendering.chat, forks == "cut")
+        prompt = conversations.with_system(record, prompt, rendering.chat)
         parsed = parse_prompt(record.with_prompt(prompt, OWN), rendering, max_prompt_tokens)
         outputs = [given_output(tokenizer, text, max_output_tokens, stop) for text in answers]
         cut_outputs += sum(not output.ended for output in outputs)
         if outputs[0].token_ids == outputs[1].token_ids:
             raise record.error("chosen and rejected are the same", "remove the line, or raise data.max_output_tokens")
-        margin = record.number("margin", record.fields.get("margin", 0.0))
+        margin = record.number("margin", 0.0 if record.fields.get("margin") is None else record.fields["margin"])
         pairs.append(Preference(Group(parsed, outputs), margin, conversation_of(prompt)))
         cut_prompts += parsed.truncated
     return ExampleSet(pairs, cut_prompts, cut_outputs)
 
 
-def conversation_of(prompt: str | list[dict]) -> str:
-    """What examples are held out by: a plain prompt, or the conversation's first user message."""
-    if isinstance(prompt, str):
-        return _messages(prompt)[0]["content"] if _TRANSCRIPT.match(prompt) else prompt
-    return next((message["content"] for message in prompt if message["role"] == "user"), "")
-
-
-def _split(record: Record, chat: bool) -> tuple[str | list[dict], list[str]]:
+def _split(record: Record, chat: bool, cut: bool) -> tuple[str | Conversation, list[str]]:
     """The prompt of a record, text or messages, and the texts of the chosen and the rejected output."""
     sides = []
     for name in ("chosen", "rejected"):
         if name not in record.fields:
-            raise record.error(f"no {name}", 'write {"prompt": ..., "chosen": ..., "rejected": ...}')
+            raise record.error(f"no {name}", _EXAMPLE + conversations.columns(record))
         sides.append(record.fields[name])
     prompt = record.fields.get("prompt")
-    types = {type(value) for value in (*sides, prompt) if value is not None}
-    if None in sides or len(types) != 1 or not types <= {str, list}:
-        kinds = ", ".join(f"{name} is {kind(value)}" for name, value in _named(sides, prompt))
-        raise record.error(kinds, "make all of them text, or all of them lists of messages")
-    if list in types:
-        return _split_messages(record, sides, prompt)
+    kinds = {type(side) for side in sides}
+    if len(kinds) != 1 or not kinds <= {str, list} or not isinstance(prompt, (str, *kinds, type(None))):
+        shown = zip(("chosen", "rejected", "prompt"), (*sides, prompt), strict=True)
+        what = ", ".join(f"{name} is {kind(value)}" for name, value in shown if name != "prompt" or value is not None)
+        raise record.error(what, "make all of them text, or all of them lists of messages")
+    if list in kinds:
+        sides = [parse_messages(record, name, side) for name, side in zip(("chosen", "rejected"), sides, strict=True)]
+        return _split_messages(record, sides, prompt, cut)
+    transcripts = sum(map(is_transcript, sides))
+    if transcripts == 2 or (transcripts and prompt is None):
+        return _split_transcripts(record, sides, prompt, chat, cut)
     if prompt is not None:
-        return prompt, sides
-    same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(*sides, strict=False))
-    common = "".join(character for character, _ in same)
-    if all(_TRANSCRIPT.match(side) for side in sides):
-        ends = [match.end() for match in _TURN.finditer(common) if match[1] == "Assistant"]
-        end = ends[-1] if ends else 0
-    else:
-        end = max(common.rfind(" "), common.rfind("\n"))
+        return prompt, _answers(record, sides, chat, cut) if is_transcript(prompt) else sides
+    for name in _OTHER_PROMPTS:
+        if isinstance(record.fields.get(name), str):
+            raise record.error(f"no prompt, but {name}", f"call the prompt so{conversations.columns(record)}")
+    common = _common(sides)
+    end = max(common.rfind(" "), common.rfind("\n"))
     if end <= 0:
         raise record.error("chosen and rejected have no common beginning", "give the prompt that they answer")
-    prompt, answers = common[:end], [side[end:] for side in sides]
-    if chat and _TRANSCRIPT.match(prompt):
-        return _messages(prompt), [answer.strip() for answer in answers]
-    return prompt, answers
+    return common[:end], [side[end:] for side in sides]
 
 
-def _split_messages(record: Record, sides: list[list], prompt: list | None) -> tuple[list[dict], list[str]]:
-    if prompt is None:
+def _split_transcripts(
+    record: Record, sides: list[str], prompt: str | None, chat: bool, cut: bool
+) -> tuple[str, list[str]]:
+    common = _common(sides)
+    if prompt is not None and not common.startswith(prompt.rstrip()):
+        raise record.error("chosen and rejected are transcripts that do not begin with the prompt", "leave it out")
+    ends = [match.end() for match in TURN.finditer(common) if match[1] == "Assistant"]
+    if not ends:
+        raise record.error(
+            "chosen and rejected have no common beginning up to an answer of the assistant",
+            "give two answers to the same prompt, or remove the line",
+        )
+    return sides[0][: ends[-1]], _answers(record, [side[ends[-1] :] for side in sides], chat, cut)
+
+
+def _answers(record: Record, rests: list[str], chat: bool, cut: bool) -> list[str]:
+    """What follows a transcript's last "\\n\\nAssistant:", which must be one answer, or is ``cut`` to it."""
+    answers = []
+    for name, rest in zip(("chosen", "rejected"), rests, strict=True):
+        answer, *more = TURN.split(rest)
+        if more and not cut:
+            raise _fork(record, name, f"the {more[-2].lower()}", len(more) // 2)
+        answers.append(answer.strip() if chat else answer)
+    if answers[0].strip() == answers[1].strip() and rests[0] != rests[1]:
+        raise record.error(
+            "chosen and rejected part in what the human says, not in an answer",
+            "give two answers to the same prompt, or remove the line",
+        )
+    return answers
+
+
+def _split_messages(
+    record: Record, sides: list[Conversation], prompt: str | list | None, cut: bool
+) -> tuple[Conversation, list[str]]:
+    if isinstance(prompt, list):
+        begin = parse_messages(record, "prompt", prompt)
+        repeated = all(side[: len(begin)] == begin for side in sides)
+        rests = [side[len(begin) :] for side in sides] if repeated else sides
+    else:
         common = 0
         while common < min(map(len, sides)) and sides[0][common] == sides[1][common]:
             common += 1
         # The prompt ends where the assistant is to answer.
-        while common and isinstance(sides[0][common - 1], dict) and sides[0][common - 1].get("role") == "assistant":
+        while common and sides[0][common - 1]["role"] == "assistant":
             common -= 1
-        prompt, sides = sides[0][:common], [side[common:] for side in sides]
-        if not prompt:
+        begin, rests = sides[0][:common], [side[common:] for side in sides]
+        if prompt is not None and index_of(begin, prompt) is None:
+            raise record.error(
+                "prompt is a string, chosen and rejected are lists of messages that do not both repeat it",
+                "leave the prompt out, or make it a list of messages",
+            )
+        if not begin:
             raise record.error("chosen and rejected have no common beginning", "give the prompt that they answer")
     answers = []
-    for name, side in zip(("chosen", "rejected"), sides, strict=True):
-        message = side[0] if len(side) == 1 else None
-        if not isinstance(message, dict) or message.keys() != {"role", "content"} or message["role"] != "assistant":
+    for name, rest in zip(("chosen", "rejected"), rests, strict=True):
+        if not rest or rest[0]["role"] != "assistant":
             raise record.error(
-                f"{name} goes on with {len(side)} messages after the common prompt, not with one of the assistant",
+                f"{name} goes on with {len(rest)} messages after the common prompt, not with one of the assistant",
                 'end both with [{"role": "assistant", "content": "..."}] to the same prompt, or remove the line',
             )
-        answers.append(record.text(f"{name}: content", message["content"]))
-    return prompt, answers
+        if len(rest) > 1 and not cut:
+            raise _fork(record, name, f"the {rest[-1]['role']}", len(rest) - 1)
+        answers.append(rest[0]["content"])
+    return begin, answers
 
 
-def _messages(transcript: str) -> list[dict[str, str]]:
-    """The messages of an hh-rlhf transcript that ends in "\n\nAssistant:", without surrounding whitespace."""
-    parts = _TURN.split(transcript.removesuffix("\n\nAssistant:"))[1:]
-    return [
-        {"role": _ROLES[speaker], "content": text.strip()}
-        for speaker, text in zip(parts[::2], parts[1::2], strict=True)
-    ]
+def _fork(record: Record, name: str, last: str, more: int) -> ValueError:
+    return record.error(
+        f"{name} goes on with {more + 1} messages after the common prompt, the last {last}'s, not with one answer",
+        "end both with one answer of the assistant to the same prompt, or set data.forks=cut: the pair is then the two "
+        "answers with which they part",
+    )
 
 
-def _named(sides: list, prompt: object) -> list[tuple[str, object]]:
-    return [("chosen", sides[0]), ("rejected", sides[1]), *([] if prompt is None else [("prompt", prompt)])]
+def _common(sides: list[str]) -> str:
+    same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(*sides, strict=False))
+    return "".join(character for character, _ in same)

@@ -12,11 +12,11 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from nemo_brain.core.groups import Prompt
-from nemo_brain.data.records import Record, Source, kind
+from nemo_brain.data.conversations import OWN, read_prompt
+from nemo_brain.data.records import Record, Source
 from nemo_brain.data.stored import StoredRecords
 from nemo_brain.data.templates import KEY, Template
 
-ROLES = ("system", "user", "assistant")
 # Prompts that are tokenised before a run begins: all of them, but of a file whose tokenising would take minutes.
 TOKENISED_AT_ONCE = 10_000
 
@@ -90,10 +90,11 @@ def load_prompts(
     """Reads prompts.
 
     Args:
-        source: a JSONL file, a list of them, or an iterable of records. A record has ``prompt`` (text) or ``messages``
-            (role and content each) and may have ``id`` and ``reference``. Other keys go to the prompt's metadata; so
-            does, as ``messages``, what a template rendered (a plain prompt is one user message). An absent id is
-            ``file stem:line number`` or ``key:index``.
+        source: a JSONL file, a list of them, or an iterable of records. A record has ``prompt`` (text or messages) or
+            ``messages`` (role and content each) and may have ``system``, ``id`` and ``reference``; see
+            ``conversations.read_prompt``. Other keys go to the prompt's metadata; so does, as ``messages``, what a
+            template rendered (a plain prompt is one user message). An absent id is ``file stem:line number`` or
+            ``key:index``.
         tokenizer: the model's tokenizer.
         template: None, ``"chat"`` or a format string: see ``Template``.
         max_prompt_tokens: longer prompts lose tokens on the left, behind the tokenizer's own start token.
@@ -118,19 +119,14 @@ def check_prompt(record: Record, template: Template) -> str:
     Raises:
         ValueError: naming the place, what is wrong and the remedy.
     """
-    prompt, messages = record.fields.get("prompt"), record.fields.get("messages")
-    if (prompt is None) == (messages is None):
-        both = "neither prompt nor messages" if prompt is None else "both prompt and messages"
-        raise record.error(both, "give exactly one of them")
-    if messages is not None:
-        if parse_messages(record, "messages", messages)[-1]["role"] == "assistant":
+    prompt = read_prompt(record, template.chat)
+    if isinstance(prompt, list):
+        if prompt[-1]["role"] == "assistant":
             raise record.error(
                 "the last message is the assistant's", "end with the message to answer; move it to reference"
             )
         if not template.chat:
             raise record.error("messages need a chat template", f"set {KEY}=chat, or give a plain prompt")
-    elif not record.text("prompt", prompt):
-        raise record.error("prompt is empty", "write a prompt or remove the line")
     prompt_reference(record)
     return prompt_id(record)
 
@@ -138,16 +134,15 @@ def check_prompt(record: Record, template: Template) -> str:
 def parse_prompt(record: Record, template: Template, max_prompt_tokens: int) -> Prompt:
     """The prompt of one record. ValueError: as ``check_prompt``, or the template or the tokenizer refuses it."""
     name = check_prompt(record, template)
-    prompt, messages = record.fields.get("prompt"), record.fields.get("messages")
-    own = ("id", "prompt", "messages", "reference")
-    metadata = {name: value for name, value in record.fields.items() if name not in own}
-    if prompt is None:
-        metadata["messages"] = messages
+    prompt = read_prompt(record, template.chat)
+    metadata = {name: value for name, value in record.fields.items() if name not in (*OWN, "id", "reference")}
+    if isinstance(prompt, list):
+        metadata["messages"] = prompt
     elif not template.identity:
         metadata["messages"] = [{"role": "user", "content": prompt}]
     try:
-        rendered = template.render_messages(messages or []) if prompt is None else template.render_prompt(prompt)
-        text, start, ids = rendered
+        render = template.render_messages if isinstance(prompt, list) else template.render_prompt
+        text, start, ids = render(prompt)
     except ValueError as error:
         raise ValueError(f"{record.where}: {error}") from error
     if not ids:
@@ -175,20 +170,6 @@ def prompt_reference(record: Record) -> str | None:
     """The record's reference answer."""
     value = record.fields.get("reference")
     return None if value is None else record.text("reference", value)
-
-
-def parse_messages(record: Record, name: str, messages: object) -> list[dict[str, str]]:
-    """``messages``, which must be a non-empty list of them; ``name``: the key that errors name."""
-    example = 'write [{"role": "user", "content": "..."}]'
-    if not isinstance(messages, list) or not messages:
-        raise record.error(f"{name} is {kind(messages) if messages != [] else 'empty'}, not a list of them", example)
-    for index, message in enumerate(messages):
-        if not isinstance(message, dict) or message.keys() != {"role", "content"}:
-            raise record.error(f"{name}[{index}] does not have role and content, and these alone", example)
-        if message["role"] not in ROLES:
-            raise record.error(f"{name}[{index}].role is {message['role']!r}", f"use {', '.join(ROLES)}")
-        record.text(f"{name}[{index}].content", message["content"])
-    return messages
 
 
 def split_holdout(ids: Iterable[str], holdout: float, seed: int) -> tuple[np.ndarray, np.ndarray]:

@@ -6,7 +6,6 @@ Shapes: B rows of a batch, S positions.
 from __future__ import annotations
 
 import itertools
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +21,8 @@ from transformers import (
     PretrainedConfig,
 )
 
+from nemo_brain.convert.source import check_finite
+from nemo_brain.convert.weight_files import weight_files
 from nemo_brain.core.heartbeat import heartbeat
 from nemo_brain.data.templates import FormatString, lacks_chat_template, render_chat
 from nemo_brain.data.tokenizers import load_tokenizer, protect, start_tokens
@@ -52,6 +53,7 @@ class HuggingFaceReward:
         batch_tokens: positions of a batch, padding included. Rows of similar length share one.
         device: None: this process's CUDA device, or the CPU where there is none.
         dtype: ``"float32"``, ``"bfloat16"`` or ``"float16"``.
+        allow_nonfinite: weights that are not finite are taken rather than refused.
 
     Raises:
         ValueError: naming the argument, what is wrong with it and the remedy.
@@ -69,6 +71,7 @@ class HuggingFaceReward:
         batch_tokens: int = 16384,
         device: str | None = None,
         dtype: str = "float32",
+        allow_nonfinite: bool = False,
     ):
         if too_long not in ("refuse", "truncate"):
             raise ValueError(f"reward.too_long must be refuse or truncate, not {too_long!r}")
@@ -82,6 +85,7 @@ class HuggingFaceReward:
         self._dtype = getattr(torch, dtype)
         self._device = _device(device)
         self._batch_tokens = batch_tokens
+        self._finite_unless = None if allow_nonfinite else "reward.allow_nonfinite"
         self._truncate = too_long == "truncate"
         self._config = _checked_config(self._path)
         rows = getattr(self._config, "vocab_size", None)
@@ -100,7 +104,7 @@ class HuggingFaceReward:
             )
         if self._template is None:
             self._format = FormatString(template, ("prompt", "output"), "reward.template", "chat, pair")
-        self._pad = self._config.pad_token_id
+        self._pad = self._config.get_text_config().pad_token_id
         self._types = template == "pair" and "token_type_ids" in self._tokenizer.model_input_names
         positions = getattr(self._config, "max_position_embeddings", None)
         known = [limit for limit in (positions, self._tokenizer.model_max_length) if limit and limit < _UNLIMITED]
@@ -117,7 +121,7 @@ class HuggingFaceReward:
         """Loads the weights.
 
         Raises:
-            ValueError: they cannot be loaded, or some are missing.
+            ValueError: they cannot be loaded, some are missing, or they are not finite.
         """
         try:
             model, info = AutoModelForSequenceClassification.from_pretrained(
@@ -139,6 +143,8 @@ class HuggingFaceReward:
                 f"reward.model: {self._path} has no weights of the right shape for {', '.join(lacking[:5])}, and "
                 "random ones would take their place (name a trained reward model)"
             )
+        for name, tensor in model.state_dict().items():
+            check_finite(tensor, f"reward.model: {self._path}: {name}", self._finite_unless)
         self._model = model.to(self._device).eval()
 
     def __call__(
@@ -211,11 +217,11 @@ class HuggingFaceReward:
         longest = max(len(ids) for ids, _ in rows)
         pad = self._pad
         if pad is None:
-            # Such a model scores a row's last token; of a batch, the last one that is not padding. Any token that ends
-            # no row makes them the same.
+            # Without one a model scores a row's last token; of a batch, the last one that is not padding. Any token that
+            # ends no row makes them the same.
             ends = {ids[-1] for ids, _ in rows}
             pad = next(token for token in itertools.count() if token not in ends)
-        self._model.config.pad_token_id = pad
+        self._model.config.get_text_config().pad_token_id = pad
         inputs = {
             "input_ids": [ids + [pad] * (longest - len(ids)) for ids, _ in rows],
             "attention_mask": [[1] * len(ids) + [0] * (longest - len(ids)) for ids, _ in rows],
@@ -261,16 +267,11 @@ def _checked_config(path: Path) -> PretrainedConfig:
             f"reward.model: {path} has {config.num_labels} labels, a reward model has one (name another model; "
             "id2label in its config.json lists the labels)"
         )
-    index = path / "model.safetensors.index.json"
-    files = ["model.safetensors"]
-    if index.is_file():
-        try:
-            files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
-            raise ValueError(f"reward.model: {index} is no index of weights: {error} (save the model anew)") from error
-    for file in files:
-        if not (path / file).is_file():
-            raise ValueError(
-                f"reward.model: there is no {path / file}; safetensors alone are read (make them: {_SAVE})"
-            )
+    text = config.get_text_config()
+    if text.pad_token_id is not None and not 0 <= text.pad_token_id < text.vocab_size:
+        text.pad_token_id = None  # no token at all: -1 is written for none
+    try:
+        weight_files(path)
+    except ValueError as error:
+        raise ValueError(f"reward.model: {error} (safetensors alone are read; make them: {_SAVE})") from error
     return config

@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from nemo_brain.convert.reward import open_reward_model
+from nemo_brain.convert.reward import PADDING, open_reward_model
 from nemo_brain.core.groups import Group, Output
 from nemo_brain.data.stop import choose_stop
 from nemo_brain.data.templates import Template
@@ -47,6 +47,7 @@ class MegatronReward:
     Args:
         restore_from: the directory of a reward model, see ``convert.reward.open_reward_model``.
         template: how the reward model's prompts are rendered, as ``data.template``; None: as its directory says.
+        allow_nonfinite: weights that are not finite are taken rather than refused.
 
     Raises:
         ValueError: there is no reward model, or its template is none.
@@ -54,9 +55,9 @@ class MegatronReward:
 
     collective = True
 
-    def __init__(self, restore_from: str, template: str | None = None):
+    def __init__(self, restore_from: str, template: str | None = None, allow_nonfinite: bool = False):
         self.name = f"MegatronReward of {restore_from}"
-        self.weights = open_reward_model(restore_from, "reward.restore_from")
+        self.weights = open_reward_model(restore_from, "reward.restore_from", allow_nonfinite)
         self._template = self.weights.template if template is None else template
         self._rendering = Template(self.weights.tokenizer, self._template)
         self._stop = choose_stop(
@@ -196,7 +197,8 @@ def same_tokenizer(one: PreTrainedTokenizerFast, other: PreTrainedTokenizerFast)
 
 def _law(tokenizer: PreTrainedTokenizerFast) -> tuple:
     state = json.loads(tokenizer.backend_tokenizer.to_str())
-    added = sorted((token["id"], token["content"], token["special"]) for token in state["added_tokens"])
+    tokens = [token for token in state["added_tokens"] if token["content"] != PADDING]  # which no text and template has
+    added = sorted((token["id"], token["content"], token["special"]) for token in tokens)
     parts = [state[name] for name in ("normalizer", "pre_tokenizer", "model")]
     return tokenizer.eos_token_id, added, parts
 

@@ -45,7 +45,8 @@ def draw_tokens(
         temperature: divides the logits.
 
     Returns:
-        int64 token ids [R] and their log-probs [R] (float64, nats), the same on every rank.
+        int64 token ids [R] and their log-probs [R] (float64, nats), the same on every rank. A row whose logits are no
+        law, because one is NaN or +inf or all are -inf, has the token -1.
     """
     ranks, rank = (1, 0) if group is None else (group.size(), group.rank())
     start = rank * logits_RV.shape[-1]
@@ -56,7 +57,8 @@ def draw_tokens(
         logits_RV = logits_RV[:, :real]
         # In float32, as the logits are divided: the peak is then exactly the largest of them.
         peak_R = _scaled(logits_RV.amax(dim=-1), temperature).double()
-        ends_RB = _block_sums(logits_RV, peak_R, temperature).cumsum(dim=-1)
+        least_R = peak_R.clamp(min=torch.finfo(torch.float32).min)  # where all of this rank's logits are -inf
+        ends_RB = _block_sums(logits_RV, least_R, temperature).cumsum(dim=-1)
         total_R = ends_RB[:, -1]
     shares = gather(torch.stack([peak_R, total_R]), group)  # [ranks, 2, R]
     top_R = shares[:, 0].amax(dim=0)
@@ -66,10 +68,11 @@ def draw_tokens(
     draw_R = torch.minimum(uniforms_R * mass_R, _below(mass_R))
     drawn_2R = torch.stack([torch.full_like(draw_R, -1), torch.full_like(draw_R, float("-inf"))])
     if real:
+        # No comparison with NaN holds, which is what a row without a law comes to.
         inside_R = (draw_R >= before_R) & (draw_R < after_R)
         # Rounding must not carry a draw past this rank's last token that has any probability.
         local_R = torch.minimum((draw_R - before_R) * (top_R - peak_R).exp(), _below(total_R))
-        columns_R = _search(logits_RV, peak_R, temperature, ends_RB, local_R)
+        columns_R = _search(logits_RV, least_R, temperature, ends_RB, local_R)
         values_R = _scaled(logits_RV.gather(1, columns_R[:, None])[:, 0], temperature).double()
         found_2R = torch.stack([(start + columns_R).double(), values_R - top_R - mass_R.log()])
         drawn_2R = torch.where(inside_R, found_2R, drawn_2R)

@@ -185,6 +185,10 @@ class Sampler:
 
         Yields:
             The place of a prompt in ``prompts`` and its group, as soon as the group's last output has ended.
+
+        Raises:
+            ValueError: the logits of an output are not finite (other than by -inf, probability zero); on all of these
+                ranks.
         """
         modes = [chunk.training for chunk in self.chunks]
         for chunk in self.chunks:
@@ -289,6 +293,12 @@ class Sampler:
         lane.end(new_rows)
         ended = []
         for place, (row, token, sampled, plain) in enumerate(zip(rows, *drawn_3R.tolist(), strict=True)):
+            if token < 0:  # every rank has it
+                raise ValueError(
+                    f"the model's logits are not finite (NaN, or infinite) after {len(row.tokens)} tokens of output "
+                    f"{row.output} to the prompt {row.group.prompt.id!r}: its weights are damaged, or have diverged "
+                    "(look at model.restore_from, or lower optim.lr)"
+                )
             row.tokens.append(int(token))
             row.proposal_logprob += sampled
             row.policy_logprob += plain
@@ -308,7 +318,8 @@ class Sampler:
             tokens_R, sampled_R = draw_tokens(logits_RV, uniforms_R, vocab_size, group, options.temperature)
             if options.temperature == 1.0:
                 return torch.stack([tokens_R.double(), sampled_R, sampled_R])
-        plain_R = vocab_parallel_logprobs(logits_RV, tokens_R, tp_group=group, real_vocab_size=vocab_size)
+        targets_R = tokens_R.clamp(min=0)  # no token was drawn where there is no law
+        plain_R = vocab_parallel_logprobs(logits_RV, targets_R, tp_group=group, real_vocab_size=vocab_size)
         return torch.stack([tokens_R.double(), sampled_R, plain_R.double()])
 
     def _sampled(self, prompt: Prompt, rows: Sequence[_Row]) -> SampledGroup:

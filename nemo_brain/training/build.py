@@ -86,7 +86,7 @@ def make_weights(model: ModelConfig, seed: int) -> Weights:
     """The start weights; ``seed``: of those of a model from scratch."""
     if model.restore_from is not None and model.gpt:
         raise ValueError("model.gpt describes a model from scratch: set model.gpt=null with model.restore_from")
-    weights = start_weights(model.restore_from, model.gpt, model.tokenizer, seed)
+    weights = start_weights(model.restore_from, model.gpt, model.tokenizer, seed, model.allow_nonfinite)
     if len(weights.tokenizer) > weights.vocab_size:
         raise ValueError(
             f"the tokenizer has {len(weights.tokenizer)} tokens, the checkpoint model.restore_from="

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import tensors_of
+from demonstrations import sft_config, write_demonstrations
+from models import damaged_llama, tensors_of
 from ranks import run_ranks
 from toy_runs import toy_config
 
@@ -16,6 +17,7 @@ from nemo_brain.convert.command import main
 from nemo_brain.convert.open import open_weights
 from nemo_brain.durability import checkpoint
 from nemo_brain.training.brain.run import run
+from nemo_brain.training.sft.run import fine_tune
 
 RUN = (
     "trainer.max_iterations=1",
@@ -107,6 +109,26 @@ def test_a_run_starts_from_a_checkpoint_and_its_own_says_so(finished, tmp_path):
     assert equal(tmp_path / "next" / "model", finished / "model")
     main([f"from={tmp_path}/next", f"to={tmp_path}/converted"])
     compare(tmp_path / "next", tmp_path / "converted")
+
+
+def test_a_checkpoint_with_a_tensor_that_is_not_finite_is_refused(tmp_path):
+    """Of a run that was allowed to start from it, and whose data does not touch it."""
+    start = damaged_llama(tmp_path / "start")
+
+    def fine_tuned() -> None:
+        data = (f"data.train={write_demonstrations(tmp_path / 'data.jsonl')}", "validation.samples=0")
+        sizes = ("data.max_prompt_tokens=16", "data.max_output_tokens=16", "train.global_batch_size=16")
+        model = (f"model.restore_from={start}", "model.allow_nonfinite=true", "data.template=null")
+        fine_tune(sft_config(f"run_dir={tmp_path}/run", *data, *sizes, *model, "optim.lr=1e-3"))
+
+    run_ranks(fine_tuned, 1)
+    name = "embedding.word_embeddings.weight"
+    match = rf"step_\d+/weights: {name} is not finite: \d+ of \d+ values .* with model\.allow_nonfinite=true"
+    with pytest.raises(ValueError, match=match):
+        open_weights(tmp_path / "run").tensor(name, ())
+    assert open_weights(tmp_path / "run", None).tensor(name, ()).isnan().any(1).nonzero().tolist() == [[ord("~")]]
+    with pytest.raises(ValueError, match=r"with allow_nonfinite=true"):
+        main([f"from={tmp_path}/run", f"to={tmp_path}/converted"])
 
 
 def test_a_start_model_that_is_gone_is_named(finished, tmp_path):

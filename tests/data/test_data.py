@@ -283,6 +283,43 @@ def test_load_prompts_truncates_on_the_left_and_counts():
 
 
 USER = {"role": "user", "content": "hi"}
+SYSTEM = {"role": "system", "content": "Be brief."}
+ANSWER = {"role": "assistant", "content": "yes?"}
+WHY = {"role": "user", "content": "why"}
+SAME = {
+    "null keys of messages": (
+        {"messages": [USER]},
+        {"messages": [{**USER, "tool_calls": None, "name": None}], "prompt": None},
+    ),
+    "TRL's prompts of messages": ({"messages": [USER, ANSWER, WHY]}, {"prompt": [USER, ANSWER, WHY], "messages": None}),
+    "UltraChat": ({"messages": [USER]}, {"prompt": "hi ", "messages": [USER, ANSWER, WHY, ANSWER]}),
+    "UltraChat with a system message": (
+        {"messages": [SYSTEM, USER]},
+        {"prompt": "hi", "messages": [SYSTEM, USER, ANSWER]},
+    ),
+    "a system column": ({"messages": [SYSTEM, USER]}, {"prompt": "hi", "system": "Be brief."}),
+    "a system column beside messages": ({"messages": [SYSTEM, USER]}, {"messages": [USER], "system": "Be brief."}),
+    "an empty system column": ({"messages": [USER]}, {"prompt": "hi", "system": " "}),
+    "a transcript": (
+        {"messages": [USER, ANSWER, WHY]},
+        {"prompt": "\n\nHuman: hi\n\nAssistant: yes?\n\nHuman: why\n\nAssistant:"},
+    ),
+    "Nectar's": ({"messages": [USER]}, {"prompt": "\n\nHuman: hi\n\nAssistant: "}),
+}
+
+
+@pytest.mark.parametrize("case", SAME)
+def test_what_data_sets_write_is_what_it_says(case):
+    (plain,), (written,) = (load([record], TOKENIZERS["chatml"], "chat").prompts for record in SAME[case])
+    assert written.token_ids == plain.token_ids and written.text == plain.text
+    said = [[message["content"].strip() for message in prompt.metadata["messages"]] for prompt in (plain, written)]
+    assert said[0] == said[1]
+
+
+def test_without_a_chat_template_a_prompt_is_its_text():
+    transcript = "\n\nHuman: hi\n\nAssistant:"
+    one, two = load([{"prompt": transcript}, {"prompt": "hi", "messages": [USER, ANSWER]}]).prompts
+    assert (one.text, two.text) == (transcript, "hi")
 
 
 @pytest.mark.parametrize(
@@ -295,6 +332,10 @@ USER = {"role": "user", "content": "hi"}
         ({"id": "x"}, "neither prompt nor messages .give exactly one"),
         ({"prompt": None}, "neither prompt nor messages"),
         ({"prompt": "a", "messages": [USER]}, "both prompt and messages .give exactly one"),
+        ({"conversations": [], "id": None}, "neither prompt nor messages .* the record has conversations.$"),
+        ({"prompt": "a", "system": "b"}, "a system prompt needs a chat template .set data.template=chat, or leave"),
+        ({"prompt": "a", "system": 1}, "system is a number, not a string"),
+        ({"prompt": [USER], "messages": [USER]}, "prompt is a list, not a string"),
         ({"prompt": ""}, "prompt is empty .write a prompt or remove the line"),
         ({"prompt": 3}, "prompt is a number, not a string .make prompt a string"),
         ({"prompt": "a", "reference": ["b"]}, "reference is a list, not a string"),

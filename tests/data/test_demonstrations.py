@@ -92,11 +92,43 @@ def test_no_conversation_is_on_both_sides():
     assert not {e.conversation for e in train} & {e.conversation for e in held_out}
 
 
+NULLS = {"name": None, "tool_calls": None}
+CONVERSATION = {"messages": [USER, BLUE, WHY, RED]}
+SAME = {
+    "UltraChat": (CONVERSATION, {**CONVERSATION, "prompt": f" {USER['content']}", "prompt_id": "7"}),
+    "null columns": (CONVERSATION, {**CONVERSATION, "prompt": None, "completion": None, "system": None, "tools": None}),
+    "null keys of messages": (CONVERSATION, {"messages": [{**USER, **NULLS}, BLUE, WHY, {**RED, **NULLS}]}),
+    "a system column": ({"messages": [SYSTEM, USER, BLUE]}, {"messages": [USER, BLUE], "system": SYSTEM["content"]}),
+    "a system column beside texts": (
+        {"messages": [SYSTEM, USER, BLUE]},
+        {"system": SYSTEM["content"], "prompt": USER["content"], "completion": BLUE["content"]},
+    ),
+    "a transcript": (
+        {"prompt": [USER, BLUE, WHY], "completion": [RED]},
+        {
+            "prompt": "\n\nHuman: {content}\n\nAssistant: Blue.\n\nHuman: {0}\n\nAssistant:".format(
+                WHY["content"], **USER
+            ),
+            "completion": f" {RED['content']}",
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("case", SAME)
+def test_what_data_sets_write_is_what_it_says(case):
+    plain, written = SAME[case]
+    assert texts(written, "chat") == texts(plain, "chat")
+
+
 BAD = {
     "nothing": ({"text": "x"}, "no completion"),
     "no completion": ({"prompt": "x"}, "no completion"),
     "no prompt": ({"completion": "x"}, "no prompt"),
     "both": ({"messages": [USER, BLUE], "completion": "x"}, "both messages and prompt or completion"),
+    "other columns": ({"conversations": [], "source": "x"}, "the record has conversations, source"),
+    "another prompt": ({"messages": [USER, BLUE], "prompt": "y"}, "both messages and prompt or completion"),
+    "two systems": ({"messages": [SYSTEM, USER, BLUE], "system": "y"}, "system differs from the system message"),
     "mixed": ({"prompt": "x", "completion": [BLUE]}, "prompt is a string, completion is a list"),
     "number": ({"prompt": "x", "completion": 3}, "completion is a number"),
     "empty completion": ({"prompt": "x", "completion": ""}, "a completion is empty"),
@@ -133,7 +165,7 @@ def test_messages_without_a_chat_template_are_refused():
 PARTS = VALUES | st.lists(st.sampled_from([SYSTEM, USER, BLUE, RED]), max_size=4) | st.text(string.printable)
 
 
-@given(st.dictionaries(st.sampled_from(["prompt", "completion", "messages", "id"]), PARTS))
+@given(st.dictionaries(st.sampled_from(["prompt", "completion", "messages", "id", "system"]), PARTS))
 def test_any_record_is_read_or_refused_with_its_place(record):
     try:
         examples = load([record], "chat", chat_tokenizer(), prompt=1000).examples

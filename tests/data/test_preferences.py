@@ -18,10 +18,11 @@ from nemo_brain.data.tokenizers import byte_tokenizer
 from nemo_brain.report.preferences import preference_metrics
 
 
-def load(source, template=None, tokenizer=None, prompt=100, output=100):
+def load(source, template=None, tokenizer=None, prompt=100, output=100, **options):
     tokenizer = tokenizer or byte_tokenizer()
     return load_preferences(
         source,
+        **options,
         tokenizer=tokenizer,
         stop=own_stop(tokenizer),
         template=template,
@@ -70,13 +71,164 @@ def test_transcripts_are_messages_with_a_chat_template_and_text_without():
     assert texts(record, "chat") == texts({"prompt": messages, "chosen": [BLUE], "rejected": [RED]}, "chat")
 
 
-def test_transcripts_that_part_early_or_go_on():
-    """The outputs are all that follows the common beginning, whatever turns it has."""
-    early = {"chosen": HH + " Blue.", "rejected": "\n\nHuman: Hi \n\nAssistant: No.\n\nHuman: Why?\n\nAssistant: So."}
-    prompt, chosen, rejected = texts(early)
-    assert prompt == "\n\nHuman: Hi \n\nAssistant:"
-    assert chosen == " Hello.\n\nHuman: What colour?\n\nAssistant: Blue."
-    assert rejected == " No.\n\nHuman: Why?\n\nAssistant: So."
+EARLY = "\n\nHuman: Hi \n\nAssistant: No.\n\nHuman: Why?\n\nAssistant: So."
+FORKS = {
+    "parts early": ({"chosen": HH + " Blue.", "rejected": EARLY}, "chosen goes on with 3 messages .* the assistant's"),
+    "one ends with the human": (
+        {"chosen": HH + " Blue.\n\nHuman: Thanks.", "rejected": HH + " Red."},
+        "chosen goes on with 2 messages .* the human's",
+    ),
+    "both end with the human": (
+        {"chosen": HH + " Blue.\n\nHuman: Thanks.", "rejected": HH + " Red.\n\nHuman: What?"},
+        "chosen goes on with 2 messages .* the human's",
+    ),
+    "behind a prompt": (
+        {"prompt": HH, "chosen": " Blue.", "rejected": " Red.\n\nHuman: What?"},
+        "rejected goes on with 2 messages .* the human's",
+    ),
+    "messages": (
+        {"chosen": [USER, BLUE], "rejected": [USER, RED, USER, BLUE]},
+        "rejected goes on with 3 messages .* the assistant's",
+    ),
+    "messages that end with the user": (
+        {"prompt": [USER], "chosen": [BLUE, USER], "rejected": [RED]},
+        "chosen goes on with 2 messages .* the user's",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", FORKS)
+def test_pairs_that_part_before_the_last_answer_are_refused_or_cut_where_they_part(case):
+    """No further turn becomes part of an answer."""
+    record, words = FORKS[case]
+    for template in ("chat", None) if isinstance(record["chosen"], str) else ("chat",):
+        with pytest.raises(ValueError, match=rf"^data\.train\[0\]: {words}.*or set data\.forks=cut"):
+            load([record], template, chat_tokenizer())
+        (pair,) = load([record], template, chat_tokenizer(), forks="cut").examples
+        found = [output.text.strip() for output in pair.group.outputs]
+        assert found == (["Hello.", "No."] if case == "parts early" else ["Blue.", "Red."])
+        prompt = pair.group.prompt.text
+        assert prompt.count("Hi") == (isinstance(record["chosen"], str)) and prompt.count("What") == (
+            case != "parts early"
+        )
+
+
+def test_transcripts_without_an_answer_in_which_they_part_are_refused_in_any_case():
+    for record, words in (
+        ({"chosen": HH + " Blue.", "rejected": "\n\nHuman: Hi"}, "no common beginning up to an answer"),
+        ({"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: c\n\nAssistant: b"}, "up to an answer"),
+        ({"chosen": HH + " Blue.", "rejected": "Red."}, "no common beginning up to an answer"),
+        (
+            {"chosen": HH + " Blue.", "rejected": HH + " Blue.\n\nHuman: So?\n\nAssistant: No."},
+            "part in what the human",
+        ),
+        ({"chosen": EARLY, "rejected": EARLY.replace("Why", "How")}, "part in what the human says"),
+        ({"prompt": "Hi", "chosen": HH + " Blue.", "rejected": HH + " Red."}, "do not begin with the prompt"),
+        ({"chosen": HH + " Blue.", "rejected": HH + " Blue."}, "the same"),
+    ):
+        for template in ("chat", None):
+            with pytest.raises(ValueError, match=rf"^data\.train\[0\]: .*{words}"):
+                load([record], template, chat_tokenizer(), forks="cut")
+
+
+def test_transcripts_behind_a_prompt_or_beginning_with_it_are_the_same():
+    """As some copies of hh-rlhf have them; the first line break is not always there."""
+    expected = texts({"chosen": HH + " Blue.", "rejected": HH + " Red."}, "chat")
+    assert texts({"prompt": HH, "chosen": " Blue.", "rejected": " Red."}, "chat") == expected
+    assert texts({"prompt": HH + " ", "chosen": HH + " Blue.", "rejected": HH + " Red."}, "chat") == expected
+    assert texts({"chosen": HH.strip() + " Blue.", "rejected": HH.strip() + " Red."}, "chat") == expected
+    assert texts({"prompt": HH, "chosen": HH + " Blue.", "rejected": HH + " Red."}) == (HH, " Blue.", " Red.")
+
+
+SYSTEM = {"role": "system", "content": "Be brief."}
+NULLS = {"name": None, "tool_calls": None}
+WHY = {"role": "user", "content": "Why?"}
+PLAIN = {"prompt": [USER], "chosen": [BLUE], "rejected": [RED]}
+LONG = {"prompt": [USER, BLUE, WHY], "chosen": [BLUE], "rejected": [RED]}
+WITH_SYSTEM = {"prompt": [SYSTEM, USER], "chosen": [BLUE], "rejected": [RED]}
+SAME = {
+    "UltraFeedback": (
+        PLAIN,
+        {
+            "prompt": "What colour? ",
+            "prompt_id": "7",
+            "messages": [USER, BLUE],
+            "chosen": [USER, BLUE],
+            "rejected": [USER, RED],
+            "score_chosen": 8.0,
+            "score_rejected": 5.0,
+        },
+    ),
+    "a text prompt beside several turns": (
+        LONG,
+        {"prompt": "What colour?", "chosen": [USER, BLUE, WHY, BLUE], "rejected": [USER, BLUE, WHY, RED]},
+    ),
+    "the last of several turns": (
+        LONG,
+        {"prompt": "Why?", "chosen": [USER, BLUE, WHY, BLUE], "rejected": [USER, BLUE, WHY, RED]},
+    ),
+    "messages that repeat the prompt": (
+        LONG,
+        {**LONG, "chosen": [*LONG["prompt"], BLUE], "rejected": [*LONG["prompt"], RED]},
+    ),
+    "null columns": (PLAIN, {**PLAIN, "margin": None, "system": None, "messages": None, "id": None, "tools": None}),
+    "null keys of messages": (
+        PLAIN,
+        {"chosen": [{**USER, **NULLS}, BLUE], "rejected": [USER, {**RED, **NULLS}], "prompt": None},
+    ),
+    "a system message": (WITH_SYSTEM, {"chosen": [SYSTEM, USER, BLUE], "rejected": [SYSTEM, USER, RED]}),
+    "a system column": (WITH_SYSTEM, {**PLAIN, "system": "Be brief."}),
+    "a system column beside texts": (
+        WITH_SYSTEM,
+        {"system": "Be brief.", "prompt": "What colour?", "chosen": "Blue.", "rejected": "Red."},
+    ),
+    "a system column that says the same": (WITH_SYSTEM, {**WITH_SYSTEM, "system": "Be brief."}),
+    "an empty system column": (PLAIN, {**PLAIN, "system": ""}),
+}
+
+
+@pytest.mark.parametrize("case", SAME)
+def test_what_data_sets_write_is_what_it_says(case):
+    plain, written = SAME[case]
+    assert texts(written, "chat") == texts(plain, "chat")
+
+
+OTHERS = {
+    "Orca": (
+        {"system": "", "question": "What colour?", "chosen": "It is blue.", "rejected": "It is red."},
+        "no prompt, but question",
+    ),
+    "Nectar": (
+        {"prompt": HH, "answers": [{"answer": "Blue.", "rank": 1.0}]},
+        "no chosen .*the record has answers, prompt",
+    ),
+    "PKU": (
+        {"prompt": "x", "response_0": "a", "response_1": "b", "better_response_id": 1},
+        "no chosen .*has better_resp",
+    ),
+    "another text": (
+        {"prompt": "y", "chosen": [USER, BLUE], "rejected": [USER, RED]},
+        "prompt is a string, .* repeat it",
+    ),
+    "two systems": ({**WITH_SYSTEM, "system": "Be long."}, "system differs from the system message"),
+    "tools": (
+        {"chosen": [USER, {**BLUE, "tool_calls": [1]}], "rejected": [USER, RED]},
+        r"chosen\[1\] .* but tool_calls",
+    ),
+    "ShareGPT": ({"chosen": [{"from": "gpt", "value": "a"}], "rejected": [RED]}, r"chosen\[0\] .* but from, value"),
+}
+
+
+@pytest.mark.parametrize("case", OTHERS)
+def test_other_forms_are_refused_with_what_the_record_has(case):
+    record, words = OTHERS[case]
+    with pytest.raises(ValueError, match=rf"^data\.train\[0\]: {words}"):
+        load([record], "chat", chat_tokenizer())
+
+
+def test_a_system_prompt_without_a_chat_template_is_refused():
+    with pytest.raises(ValueError, match=r"a system prompt needs a chat template \(set data\.template=chat, or leave"):
+        load([{"system": "Be brief.", "prompt": "x", "chosen": "a", "rejected": "b"}])
 
 
 def test_margin_id_and_metadata():
@@ -121,7 +273,7 @@ BAD = {
     "no answer": ({"chosen": [USER], "rejected": [USER, RED]}, "chosen goes on with 0 messages"),
     "two answers": ({"prompt": [USER], "chosen": [BLUE, RED], "rejected": [RED]}, "chosen goes on with 2 messages"),
     "user answers": ({"prompt": [USER], "chosen": [USER], "rejected": [RED]}, "chosen goes on with 1 messages"),
-    "no content": ({"prompt": [USER], "chosen": [{"role": "assistant"}], "rejected": [RED]}, "chosen goes on with"),
+    "no content": ({"prompt": [USER], "chosen": [{"role": "assistant"}], "rejected": [RED]}, "chosen[0] does not have"),
     "content": ({"prompt": [USER], "chosen": [{**BLUE, "content": 1}], "rejected": [RED]}, "content is a number"),
     "role": ({"prompt": [{**USER, "role": "robot"}], "chosen": [BLUE], "rejected": [RED]}, "role is 'robot'"),
     "margin": ({"prompt": "x", "chosen": "a", "rejected": "b", "margin": "1"}, "margin is a string"),
@@ -148,7 +300,7 @@ def test_messages_without_a_chat_template_are_refused():
 SIDES = VALUES | st.sampled_from([[USER, BLUE], [USER, RED], [BLUE], HH, HH + " a", "\n\nHuman: a", "\n\nAssistant:"])
 
 
-@given(st.dictionaries(st.sampled_from(["prompt", "chosen", "rejected", "margin", "id"]), SIDES))
+@given(st.dictionaries(st.sampled_from(["prompt", "chosen", "rejected", "margin", "id", "system", "messages"]), SIDES))
 def test_any_record_is_read_or_refused_with_its_place(record):
     try:
         (pair,) = load([record], "chat", chat_tokenizer(), prompt=500).examples
@@ -163,11 +315,11 @@ def test_no_conversation_is_on_both_sides():
     records += [
         {
             "chosen": f"\n\nHuman: q\n\nAssistant: {i}\n\nHuman: r\n\nAssistant: a",
-            "rejected": f"\n\nHuman: q\n\nAssistant:{i}",
+            "rejected": f"\n\nHuman: q\n\nAssistant:{i}.",
         }
         for i in range(5)
     ]
-    pairs = load(records).examples
+    pairs = load(records, forks="cut").examples
     train, held_out = split_conversations(pairs, 3, seed=1)
     assert len(train) + len(held_out) == 26
     assert not {p.conversation for p in train} & {p.conversation for p in held_out}

@@ -217,6 +217,10 @@ def test_a_reward_that_is_no_number_ends_every_rank(trained, tmp_path):
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     messages = run_ranks(broken_run, 2, tmp_path / "run", *reward(directory), PP2, "data.holdout=0")
     for message in messages:
+        assert "score.weight is not finite" in message and "reward.allow_nonfinite=true" in message
+    allowed = [*reward(directory), "+reward.allow_nonfinite=true"]
+    messages = run_ranks(broken_run, 2, tmp_path / "run", *allowed, PP2, "data.holdout=0")
+    for message in messages:
         assert "MegatronReward" in message and "returned nan for output 0" in message
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import shutil
 from pathlib import Path
 
 import pytest
 from ranks import run_ranks
+from safetensors.torch import load_file, save_file
 from scored_models import (
     CHAT,
     CLOSE,
@@ -34,6 +36,7 @@ from transformers import (
 )
 
 from nemo_brain.rewards.huggingface import HuggingFaceReward
+from nemo_brain.rewards.protocol import RewardError
 
 CHAT += "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 
@@ -190,7 +193,7 @@ def test_directories_that_hold_no_reward_model_are_refused(llama, bert, tmp_path
 
     pickled = shutil.copytree(llama, tmp_path / "pickled")
     (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
-    with pytest.raises(ValueError, match=r"there is no .*pickled/model\.safetensors; safetensors alone are read"):
+    with pytest.raises(ValueError, match=r"^reward\.model: \S+pickled: only pickled weights .* \(safetensors alone"):
         HuggingFaceReward(str(pickled))
 
     sharded = shutil.copytree(llama, tmp_path / "sharded")
@@ -200,7 +203,7 @@ def test_directories_that_hold_no_reward_model_are_refused(llama, bert, tmp_path
     assert scores(HuggingFaceReward(str(sharded))) == expected
     shard = next(sharded.glob("model-00002-*.safetensors"))
     shard.unlink()
-    with pytest.raises(ValueError, match=rf"there is no {shard}"):
+    with pytest.raises(ValueError, match=rf"names files that are not there: {shard.name}"):
         HuggingFaceReward(str(sharded))
 
     # A language model: its head would be random.
@@ -218,6 +221,23 @@ def test_directories_that_hold_no_reward_model_are_refused(llama, bert, tmp_path
     AutoConfig.for_model("clip").save_pretrained(encoder_decoder)
     with pytest.raises(ValueError, match=r"is a clip, of which transformers knows no sequence classification|labels"):
         HuggingFaceReward(str(encoder_decoder))
+
+
+def test_weights_that_are_not_finite_are_refused_unless_allowed(llama, tmp_path):
+    """Also those that are not, in the type that they are computed in."""
+    path = shutil.copytree(llama, tmp_path / "nan")
+    tensors = load_file(path / "model.safetensors")
+    tensors["model.norm.weight"][3] = 1e30
+    save_file(tensors, path / "model.safetensors", {"format": "pt"})
+    HuggingFaceReward(str(path), dtype="bfloat16").load()
+    with pytest.raises(ValueError, match=r"^reward\.model: \S+/nan: model\.norm\.weight is not finite: 1 of 16 values"):
+        HuggingFaceReward(str(path), dtype="float16").load()
+    tensors["model.norm.weight"][3] = math.nan
+    save_file(tensors, path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"model\.norm\.weight is not finite: .* with reward\.allow_nonfinite=true"):
+        HuggingFaceReward(str(path)).load()
+    with pytest.raises(RewardError, match="returned nan"):  # which the run does not take
+        scores(HuggingFaceReward(str(path), allow_nonfinite=True))
 
 
 def test_a_run_takes_it_on_every_layout(llama):

@@ -100,3 +100,27 @@ def test_draw_tokens():
     law = small[0].double().softmax(-1).numpy()
     assert chi_square(one[0][5][0].numpy(), law) > SIGNIFICANT
     assert chi_square(one[0][5][0].numpy(), law**0.95 / (law**0.95).sum()) < SIGNIFICANT
+
+
+def test_a_row_without_a_law_has_no_token_and_masked_columns_are_never_drawn():
+    """Split over ranks as well: one rank alone has the NaN, or nothing but -inf."""
+    law = torch.randn(9, 48, generator=torch.Generator().manual_seed(1))
+    law[0, 30] = torch.nan
+    law[1, 3] = torch.inf
+    law[2] = -torch.inf
+    law[3, [5, 6, 40]] = torch.tensor([torch.inf, -torch.inf, torch.nan])
+    law[4, 47] = torch.nan  # padding
+    law[5, :24] = -torch.inf  # all of rank 0 of 2, of ranks 0 and 1 of 4
+    law[6] = -torch.inf
+    law[6, 17] = -3.0
+    law[7] = torch.finfo(torch.float32).min  # how some models mask; all alike it is a law
+    draws = torch.full((9,), 0.4, dtype=torch.float64)
+    for ranks in (1, 2, 4):
+        for ((tokens, logprobs, warm, warm_logprobs),) in run_ranks(drawn, ranks, [(law, draws, 47)]):
+            for found, values, temperature in ((tokens, logprobs, 1.0), (warm, warm_logprobs, 1.7)):
+                assert found[:4].tolist() == [-1] * 4
+                exact = (law[4:, :47].double() / temperature).log_softmax(-1)
+                assert torch.equal(found[4:], (exact.exp().cumsum(-1) <= 0.4).sum(-1))
+                # fp32 exponentials and quotients.
+                torch.testing.assert_close(values[4:], exact.gather(1, found[4:, None])[:, 0], atol=2e-6, rtol=0)
+                assert found[5] >= 24 and found[6] == 17

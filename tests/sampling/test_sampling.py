@@ -260,6 +260,44 @@ SEQUENCES = [s for n in range(1, LENGTH + 1) for s in itertools.product(range(SM
 LAWS = [{}, dict(temperature=1.4), dict(top_k=3), dict(top_p=0.8, temperature=1.4), dict(top_k=4, top_p=0.9)]
 
 
+class Poisoned(RandomWeights):
+    """One token's embedding is NaN: so are the logits behind it, and no others."""
+
+    def tensor(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        full = super().tensor(name, shape)
+        if name == "embedding.word_embeddings.weight":
+            full[26] = torch.nan
+        return full
+
+
+def refused(layouts: list[dict], options: list[SamplingOptions]) -> list[list[str]]:
+    """What sampling says in each layout, with each of the options."""
+    said: list[list[str]] = []
+    for layout in layouts:
+        chunks, config = build(GPT2, VOCAB, **layout)
+        load_weights(chunks, Poisoned(GPT2, VOCAB, tokenizer=None, seed=3))
+        said.append([])
+        for option in options:
+            sampler = Sampler(chunks, config, TOKENIZER, option)
+            assert len(list(sampler.sample(PROMPTS[:2], seed=1, iteration=2))) == 2
+            with pytest.raises(ValueError) as caught:
+                list(sampler.sample(PROMPTS, seed=1, iteration=2))
+            said[-1].append(str(caught.value))
+            assert all(chunk.training for chunk in chunks)
+    return said
+
+
+@pytest.mark.parametrize("ranks", LAYOUTS)
+def test_logits_that_are_not_finite_end_sampling_on_every_rank_with_the_prompts_id(ranks):
+    """Under every law: it is cut off, or not, with a temperature or without."""
+    one = SamplingOptions(outputs=2, max_new_tokens=1)
+    options = [one, replace(one, temperature=1.4), replace(one, top_k=3), replace(one, top_p=0.9)]
+    results = run_ranks(refused, ranks, LAYOUTS[ranks], options)
+    expected = "the model's logits are not finite (NaN, or infinite) after 0 tokens of output 0 to the prompt 'p9': its"
+    for said in itertools.chain.from_iterable(itertools.chain(*results)):
+        assert said.startswith(expected), said
+
+
 def sampled_laws(tensor: int) -> tuple[dict, list[SampledGroup]]:
     """log p of every continuation of one prompt, by teacher forcing, and 6,000 outputs under each of LAWS."""
     chunks, config = build(SMALL_GPT, SMALL, tensor=tensor, divisible=4)

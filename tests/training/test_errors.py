@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
+from models import damaged_llama
 from ranks import free_port, run_ranks
 from toy_runs import QUIET, ROOT, toy_config
 
@@ -236,3 +237,34 @@ def test_a_bad_line_is_named_by_file_and_line(tmp_path):
     message = refused(2, f"run_dir={tmp_path}/run", f"data.train={file}")
     assert message.startswith(f"{file}:4: invalid JSON") and "write one JSON object per line" in message
     assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture
+def damaged(tmp_path) -> list[str]:
+    """Overrides that name a model whose embedding of "~" is NaN."""
+    return [f"model.restore_from={damaged_llama(tmp_path / 'model')}", "model.gpt=null"]
+
+
+@pytest.mark.parametrize("layout", ["tensor", "pipeline"])
+def test_weights_that_are_not_finite_are_refused_on_every_rank(layout, damaged, tmp_path):
+    """With pipeline parallelism the second rank does not read the tensor."""
+    split = f"model.{layout}_model_parallel_size=2"
+    message = refused(2, f"run_dir={tmp_path}/run", *damaged, split, "prior.placement=offload")
+    file = f"{tmp_path}/model/model.safetensors"
+    assert f"{file}: model.embed_tokens.weight is not finite: 1 of 4128 values are NaN or infinite" in message
+    assert "model.allow_nonfinite=true" in message
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "failed"
+
+
+def test_logits_that_are_not_finite_end_every_replica_with_the_prompts_id(damaged, tmp_path):
+    """One replica's prompt has them; what was sampled is kept."""
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("".join(json.dumps({"id": name, "prompt": f"say {name}"}) + "\n" for name in "abc~"))
+    options = ["model.allow_nonfinite=true", "rollout.max_new_tokens=1", f"data.train={file}"]
+    message = refused(2, f"run_dir={tmp_path}/run", *damaged, *options)
+    assert message.startswith("the model's logits are not finite (NaN, or infinite) after 0 tokens of output 0 to the ")
+    assert "prompt '~'" in message
+    path = tmp_path / "run" / "failed_rollout.jsonl"
+    assert message.endswith(f"groups sampled in this iteration are in {path})")
+    kept = [json.loads(line)["id"] for line in path.read_text().splitlines()]
+    assert {"a", "b", "c"} >= set(kept) and len(kept) >= 2

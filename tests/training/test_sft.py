@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
+import re
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -13,7 +15,7 @@ import torch.distributed as dist
 from chat_tokenizers import own_stop
 from demonstrations import sft_config, write_demonstrations
 from layouts import PP2, SP, TP2
-from models import tensors_of
+from models import damaged_llama, tensors_of
 from omegaconf import OmegaConf
 from ranks import run_ranks
 from reward_runs import TOY as REWARD_TOY
@@ -225,6 +227,25 @@ def test_a_gradient_that_is_not_finite_stops_the_training(demonstrations, tmp_pa
     for message in run_ranks(spoiled, 2, demonstrations, tmp_path / "run"):
         assert message.startswith("the gradient of step 2 is not finite") and "optim.lr" in message
     assert not (tmp_path / "run" / "model").exists()
+
+
+def test_logits_that_are_not_finite_end_every_replica(tmp_path):
+    """One of them samples for the held-out prompt whose embedding is NaN."""
+    model = damaged_llama(tmp_path / "model")
+    held_out = tmp_path / "held_out.jsonl"
+    held_out.write_text("".join(json.dumps({"prompt": p, "completion": "a"}) + "\n" for p in ("x", "~")))
+    data = write_demonstrations(tmp_path / "data.jsonl")
+
+    def refused() -> str:
+        start = [f"model.restore_from={model}", "model.allow_nonfinite=true", f"data.validation={held_out}"]
+        toy = [option for option in TOY if not option.startswith("model.")]
+        with pytest.raises(ValueError) as caught:
+            fine_tune(sft_config(f"data.train={data}", f"run_dir={tmp_path}/run", *toy, *start))
+        return str(caught.value)
+
+    one, other = run_ranks(refused, 2)
+    assert one == other
+    assert re.search(r"logits are not finite .* after 0 tokens of output 0 to the prompt 'held_out:2'", one), one
 
 
 def test_every_key_of_the_schema_is_in_the_file():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import lightning.pytorch as pl
 from omegaconf import DictConfig
@@ -53,7 +54,8 @@ def _parts(config: RewardConfig) -> Parts[RewardModel, EpochState]:
     stop = model_stop(weights, config.data.template)
     export = export_for("model.export_to", model.export_to, gpt, weights, stop.token_ids)
     optim = make_optimizer(config.optim, config.trainer)
-    pairs, held_out = read_examples(config.data, config.seed, weights.tokenizer, stop, load_preferences)
+    load = partial(load_preferences, forks=config.data.forks)
+    pairs, held_out = read_examples(config.data, config.seed, weights.tokenizer, stop, load)
     strategy = make_strategy(
         PreferenceStrategy,
         model,
@@ -86,5 +88,5 @@ def _parts(config: RewardConfig) -> Parts[RewardModel, EpochState]:
 def _reward_weights(model: RewardModelConfig, seed: int) -> RewardWeights:
     """A reward model to go on with, or a language model with a new head."""
     if model.restore_from is not None and not model.gpt and is_reward_model(model.restore_from):
-        return open_reward_model(model.restore_from, "model.restore_from")
+        return open_reward_model(model.restore_from, "model.restore_from", model.allow_nonfinite)
     return new_head(make_weights(model, seed), model.head_std, seed)

@@ -13,7 +13,7 @@ from megatron.core import parallel_state
 from nemo_brain.config.sft import SFTConfig
 from nemo_brain.core.groups import Group
 from nemo_brain.core.interruption import Interrupted
-from nemo_brain.core.ranks import gathered
+from nemo_brain.core.ranks import gathered, on_all_ranks
 from nemo_brain.data.demonstrations import Demonstration
 from nemo_brain.data.stop import Stop
 from nemo_brain.report.progress import progress
@@ -95,7 +95,8 @@ class CompletionLoop(EpochLoop[Demonstration]):
             return interruption.agreed(group=members)[0]
 
         with progress(len(share), "samples of the held-out prompts", "outputs") as bar:
-            groups = dict(self.strategy.sample(share, options, self.config.seed, -1, bar.update, stop))
+            arguments = (share, options, self.config.seed, -1, bar.update, stop)
+            groups = on_all_ranks(lambda: dict(self.strategy.sample(*arguments)))
         if any(gathered(len(groups) < len(share))):
             raise Interrupted(interruption.reason)
         shares = gathered(groups, replicas)
