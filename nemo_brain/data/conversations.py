@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 from nemo_brain.data.records import Record, kind
 
@@ -48,7 +49,8 @@ def read_prompt(record: Record, chat: bool) -> str | Conversation:
     Raises:
         ValueError: naming the place, what is wrong and the remedy.
     """
-    prompt, messages = record.fields.get("prompt"), record.fields.get("messages")
+    prompt: Any = record.fields.get("prompt")
+    messages: Any = record.fields.get("messages")
     if prompt is None and messages is None:
         raise record.error("neither prompt nor messages", f"give exactly one of them{columns(record)}")
     if messages is None and isinstance(prompt, list):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
+from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
@@ -92,9 +93,9 @@ def _split(record: Record, chat: bool, cut: bool) -> tuple[str | Conversation, l
         if name not in record.fields:
             raise record.error(f"no {name}", _EXAMPLE + conversations.columns(record))
         sides.append(record.fields[name])
-    prompt = record.fields.get("prompt")
+    prompt: Any = record.fields.get("prompt")
     kinds = {type(side) for side in sides}
-    if len(kinds) != 1 or not kinds <= {str, list} or not isinstance(prompt, (str, *kinds, type(None))):
+    if len(kinds) != 1 or not kinds <= {str, list} or type(prompt) not in (str, *kinds, type(None)):
         shown = zip(("chosen", "rejected", "prompt"), (*sides, prompt), strict=True)
         what = ", ".join(f"{name} is {kind(value)}" for name, value in shown if name != "prompt" or value is not None)
         raise record.error(what, "make all of them text, or all of them lists of messages")

@@ -141,8 +141,10 @@ def parse_prompt(record: Record, template: Template, max_prompt_tokens: int) -> 
     elif not template.identity:
         metadata["messages"] = [{"role": "user", "content": prompt}]
     try:
-        render = template.render_messages if isinstance(prompt, list) else template.render_prompt
-        text, start, ids = render(prompt)
+        if isinstance(prompt, list):
+            text, start, ids = template.render_messages(prompt)
+        else:
+            text, start, ids = template.render_prompt(prompt)
     except ValueError as error:
         raise ValueError(f"{record.where}: {error}") from error
     if not ids:

@@ -217,8 +217,8 @@ class HuggingFaceReward:
         longest = max(len(ids) for ids, _ in rows)
         pad = self._pad
         if pad is None:
-            # Without one a model scores a row's last token; of a batch, the last one that is not padding. Any token that
-            # ends no row makes them the same.
+            # Without one a model scores a row's last token; of a batch, the last one that is not padding. Any token
+            # that ends no row makes them the same.
             ends = {ids[-1] for ids, _ in rows}
             pad = next(token for token in itertools.count() if token not in ends)
         self._model.config.get_text_config().pad_token_id = pad
