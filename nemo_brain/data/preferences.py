@@ -20,7 +20,7 @@ from nemo_brain.data.templates import Template
 OWN = (*conversations.OWN, "chosen", "rejected", "margin")  # keys of a record that are no metadata of its prompt
 FORKS = ("refuse", "cut")
 # What files call the prompt that are not TRL's: without it a common beginning of the answers would pass for one.
-_OTHER_PROMPTS = ("question", "instruction", "query", "input", "context", "post", "history")
+_OTHER_PROMPTS = ("messages", "question", "instruction", "query", "input", "context", "post", "history")
 _EXAMPLE = 'write {"prompt": ..., "chosen": ..., "rejected": ...}'
 
 
@@ -101,6 +101,10 @@ def _split(record: Record, chat: bool, cut: bool) -> tuple[str | Conversation, l
         raise record.error(what, "make all of them text, or all of them lists of messages")
     if list in kinds:
         sides = [parse_messages(record, name, side) for name, side in zip(("chosen", "rejected"), sides, strict=True)]
+        messages = record.fields.get("messages")
+        if prompt is None and messages is not None:  # UltraFeedback's are the chosen ones once more
+            messages = parse_messages(record, "messages", messages)
+            prompt = None if messages in sides else messages
         return _split_messages(record, sides, prompt, cut)
     transcripts = sum(map(is_transcript, sides))
     if transcripts == 2 or (transcripts and prompt is None):
@@ -108,7 +112,7 @@ def _split(record: Record, chat: bool, cut: bool) -> tuple[str | Conversation, l
     if prompt is not None:
         return prompt, _answers(record, sides, chat, cut) if is_transcript(prompt) else sides
     for name in _OTHER_PROMPTS:
-        if isinstance(record.fields.get(name), str):
+        if record.fields.get(name):
             raise record.error(f"no prompt, but {name}", f"call the prompt so{conversations.columns(record)}")
     common = _common(sides)
     end = max(common.rfind(" "), common.rfind("\n"))
@@ -134,18 +138,11 @@ def _split_transcripts(
 
 def _answers(record: Record, rests: list[str], chat: bool, cut: bool) -> list[str]:
     """What follows a transcript's last "\\n\\nAssistant:", which must be one answer, or is ``cut`` to it."""
-    answers = []
-    for name, rest in zip(("chosen", "rejected"), rests, strict=True):
+    turns = []
+    for rest in rests:
         answer, *more = TURN.split(rest)
-        if more and not cut:
-            raise _fork(record, name, f"the {more[-2].lower()}", len(more) // 2)
-        answers.append(answer.strip() if chat else answer)
-    if answers[0].strip() == answers[1].strip() and rests[0] != rests[1]:
-        raise record.error(
-            "chosen and rejected part in what the human says, not in an answer",
-            "give two answers to the same prompt, or remove the line",
-        )
-    return answers
+        turns.append([("assistant", answer.strip() if chat else answer), *zip(more[::2], more[1::2], strict=True)])
+    return _one_answer(record, turns, cut)
 
 
 def _split_messages(
@@ -170,25 +167,34 @@ def _split_messages(
             )
         if not begin:
             raise record.error("chosen and rejected have no common beginning", "give the prompt that they answer")
-    answers = []
     for name, rest in zip(("chosen", "rejected"), rests, strict=True):
         if not rest or rest[0]["role"] != "assistant":
             raise record.error(
                 f"{name} goes on with {len(rest)} messages after the common prompt, not with one of the assistant",
                 'end both with [{"role": "assistant", "content": "..."}] to the same prompt, or remove the line',
             )
-        if len(rest) > 1 and not cut:
-            raise _fork(record, name, f"the {rest[-1]['role']}", len(rest) - 1)
-        answers.append(rest[0]["content"])
-    return begin, answers
+    turns = [[(message["role"], message["content"]) for message in rest] for rest in rests]
+    return begin, _one_answer(record, turns, cut)
 
 
-def _fork(record: Record, name: str, last: str, more: int) -> ValueError:
-    return record.error(
-        f"{name} goes on with {more + 1} messages after the common prompt, the last {last}'s, not with one answer",
-        "end both with one answer of the assistant to the same prompt, or set data.forks=cut: the pair is then the two "
-        "answers with which they part",
-    )
+def _one_answer(record: Record, sides: list[list[tuple[str, str]]], cut: bool) -> list[str]:
+    """The assistant's answers, of the turns (role and content) that follow the prompt on each side: the only ones,
+    unless the others are ``cut``."""
+    (_, chosen), (_, rejected) = sides[0][0], sides[1][0]
+    if chosen.strip() == rejected.strip() and max(map(len, sides)) > 1:
+        raise record.error(
+            "chosen and rejected part in what the human says, not in an answer",
+            "give two answers to the same prompt, or remove the line",
+        )
+    for name, turns in zip(("chosen", "rejected"), sides, strict=True):
+        if len(turns) > 1 and not cut:
+            raise record.error(
+                f"{name} goes on with {len(turns)} messages after the common prompt, the last of role "
+                f"{turns[-1][0].lower()}, not with one answer",
+                "end both with one answer of the assistant to the same prompt, or set data.forks=cut: the pair is then "
+                "the two answers with which they part",
+            )
+    return [chosen, rejected]
 
 
 def _common(sides: list[str]) -> str:

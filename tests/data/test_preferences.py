@@ -71,28 +71,32 @@ def test_transcripts_are_messages_with_a_chat_template_and_text_without():
     assert texts(record, "chat") == texts({"prompt": messages, "chosen": [BLUE], "rejected": [RED]}, "chat")
 
 
+WHY = {"role": "user", "content": "Why?"}
 EARLY = "\n\nHuman: Hi \n\nAssistant: No.\n\nHuman: Why?\n\nAssistant: So."
 FORKS = {
-    "parts early": ({"chosen": HH + " Blue.", "rejected": EARLY}, "chosen goes on with 3 messages .* the assistant's"),
+    "parts early": (
+        {"chosen": HH + " Blue.", "rejected": EARLY},
+        "chosen goes on with 3 messages .* of role assistant",
+    ),
     "one ends with the human": (
         {"chosen": HH + " Blue.\n\nHuman: Thanks.", "rejected": HH + " Red."},
-        "chosen goes on with 2 messages .* the human's",
+        "chosen goes on with 2 messages .* of role human",
     ),
     "both end with the human": (
         {"chosen": HH + " Blue.\n\nHuman: Thanks.", "rejected": HH + " Red.\n\nHuman: What?"},
-        "chosen goes on with 2 messages .* the human's",
+        "chosen goes on with 2 messages .* of role human",
     ),
     "behind a prompt": (
         {"prompt": HH, "chosen": " Blue.", "rejected": " Red.\n\nHuman: What?"},
-        "rejected goes on with 2 messages .* the human's",
+        "rejected goes on with 2 messages .* of role human",
     ),
     "messages": (
         {"chosen": [USER, BLUE], "rejected": [USER, RED, USER, BLUE]},
-        "rejected goes on with 3 messages .* the assistant's",
+        "rejected goes on with 3 messages .* of role assistant",
     ),
     "messages that end with the user": (
         {"prompt": [USER], "chosen": [BLUE, USER], "rejected": [RED]},
-        "chosen goes on with 2 messages .* the user's",
+        "chosen goes on with 2 messages .* of role user",
     ),
 }
 
@@ -123,6 +127,7 @@ def test_transcripts_without_an_answer_in_which_they_part_are_refused_in_any_cas
             "part in what the human",
         ),
         ({"chosen": EARLY, "rejected": EARLY.replace("Why", "How")}, "part in what the human says"),
+        ({"chosen": [USER, BLUE, WHY, RED], "rejected": [USER, BLUE, USER, RED]}, "part in what the human says"),
         ({"prompt": "Hi", "chosen": HH + " Blue.", "rejected": HH + " Red."}, "do not begin with the prompt"),
         ({"chosen": HH + " Blue.", "rejected": HH + " Blue."}, "the same"),
     ):
@@ -142,7 +147,6 @@ def test_transcripts_behind_a_prompt_or_beginning_with_it_are_the_same():
 
 SYSTEM = {"role": "system", "content": "Be brief."}
 NULLS = {"name": None, "tool_calls": None}
-WHY = {"role": "user", "content": "Why?"}
 PLAIN = {"prompt": [USER], "chosen": [BLUE], "rejected": [RED]}
 LONG = {"prompt": [USER, BLUE, WHY], "chosen": [BLUE], "rejected": [RED]}
 WITH_SYSTEM = {"prompt": [SYSTEM, USER], "chosen": [BLUE], "rejected": [RED]}
@@ -171,6 +175,11 @@ SAME = {
         LONG,
         {**LONG, "chosen": [*LONG["prompt"], BLUE], "rejected": [*LONG["prompt"], RED]},
     ),
+    "messages as the prompt": (LONG, {"messages": LONG["prompt"], "chosen": [BLUE], "rejected": [RED]}),
+    "messages that are the chosen ones": (
+        PLAIN,
+        {"messages": [USER, BLUE], "chosen": [USER, BLUE], "rejected": [USER, RED]},
+    ),
     "null columns": (PLAIN, {**PLAIN, "margin": None, "system": None, "messages": None, "id": None, "tools": None}),
     "null keys of messages": (
         PLAIN,
@@ -197,6 +206,10 @@ OTHERS = {
     "Orca": (
         {"system": "", "question": "What colour?", "chosen": "It is blue.", "rejected": "It is red."},
         "no prompt, but question",
+    ),
+    "messages beside texts": (
+        {"messages": [USER], "chosen": "It is blue.", "rejected": "It is red."},
+        "no prompt, but messages",
     ),
     "Nectar": (
         {"prompt": HH, "answers": [{"answer": "Blue.", "rank": 1.0}]},
