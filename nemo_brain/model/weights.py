@@ -13,7 +13,6 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from transformers import PreTrainedTokenizerFast
 
 from nemo_brain.core.heartbeat import heartbeat
-from nemo_brain.core.ranks import on_all_ranks
 from nemo_brain.model.parameters import VOCABULARY_TENSORS, global_parameters
 
 
@@ -47,21 +46,18 @@ class Weights(Tensors, Protocol):
         """The tokens that end its outputs, the tokenizer's own first."""
 
 
+@torch.no_grad()
 def load_weights(chunks: Sequence[GPTModel], weights: Tensors) -> None:
     """Copies this rank's shards of ``weights`` into the unwrapped chunks, casting to the parameters' dtype.
 
     One full tensor is held at a time. Rows that pad the vocabulary become zero. Call it before the optimizer is built:
-    Megatron's keeps its own copies of the parameters. A collective of all ranks, which read different tensors.
+    Megatron's keeps its own copies of the parameters.
 
     Raises:
-        ValueError: on every rank, when the weights lack a tensor of the model, or it has another shape, or is refused
-            by ``weights``; names it.
+        ValueError: on the ranks concerned, when the weights lack a tensor of the model, or it has another shape, or is
+            refused by ``weights``; names it. No collective: of virtual stages, which wait for each other while they are
+            built, one may be filled before another exists.
     """
-    on_all_ranks(lambda: _fill(chunks, weights))
-
-
-@torch.no_grad()
-def _fill(chunks: Sequence[GPTModel], weights: Tensors) -> None:
     for chunk in chunks:
         for parameter in global_parameters(chunk):
             heartbeat()

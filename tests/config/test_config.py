@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
+from chat_tokenizers import own_stop
 from omegaconf import OmegaConf
 from schemas import file_keys, message, schema_keys
 from toy_runs import ROOT, composed, toy_config
@@ -51,7 +52,8 @@ def reduction(config):
 def read(config):
     weights = make_weights(config.model, config.seed)
     make_gpt_config(config.model, config.trainer, weights, config.lengths)
-    return read_data(config.data, config.seed, weights.tokenizer, config.rollout.max_new_tokens, None)
+    tokenizer, most = weights.tokenizer, config.rollout.max_new_tokens
+    return read_data(config.data, config.seed, tokenizer, own_stop(tokenizer), most, None)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
