@@ -12,16 +12,19 @@ import sys
 
 
 def main() -> None:
-    from nemo_brain.host import cpu
-
-    cpu.enable()
-
-    from nemo_brain.convert.command import main as convert
-
     try:
+        from nemo_brain.host import cpu
+
+        cpu.enable()
+
+        from nemo_brain.convert.command import main as convert
+
         convert(sys.argv[1:])
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        print("stopped by Ctrl-C: nothing is written", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

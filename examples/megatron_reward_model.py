@@ -10,8 +10,11 @@ from __future__ import annotations
 import gc
 from pathlib import Path
 
+from nemo_brain.core import signals
+
 
 def main() -> None:
+    signals.listen()  # what follows takes long
     gc.disable()  # while objects come by the hundred thousand, to stay; launch enables it again
     # Megatron's checkpoint writer starts processes that import this file: the heavy imports are theirs to skip.
     from nemo_brain.host import cpu

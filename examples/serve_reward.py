@@ -28,4 +28,8 @@ def main(cfg) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("stopped by Ctrl-C before it served", file=sys.stderr)
+        sys.exit(130)

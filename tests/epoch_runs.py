@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import signal
 import tempfile
 from pathlib import Path
 
@@ -39,11 +40,13 @@ _EXAMPLES = {
 }
 
 
-def train(kind: str, run_dir: str, *overrides: str, stop_after: int | None = None) -> str:
-    """One rank of a training; ``stop_after``: SIGTERM comes in the middle of that step. Returns how it ended."""
+def train(
+    kind: str, run_dir: str, *overrides: str, stop_after: int | None = None, by: signal.Signals = signal.SIGTERM
+) -> str:
+    """One rank of a training; ``stop_after``: a signal comes in the middle of that step. Returns how it ended."""
     logging.disable(logging.WARNING)
     if stop_after is not None:
-        signal_in_step(CompletionPasses if kind == "sft" else PreferencePasses, stop_after)
+        signal_in_step(CompletionPasses if kind == "sft" else PreferencePasses, stop_after, by)
     options = (f"run_dir={run_dir}", f"data.train={_EXAMPLES[kind]}", *RUN, *overrides)
     try:
         if kind == "sft":

@@ -38,11 +38,11 @@ STEPS = 12
 INEXACT = {"tokens", "proposal_gap", "eval/reliability"}
 
 
-def train(run_dir: str, *overrides: str, stop_after: int | None = None) -> str:
-    """One rank of a run; ``stop_after``: SIGTERM comes in the middle of that step. Returns how it ended."""
+def train(run_dir: str, *overrides: str, stop_after: int | None = None, by: signal.Signals = signal.SIGTERM) -> str:
+    """One rank of a run; ``stop_after``: a signal comes in the middle of that step. Returns how it ended."""
     logging.disable(logging.WARNING)
     if stop_after is not None:
-        signal_in_step(BRAInPasses, stop_after)
+        signal_in_step(BRAInPasses, stop_after, by)
     try:
         run(toy_config(f"run_dir={run_dir}", *RUN, *overrides))
     except Interrupted as reason:
@@ -50,14 +50,14 @@ def train(run_dir: str, *overrides: str, stop_after: int | None = None) -> str:
     return "finished"
 
 
-def signal_in_step(passes: type, step: int) -> None:
-    """Rank 0 sends itself SIGTERM in the middle of that optimizer step; ``passes``: those that the step is made by."""
+def signal_in_step(passes: type, step: int, number: signal.Signals) -> None:
+    """Rank 0 sends itself the signal in the middle of that optimizer step; ``passes``: those that it is made by."""
     original, calls = passes.train, []
 
     def counted(self, *args, **kwargs):
         calls.append(1)
         if len(calls) == step and int(os.environ["RANK"]) == 0:
-            os.kill(os.getpid(), signal.SIGTERM)  # one rank is told; all of them stop
+            os.kill(os.getpid(), number)  # one rank is told; all of them stop
         return original(self, *args, **kwargs)
 
     passes.train = counted

@@ -18,7 +18,7 @@ from omegaconf import MISSING
 from nemo_brain.config.brain import Config
 from nemo_brain.config.common import TrainingConfig
 from nemo_brain.config.reward_model import RewardConfig
-from nemo_brain.config.schema import Unless, keys, resume_rule, rules
+from nemo_brain.config.schema import Never, Unless, keys, resume_rule, rules
 from nemo_brain.config.serve_reward import ServeConfig
 from nemo_brain.config.sft import SFTConfig
 
@@ -125,9 +125,11 @@ def _value(stated: Any, name: str, item: dataclasses.Field[Any]) -> Any:
     return stated
 
 
-def _resumption(rule: bool | Unless, section: type | None) -> str:
+def _resumption(rule: bool | Unless | Never, section: type | None) -> str:
     if isinstance(rule, Unless):
         return f"unless `{rule.other}` is set"
+    if isinstance(rule, Never):
+        return "never"
     return "yes" if rule else "no" if section is None else ""
 
 

@@ -13,6 +13,7 @@ from omegaconf import MISSING, DictConfig
 
 from nemo_brain.config.common import (
     LENGTH,
+    STEPS,
     CommonDataConfig,
     CommonTrainerConfig,
     GroupTrainConfig,
@@ -85,7 +86,7 @@ class RemoteConfig:
 
 @dataclass
 class RolloutConfig:
-    prompts_per_iteration: int = key(MISSING, "a multiple of train.global_batch_size", at_least=1)
+    prompts_per_iteration: int = key(MISSING, "a multiple of train.global_batch_size", at_least=1, resumable=STEPS)
     outputs_per_prompt: int = key(MISSING, "n; as many as the objective needs, brain and dpo_sft 2", at_least=1)
     max_new_tokens: int = key(MISSING, "of an output", at_least=1)
     stop_token_ids: list[int] | None = key(
@@ -113,8 +114,8 @@ class RolloutConfig:
 
 @dataclass
 class TrainConfig(GroupTrainConfig):
-    epochs_per_iteration: int = key(1, "passes over an iteration's groups", at_least=1)
-    global_batch_size: int = key(MISSING, "groups per optimizer step", at_least=1)
+    epochs_per_iteration: int = key(1, "passes over an iteration's groups", at_least=1, resumable=STEPS)
+    global_batch_size: int = key(MISSING, "groups per optimizer step", at_least=1, resumable=STEPS)
     micro_batch_tokens: int = key(
         4096,
         "row positions per micro-batch; of new prompts in one pass of sampling",

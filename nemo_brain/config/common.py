@@ -8,15 +8,17 @@ from typing import Any
 import torch
 from omegaconf import MISSING
 
-from nemo_brain.config.schema import Unless, key
+from nemo_brain.config.schema import Never, Unless, key
 from nemo_brain.core.packing import LAYOUTS
 
 # Of the keys that say how long a training is.
 LENGTH = Unless(
     "optim.sched",
-    "its learning rates were laid over the length at the start: if allowed, they go on as they were, and stay at the "
-    "last one beyond it",
+    "the learning rates depend on the length: if allowed, the steps that follow are made with those of a run that has "
+    "had the new length from its start, which this one has not",
 )
+# Of the keys that say how many steps there are in an epoch or an iteration.
+STEPS = Never("it is counted in steps where the run stands: a run with other batches would not be there")
 # The linear layers of a transformer layer, by Megatron's names.
 PEFT_TARGETS = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
 
@@ -42,7 +44,7 @@ class CommonTrainerConfig:
     fp8_recipe: str = key("delayed", among={"delayed": "", "tensorwise": "", "blockwise": "", "mxfp8": ""})
     stop_after_minutes: float | None = key(
         None,
-        "of wall-clock time: then the run saves and ends, as after SIGTERM or SIGUSR1",
+        "of wall-clock time: then the run saves and ends, as after Ctrl-C",
         above=0,
         resumable=True,
     )
@@ -137,6 +139,7 @@ class CommonTrainConfig:
         MISSING,
         "examples (pairs, completions) per optimizer step; fewer by a few where they do not divide the training data",
         at_least=1,
+        resumable=STEPS,
     )
     micro_batch_tokens: int = key(
         4096,
@@ -261,7 +264,12 @@ class TrainingConfig:
     optim: dict[str, Any] = key(
         {}, "fields of Megatron's OptimizerConfig; sched: name and arguments of a NeMo scheduler"
     )
-    ddp: dict[str, Any] = key({}, "fields of Megatron's DistributedDataParallelConfig", resumable=True)
+    ddp: dict[str, Any] = key(
+        {},
+        "fields of Megatron's DistributedDataParallelConfig; the precision of sums (grad_reduce_in_fp32) is kept on "
+        "resume",
+        resumable=True,
+    )
     data: CommonDataConfig = key(CommonDataConfig)
     checkpoint: CheckpointConfig = key(
         CheckpointConfig, "in run_dir/checkpoints; see docs/checkpoints.md", resumable=True

@@ -36,6 +36,13 @@ class Unless:
 
 
 @dataclass(frozen=True)
+class Never:
+    """A key that no resumed run may change, whatever ``checkpoint.allow_changes`` says: ``because`` says why."""
+
+    because: str
+
+
+@dataclass(frozen=True)
 class Key:
     """What a field says of its key.
 
@@ -53,7 +60,7 @@ class Key:
     at_most: float | None = None
     below: float | None = None
     among: Mapping[Any, str] | None = None
-    resumable: bool | Unless = False
+    resumable: bool | Unless | Never = False
 
     @property
     def bounds(self) -> str:
@@ -127,7 +134,7 @@ def keys(kind: type, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field[
             yield from keys(section, f"{prefix}{item.name}.")
 
 
-def resume_rule(kind: type, name: str) -> bool | Unless:
+def resume_rule(kind: type, name: str) -> bool | Unless | Never:
     """Whether a resumed run may change the dotted key ``name``: its own rule, or that of a section above it."""
     first, _, rest = name.partition(".")
     own = {item.name: rules(item).resumable for item in dataclasses.fields(kind)}.get(first, False)

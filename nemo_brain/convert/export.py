@@ -196,6 +196,9 @@ class DirectoryWriter:
             work(*args)
         except ValueError as error:
             self.error = (ValueError, str(error))
+        except KeyboardInterrupt:
+            shutil.rmtree(self._incomplete, ignore_errors=True)
+            raise
         except Exception as error:  # whatever it is, every rank must be told
             described = f"{type(error).__name__}: {error}"
             self.error = (OSError, f"the export to {self._directory} failed, nothing there has changed: {described}")

@@ -1,21 +1,17 @@
 """When a run is asked to end early: signals, and a limit of wall-clock time.
 
-SIGTERM (shutdown, ``scancel``, preemption) and SIGUSR1 (``sbatch --signal=USR1@120``) are remembered, never acted upon
-where they arrive: the ranks agree at points where all of them are, save, and leave with ``EXIT_CODE``.
+They are remembered, never acted upon where they arrive: the ranks agree at points where all of them are, save, and
+leave with ``signals.EXIT_CODE``.
 """
 
 from __future__ import annotations
 
-import signal
 import time
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
-# sysexits.h's EX_TEMPFAIL: try again later. Whoever requeues jobs tests for it.
-EXIT_CODE = 75
-_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+from nemo_brain.core import signals
 
 
 class Interrupted(Exception):
@@ -37,8 +33,7 @@ class Interruption:
 
     def listen(self) -> None:
         """Takes the signals from now on. After Lightning has installed its own handlers; in the main thread."""
-        for number in _SIGNALS:
-            signal.signal(number, self._received)
+        signals.listen(lambda number: self.request(f"signal {number.name}"))
 
     def ignore(self) -> None:
         """From now on nothing ends the run early: what is left is short, and cannot be gone on with."""
@@ -72,6 +67,3 @@ class Interruption:
         counts = torch.tensor(flags, dtype=torch.int32, device=device)
         dist.all_reduce(counts, op=dist.ReduceOp.MAX, group=group)
         return [bool(flag) for flag in counts.tolist()]
-
-    def _received(self, number: int, frame: Any) -> None:
-        self.request(f"signal {signal.Signals(number).name}")

@@ -9,9 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from nemo_brain.config.common import TrainingConfig
-from nemo_brain.config.schema import Unless, resume_rule
+from nemo_brain.config.schema import Never, Unless, resume_rule
 from nemo_brain.durability import checkpoint
+from nemo_brain.model.fields import HONOURED
 from nemo_brain.report.run_dir import read_status
+
+# Fields below keys that may change, which say what is computed all the same.
+_FIXED = {"model.options": HONOURED, "ddp": frozenset({"grad_reduce_in_fp32", "fp8_param_gather"})}
 
 
 def candidates(run_dir: Path, resume: str, steps: int) -> list[Path]:
@@ -56,23 +60,32 @@ def check_configuration(config: TrainingConfig, path: Path, now: Mapping[str, An
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"checkpoint.resume: {path}/run.json cannot be read: {error}") from error
     after = flatten(now)
-    changes, refused = [], {}
+    changes: list[str] = []
+    refused: dict[str, str] = {}
+    never: list[str] = []
     for key in sorted(before.keys() | after.keys()):
         if before.get(key) == after.get(key):
             continue
         text = f"{key}: {_show(before.get(key))} -> {_show(after.get(key))}"
         rule = resume_rule(type(config), key)
+        if isinstance(rule, Never):
+            never.append(f"{text} ({rule.because})")
+            continue
         if isinstance(rule, Unless) and rule.forbids(now):
             text, rule = f"{text} (with {rule.other} {rule.because})", False
+        section, _, name = key.rpartition(".")
+        if name in _FIXED.get(section, ()):
+            rule = False
         if rule or any(fnmatch.fnmatchcase(key, pattern) for pattern in config.checkpoint.allow_changes):
             changes.append(text)
         else:
             refused[key] = text
-    if refused:
+    if never or refused:
+        said = "; ".join([*never, *refused.values()])
+        allow = "" if never else f"allow them with checkpoint.allow_changes=[{', '.join(refused)}], "
         raise ValueError(
-            f"checkpoint.resume: {path} was written by a run that computed something else: "
-            f"{'; '.join(refused.values())}. Set them back, allow them with "
-            f"checkpoint.allow_changes=[{', '.join(refused)}], or start anew with checkpoint.resume=never"
+            f"checkpoint.resume: {path} was written by a run that computed something else: {said}. Set them back, "
+            f"{allow}or start anew with checkpoint.resume=never"
         )
     return changes
 

@@ -1,8 +1,10 @@
-"""Megatron's optimizer leaves out steps whose gradient is not finite."""
+"""Megatron's optimizer leaves out steps whose gradient is not finite, and goes on with the configuration's settings."""
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator, Sequence
 from types import MethodType
 from typing import Any
 
@@ -41,3 +43,42 @@ class OptimizerGuard:
 
         optimizer.get_grad_norm = MethodType(get_grad_norm, optimizer)
         optimizer.step_with_ready_grads = MethodType(step_with_ready_grads, optimizer)
+
+
+@contextlib.contextmanager
+def keeping_settings(optimizers: Sequence[Any]) -> Iterator[None]:
+    """Around the loading of optimizer states: learning rate, weight decay, betas and the like stay what they are.
+
+    torch and Megatron take them from the checkpoint, and a configuration that says otherwise is silently not followed.
+
+    Args:
+        optimizers: NeMo's ``McoreDistributedOptimizer``s.
+    """
+    before = [
+        {name: value for name, value in group.items() if name not in ("params", "step")}  # Apex counts steps there
+        for optimizer in optimizers
+        for group in optimizer.param_groups
+    ]
+    yield
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    for group, settings in zip(groups, before, strict=True):
+        group.update(settings)
+
+
+def move_schedules(configs: Sequence[Any], steps: int) -> list[dict[str, int]]:
+    """Puts schedulers of the learning rate, and their optimizers, where they are after so many steps.
+
+    A checkpoint has the schedule of the configuration that it was written with. NeMo's schedulers compute each rate
+    from the number of steps and what they were made with, so these are an uninterrupted run's to the last bit.
+
+    Args:
+        configs: Lightning's ``LRSchedulerConfig``s.
+
+    Returns:
+        What is to be restored of each after this: nothing else.
+    """
+    for config in configs:
+        # The count is for a warning: of a schedule that moves before its optimizer.
+        config.scheduler.load_state_dict({"last_epoch": steps - 1, "_step_count": steps + 1})
+        config.scheduler.step()
+    return [{"last_epoch": config.scheduler.last_epoch} for config in configs]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -50,6 +51,9 @@ _OWN_KEYS = {
     **dict.fromkeys(("fp16", "bf16", "params_dtype", "pipeline_dtype", "enable_autocast"), "trainer.precision"),
     **{name: f"trainer.{name}" for name in ("fp8", "fp8_recipe")},
 }
+# Arguments of NeMo's schedulers that are not the configuration's to give: NeMo replaces the first, Lightning loses the
+# next ones when a run goes on.
+_SCHEDULED = {"max_steps", "interval", "frequency", "monitor"}
 
 
 def reduce_log_noise() -> None:
@@ -262,10 +266,40 @@ def _scheduler(sched: Mapping[str, Any] | None) -> LRSchedulerModule | None:
     kinds = {kind.removesuffix("Scheduler"): kind for kind in dir(nemo_optim) if kind.endswith("Scheduler")}
     if name not in kinds:
         raise ValueError(f"optim.sched.name must be one of {', '.join(sorted(kinds))}, not {name!r}")
+    for own in _SCHEDULED & options.keys():
+        raise ValueError(f"optim.sched.{own}: a schedule moves with every step and is as long as the run: leave it out")
     try:
         return getattr(nemo_optim, kinds[name])(**options)
     except TypeError as error:
         raise ValueError(f"optim.sched: {error}") from None
+
+
+def check_schedule(optim: MegatronOptimizerModule, steps: int) -> None:
+    """Warns of a schedule of the learning rate that is longer than the run: NeMo's defaults are for runs of many steps.
+
+    Raises:
+        ValueError: it cannot be computed.
+    """
+    module: Any = optim.lr_scheduler
+    if module is None:
+        return
+    module.max_steps = steps
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=optim.config.lr)
+    try:
+        scheduler = module.scheduler(None, optimizer)["lr_scheduler"]["scheduler"]
+        optimizer.step()  # or torch warns
+        for step in range(0, steps + 1, 1 + steps // 1000):
+            scheduler.load_state_dict({"last_epoch": step - 1})
+            scheduler.step()
+    except Exception as error:  # NeMo's are of many types, AssertionError among them
+        raise ValueError(
+            f"optim.sched: NeMo's {type(module).__name__} fails on the run's {steps} steps "
+            f"({type(error).__name__}: {error}): change its arguments, or the schedule"
+        ) from error
+    parts = {name: getattr(scheduler, name, None) or 0 for name in ("warmup_steps", "constant_steps")}
+    if sum(parts.values()) >= steps:
+        said = " and ".join(f"optim.sched.{name}={count}" for name, count in parts.items() if count)
+        warnings.warn(f"{said}: the run has {steps} steps, so the rest of its schedule is left out", stacklevel=2)
 
 
 def _known(given: Mapping[str, Any], kind: type, key: str) -> None:

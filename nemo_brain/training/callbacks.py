@@ -8,6 +8,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 
+from nemo_brain.report.run_dir import write_status
 from nemo_brain.training.frame import Batch, Frame, Loop, Outcome, Steps
 
 
@@ -41,6 +42,8 @@ class Driver(pl.Callback):
         self._frame.interruption.listen()  # Lightning has installed its own handlers by now
         if (path := self._frame.strategy.resumed_from) is not None:
             self._frame.restore(path)
+        if self._frame.writer:
+            write_status(self._frame.run_dir, "running", self._frame.state.step)
         self._steps = self._loop.steps()
         self._advance(trainer, None)
 

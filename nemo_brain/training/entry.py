@@ -12,7 +12,8 @@ from nemo.core.config import hydra_runner
 from omegaconf import DictConfig
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler, record
 
-from nemo_brain.core.interruption import EXIT_CODE, Interrupted
+from nemo_brain.core.interruption import Interrupted
+from nemo_brain.core.signals import EXIT_CODE
 
 
 def launch(configurations: Path, name: str, train: Callable[[DictConfig], object]) -> None:

@@ -27,7 +27,7 @@ from nemo_brain.report.metrics import MetricsWriter, read_metrics
 from nemo_brain.report.page import write_report
 from nemo_brain.report.run_dir import locked, prepare_run_dir, write_status
 from nemo_brain.report.summary import summary_lines
-from nemo_brain.training.build import make_loggers, make_trainer, reduce_log_noise, world_size
+from nemo_brain.training.build import check_schedule, make_loggers, make_trainer, reduce_log_noise, world_size
 from nemo_brain.training.callbacks import Driver
 from nemo_brain.training.frame import AnyState, Frame, Loop
 from nemo_brain.training.strategy import PackedStrategy
@@ -77,6 +77,7 @@ def train(
     # Longer than the supervisor waits, which has more to say.
     connect(config.trainer.hang_timeout_minutes + 2)
     parts = on_all_ranks(make)
+    check_schedule(parts.model.optim, parts.steps)
     run_dir = Path(config.run_dir)
     record: dict[str, Any] = {"kind": kind, "configuration": dataclasses.asdict(config), "data": dict(parts.data)}
     with contextlib.ExitStack() as stack:
@@ -161,10 +162,8 @@ def _check_record(path: Path, record: Mapping[str, Any]) -> None:
 
 @contextlib.contextmanager
 def _status(frame: Frame) -> Iterator[None]:
-    """While the training runs: rank 0 keeps status.json."""
+    """Around the training, which says itself when it begins: rank 0 keeps status.json."""
     state = "running"
-    if _first():
-        write_status(frame.run_dir, state, frame.state.step)
     try:
         yield
         state = "finished"

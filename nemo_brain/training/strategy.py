@@ -16,7 +16,7 @@ from nemo_brain.durability.saving import fingerprint, first_intact
 from nemo_brain.host import cpu, second_model
 from nemo_brain.host.checkpointing import InProcessSave, loading, loading_optimizers, save_with, share_step
 from nemo_brain.host.distributed import make_groups
-from nemo_brain.host.optimizer import OptimizerGuard
+from nemo_brain.host.optimizer import OptimizerGuard, keeping_settings, move_schedules
 from nemo_brain.host.trainer import lift_step_limit
 from nemo_brain.model.gpt import PackedGPTConfig
 from nemo_brain.model.weights import Weights, load_weights
@@ -163,6 +163,7 @@ class PackedStrategy(MegatronStrategy):
         super().load_model_state_dict(checkpoint, strict=strict and self.lightning_module.lora is None)
 
     def load_optimizer_state_dict(self, checkpoint: dict, selective_restore: bool = False) -> None:
-        """NeMo's."""
-        with loading_optimizers(self.optimizers):
+        """NeMo's, of the optimizer's states: its settings and the learning rate's schedule are the configuration's."""
+        with loading_optimizers(self.optimizers), keeping_settings(self.optimizers):
             super().load_optimizer_state_dict(checkpoint, selective_restore)
+        checkpoint["lr_schedulers"] = move_schedules(self.lr_scheduler_configs, checkpoint["global_step"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import pytest
 from chat_tokenizers import own_stop
@@ -16,7 +17,14 @@ from nemo_brain.core.packing import LAYOUTS
 from nemo_brain.host.layers import HAVE_TRANSFORMER_ENGINE
 from nemo_brain.objectives import make_objective
 from nemo_brain.training.brain.data import read_data
-from nemo_brain.training.build import make_ddp, make_gpt_config, make_optimizer, make_weights, world_size
+from nemo_brain.training.build import (
+    check_schedule,
+    make_ddp,
+    make_gpt_config,
+    make_optimizer,
+    make_weights,
+    world_size,
+)
 
 # Configurations of another kind: ServeConfig, and those of test_reward_model.py and test_sft.py.
 OTHERS = {"serve_reward", "reward_model", "sft"}
@@ -316,3 +324,34 @@ def test_single_outputs_are_for_objectives_that_take_them():
     single = ("rollout.outputs_per_prompt=1", "objective.gamma=1")
     assert "rollout.outputs_per_prompt must be at least 2" in message(*single)
     assert check(toy_config(*single, *OUR_OWN)).rollout.outputs_per_prompt == 1
+
+
+def scheduled(steps: int, sched: str) -> None:
+    check_schedule(optimizer(check(toy_config(f"optim.sched={{{sched}}}"))), steps)
+
+
+@pytest.mark.parametrize(
+    ("sched", "said"),
+    [
+        ("name: CosineAnnealing, warmup_steps: 1, constant_steps: 0, min_lr: 1.0", "lower than the minimum"),
+        ("name: WarmupPolicy, warmup_ratio: 0.1", "particular number of step or ratio"),
+        ("name: T5InverseSquareRootAnnealing", "TypeError"),
+    ],
+)
+def test_a_schedule_that_nemo_cannot_compute_is_refused_before_training(sched, said):
+    with pytest.raises(ValueError, match=r"^optim\.sched: .*" + said):
+        scheduled(12, sched)
+
+
+def test_nemos_default_schedules_are_warned_about_where_the_run_is_shorter():
+    """CosineAnnealing ends in 80,000 steps at min_lr: a run of fewer would be there from its third step on."""
+    with pytest.warns(UserWarning, match=r"=2 and optim\.sched\.constant_steps=80000: the run has 12 steps"):
+        scheduled(12, "name: CosineAnnealing, warmup_steps: 2")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        scheduled(12, "name: CosineAnnealing, warmup_steps: 2, constant_steps: 0")
+
+
+@pytest.mark.parametrize("name", ["max_steps", "interval", "frequency", "monitor"])
+def test_what_would_be_ignored_of_a_schedule_or_lost_on_resume_is_refused(name):
+    assert f"optim.sched.{name}: " in message(f"optim.sched={{name: WarmupPolicy, {name}: 2}}", then=optimizer)

@@ -11,6 +11,7 @@ import pickle
 import random
 import resource
 import shutil
+import signal
 import time
 from pathlib import Path
 
@@ -40,9 +41,10 @@ SAME = {
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path, ranks, overrides):
     """Told to stop in the middle of iterations and at the end of one; every number of the rest is the same."""
     expected, files = undisturbed(*(o for o in overrides if "checkpoint" not in o), ranks=ranks)
-    for stop in (3, 1, 4):  # after steps 3, 4 (an iteration's last) and 8
-        ends = run_ranks(train, ranks, str(tmp_path / "run"), *overrides, stop_after=stop)
-        assert "signal SIGTERM" in ends[0] and "finished" not in ends
+    # After steps 3, 4 (an iteration's last) and 8.
+    for stop, by in ((3, signal.SIGTERM), (1, signal.SIGINT), (4, signal.SIGUSR1)):
+        ends = run_ranks(train, ranks, str(tmp_path / "run"), *overrides, stop_after=stop, by=by)
+        assert f"signal {by.name}" in ends[0] and "finished" not in ends
         assert read_status(tmp_path / "run")["state"] == "interrupted"
     assert run_ranks(train, ranks, str(tmp_path / "run"), *overrides) == ["finished"] * ranks
     compare(tmp_path / "run", expected, tolerance=0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import shutil
+import signal
 import time
 from pathlib import Path
 
@@ -35,9 +36,10 @@ def test_a_resumed_training_is_the_uninterrupted_one_bit_for_bit(tmp_path, kind,
     and so are the files."""
     expected, files = undisturbed(kind, *(o for o in overrides if "checkpoint" not in o), ranks=ranks)
     run_dir = tmp_path / "run"
-    for stop in (2, 2, 6):  # after steps 2, 4 (an epoch's last) and 10
-        ends = run_ranks(train, ranks, kind, str(run_dir), *overrides, stop_after=stop)
-        assert "signal SIGTERM" in ends[0] and "finished" not in ends
+    # After steps 2, 4 (an epoch's last) and 10.
+    for stop, by in ((2, signal.SIGTERM), (2, signal.SIGINT), (6, signal.SIGUSR1)):
+        ends = run_ranks(train, ranks, kind, str(run_dir), *overrides, stop_after=stop, by=by)
+        assert f"signal {by.name}" in ends[0] and "finished" not in ends
         assert read_status(run_dir)["state"] == "interrupted"
     assert run_ranks(train, ranks, kind, str(run_dir), *overrides) == ["finished"] * ranks
     compare(run_dir, expected, tolerance=0)

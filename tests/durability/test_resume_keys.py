@@ -68,7 +68,7 @@ def test_what_a_run_computes_may_not_change_unless_allowed(made, length, tmp_pat
 def test_the_length_may_not_change_under_a_learning_rate_schedule_unless_allowed(made, length, tmp_path):
     before, after = made(SCHED), made(SCHED, f"{length}=77")
     said = refusal(tmp_path, before, after)
-    assert "-> 77 (with optim.sched its learning rates were laid over the length at the start" in said
+    assert "-> 77 (with optim.sched the learning rates depend on the length: if allowed, " in said
     assert f"checkpoint.allow_changes=[{length}]" in said
     assert len(changes(tmp_path, before, made(SCHED, f"{length}=77", f"checkpoint.allow_changes=[{length}]"))) == 2
 
@@ -76,3 +76,21 @@ def test_the_length_may_not_change_under_a_learning_rate_schedule_unless_allowed
 def test_adapters_in_place_of_weights_are_another_training(tmp_path):
     made, _ = KINDS["brain"]
     assert "model.peft.dim: null -> 4" in refusal(tmp_path, made(), made("model.peft={dim: 4}"))
+
+
+@each_kind
+def test_batches_may_not_change_even_if_allowed(made, length, tmp_path):
+    """The step at which the run stands would be of another epoch or iteration."""
+    values = {"train.global_batch_size": 2}
+    if length == "trainer.max_iterations":
+        values |= {"rollout.prompts_per_iteration": 48, "train.epochs_per_iteration": 3}
+    for key, value in values.items():
+        said = refusal(tmp_path, made(), made(f"{key}={value}", "checkpoint.allow_changes=['*']"))
+        assert f"{key}: " in said and "counted in steps where the run stands" in said
+        assert "allow them with" not in said
+
+
+@each_kind
+def test_what_an_option_says_of_the_model_or_its_precision_may_not_change(made, length, tmp_path):
+    for option in ("model.options.rotary_base", "model.options.fp8_margin", "ddp.grad_reduce_in_fp32"):
+        assert option in refusal(tmp_path, made(), made(f"++{option}=7"))

@@ -18,6 +18,7 @@ from small_models import fill_gradients, start, trainable, weights_and_states
 
 from nemo_brain.host.checkpoint_index import ModelReader, read_index
 from nemo_brain.host.checkpointing import InProcessSave, loading, loading_optimizers, save_with
+from nemo_brain.host.optimizer import keeping_settings
 from nemo_brain.model.parameters import layer_tensor
 
 METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
@@ -56,22 +57,27 @@ def write(folder: str, distributed: bool, copy: bool, tensor: int = 1) -> dict[s
 
 
 def read(folder: str, distributed: bool) -> torch.Tensor:
-    """A model of another seed, filled from the checkpoint as NeMo does it."""
+    """A model of another seed and other settings, which it keeps, filled from the checkpoint as NeMo does it."""
     start()
     wrapped, optimizer = trainable(distributed, seed=2)
+    settings = {"lr": 0.5, "weight_decay": 0.25, "betas": (0.5, 0.5)}
+    for group in optimizer.param_groups:
+        assert group.items().isdisjoint(settings.items())
+        group.update(settings)
     before = nemo_io._fix_tensors_device
     with loading([optimizer]):
         loaded = MegatronCheckpointIO().load_checkpoint(folder, sharded(wrapped, optimizer, is_loading=True))
     assert nemo_io._fix_tensors_device is before
     wrapped.module.load_state_dict({k.removeprefix("module."): v for k, v in loaded.items() if k != "optimizer"}, False)
-    with loading_optimizers([optimizer]):
+    with loading_optimizers([optimizer]), keeping_settings([optimizer]):
         optimizer.load_state_dict(loaded["optimizer"])
+    assert all(group[name] == value for group in optimizer.param_groups for name, value in settings.items())
     return weights_and_states(wrapped, optimizer)
 
 
 @pytest.mark.parametrize("copy", [False, True], ids=["in place", "copied"])
 @pytest.mark.parametrize("distributed", [False, True], ids=["plain", "distributed optimizer"])
-def test_weights_and_optimizer_states_come_back_bit_by_bit(tmp_path, distributed, copy):
+def test_weights_and_optimizer_states_come_back_bit_by_bit_but_not_settings(tmp_path, distributed, copy):
     """Saved by one rank, with Adam's step count. What was copied is what was there when it was taken."""
     (saved,) = run_ranks(write, 1, str(tmp_path), distributed, copy)
     (loaded,) = run_ranks(read, 1, str(tmp_path), distributed)

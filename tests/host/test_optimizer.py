@@ -1,16 +1,18 @@
-"""Where a gradient is not finite, the guard leaves weights and states of Megatron's own optimizers untouched."""
+"""Where a gradient is not finite, weights and states are left as they are; schedules and settings on going on."""
 
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
+from nemo.lightning.pytorch import optim as nemo_optim
 from ranks import run_ranks
 from small_models import fill_gradients, start, trainable, weights_and_states
 
-from nemo_brain.host.optimizer import OptimizerGuard
+from nemo_brain.host.optimizer import OptimizerGuard, move_schedules
 
 
 def guarded(distributed: bool, tensor: int, value: float) -> None:
@@ -49,3 +51,56 @@ def unguarded() -> bool:
 
 def test_megatron_alone_lets_it_into_the_weights():
     assert run_ranks(unguarded, 1) == [False]
+
+
+STEPS = 12
+SCHEDULES = {
+    "CosineAnnealing": {"warmup_steps": 2, "constant_steps": 0, "min_lr": 1e-3},
+    "CosineAnnealing, constant at the end": {"warmup_steps": 2, "constant_steps": 3, "min_lr": 1e-3},
+    "InverseSquareRootAnnealing": {},
+    "NoamAnnealing": {"d_model": 64, "warmup_steps": 2},
+    "PolynomialDecayAnnealing": {"power": 2.0, "cycle": True},
+    "PolynomialHoldDecayAnnealing": {"power": 2.0},
+    "SquareAnnealing": {"min_lr": 1e-3},
+    "SquareRootAnnealing": {},
+    "WarmupAnnealing": {"warmup_steps": None, "warmup_ratio": 0.25},
+    "WarmupHoldAnneal": {"warmup_ratio": 0.2, "hold_ratio": 0.4, "decay_schedule": "one_minus_square_root"},
+    "WarmupHoldPolicy": {"warmup_steps": 2, "hold_steps": 3},
+    "WarmupPolicy": {"warmup_steps": 4},
+}
+# They fail at their first step, whatever they are given.
+UNUSABLE = {"NoamHoldAnnealing", "T5InverseSquareRootAnnealing"}
+
+
+def test_every_schedule_of_nemos_is_here():
+    offered = {name.removesuffix("Scheduler") for name in dir(nemo_optim) if name.endswith("Scheduler")}
+    assert offered - UNUSABLE == {name.partition(",")[0] for name in SCHEDULES}
+
+
+def schedule(name: str, steps: int) -> SimpleNamespace:
+    """As Lightning has it, with the optimizer that it moves."""
+    module = getattr(nemo_optim, f"{name.partition(',')[0]}Scheduler")(**SCHEDULES[name])
+    module.max_steps = steps
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
+    return SimpleNamespace(optimizer=optimizer, **module.scheduler(None, optimizer)["lr_scheduler"])
+
+
+def rates(at: SimpleNamespace, count: int) -> list[float]:
+    """Of the next steps."""
+    used = []
+    for _ in range(count):
+        used.append(at.optimizer.param_groups[0]["lr"])
+        at.scheduler.step()
+    return used
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_a_schedule_that_goes_on_has_the_rates_of_the_uninterrupted_one_of_its_length(name):
+    """To the last bit, from any step on."""
+    whole = rates(schedule(name, STEPS), STEPS)
+    assert len(set(whole)) > 2
+    for step in range(1, STEPS):
+        other = schedule(name, STEPS)
+        (restored,) = move_schedules([other], step)
+        other.scheduler.load_state_dict(restored)
+        assert rates(other, STEPS - step) == whole[step:]

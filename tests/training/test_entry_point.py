@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
+import pty
 import shutil
 import signal
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
@@ -15,7 +19,7 @@ from ranks import free_port
 from resumed_runs import RUN, compare, undisturbed
 from toy_runs import QUIET, ROOT
 
-from nemo_brain.core.interruption import EXIT_CODE
+from nemo_brain.core.signals import EXIT_CODE
 from nemo_brain.report.metrics import read_metrics
 from nemo_brain.report.run_dir import read_status
 
@@ -34,6 +38,7 @@ def start(launcher: list[str | Path], run_dir: Path, *overrides: str, **variable
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        start_new_session=True,  # a terminal signals the whole group of what it has started
     )
 
 
@@ -80,6 +85,60 @@ def wait_for_steps(process: subprocess.Popen, run_dir: Path, steps: int) -> None
     while len([r for r in read_metrics(run_dir / "metrics.jsonl") if r["kind"] == "step"]) < steps:
         assert process.poll() is None, process.stdout.read()
         time.sleep(0.02)
+
+
+def at_terminal(launcher: list[str | Path], run_dir: Path) -> tuple[subprocess.Popen, int]:
+    """The script in the foreground of a terminal, and the end at which one types and reads."""
+    keyboard, terminal = pty.openpty()
+    process = subprocess.Popen(
+        [*launcher, *SCRIPT, f"run_dir={run_dir}", *RUN, *QUIET, "trainer.max_iterations=1000"],
+        cwd=ROOT,
+        stdin=terminal,
+        stdout=terminal,
+        stderr=terminal,
+        start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )
+    os.close(terminal)
+    return process, keyboard
+
+
+def shown(keyboard: int) -> str:
+    """All that the terminal has shown, once nobody writes to it any more."""
+    parts = []
+    with contextlib.suppress(OSError):  # that is how its end reads
+        while part := os.read(keyboard, 65536):
+            parts.append(part)
+    return b"".join(parts).decode()
+
+
+def test_ctrl_c_at_a_terminal_saves_and_leaves_it_readable(tmp_path, warm_python):
+    """The progress bar that stood there is gone, and what is said has lines of its own."""
+    process, keyboard = at_terminal([warm_python], tmp_path / "run")
+    while len([r for r in read_metrics(tmp_path / "run" / "metrics.jsonl") if r["kind"] == "step"]) < 2:
+        assert process.poll() is None, shown(keyboard)
+        time.sleep(0.02)
+    os.write(keyboard, b"\x03")
+    output = shown(keyboard)
+    assert process.wait(60) == EXIT_CODE, output
+    *_, said, ended = output.rstrip().partition("Ctrl-C: saving, then ending. A second Ctrl-C ends at once\r\n")
+    assert said and "Traceback" not in output
+    line = ended.rpartition("\r\n")[2]
+    assert line.rpartition("\r")[2].startswith("stopped: signal SIGINT; the same command goes on"), ended
+    assert read_status(tmp_path / "run")["state"] == "interrupted"
+
+
+def test_ctrl_c_under_torchrun_saves_on_every_rank(tmp_path, warm_python):
+    """The terminal signals torchrun, whose processes are in sessions of their own: it passes the signal on."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    hold = Hold(tmp_path)
+    process = start(torchrun, tmp_path / "run", *hold.overrides, PYTHON_EXEC=str(warm_python))
+    hold.reached(process)
+    os.killpg(process.pid, signal.SIGINT)
+    output, _ = process.communicate(timeout=120)
+    assert output.count("stopped: signal SIGINT; the same command goes on") == 2, output
+    assert output.count("Ctrl-C: saving, then ending") == 1 and "SIGKILL" not in output
+    assert read_status(tmp_path / "run") == {"state": "interrupted", "step": 8}
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=["SIGTERM", "SIGUSR1"])
