@@ -228,7 +228,7 @@ def test_a_model_directory_compares_its_tokenizer_with_its_embedding(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "vocab_size": 261}))
     save_file({}, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=r"^the tokenizer in .* gives '<think>' the id 261, but"):
-        _ = HuggingFaceDirectory(tmp_path).tokenizer
+        _ = HuggingFaceDirectory(tmp_path, None).tokenizer
 
 
 def test_a_model_from_scratch_has_a_row_for_every_id(tmp_path):

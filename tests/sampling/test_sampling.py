@@ -290,7 +290,7 @@ def refused(layouts: list[dict], options: list[SamplingOptions]) -> list[list[st
 @pytest.mark.parametrize("ranks", LAYOUTS)
 def test_logits_that_are_not_finite_end_sampling_on_every_rank_with_the_prompts_id(ranks):
     """Under every law: it is cut off, or not, with a temperature or without."""
-    one = SamplingOptions(outputs=2, max_new_tokens=1)
+    one = SamplingOptions(outputs=2, max_new_tokens=1, stop=Stop((END,)))
     options = [one, replace(one, temperature=1.4), replace(one, top_k=3), replace(one, top_p=0.9)]
     results = run_ranks(refused, ranks, LAYOUTS[ranks], options)
     expected = "the model's logits are not finite (NaN, or infinite) after 0 tokens of output 0 to the prompt 'p9': its"
