@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from models import ONE, PP2, TP2, VIRTUAL_PP2, build, llama, tensors_of, write_gguf
+from models import ONE, PP2, TP2, VIRTUAL_PP2, build, damaged_llama, llama, tensors_of, write_gguf
 from ranks import run_ranks
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -167,10 +167,10 @@ def test_one_value_that_is_not_finite_is_found_in_every_type(dtype):
     assert check_finite(largest, "t", "key") is largest
 
 
-def poisoned(file: Path, name: str = DOWN, value: float = torch.nan) -> None:
-    tensor = load_file(file)[name]
-    tensor.view(-1)[77] = value
-    edit_tensors(file, **{name: tensor})
+def poisoned(file: Path) -> None:
+    tensor = load_file(file)[DOWN]
+    tensor.view(-1)[77] = torch.nan
+    edit_tensors(file, **{DOWN: tensor})
 
 
 def loaded(path: Path, layouts: list[tuple]) -> list[str]:
@@ -200,16 +200,17 @@ def test_a_tensor_that_is_not_finite_is_named_where_it_is_read(shards, layouts):
     assert open_weights(shards, finite_unless=None).tensor("decoder.layers.3.mlp.linear_fc2.weight").isnan().any()
 
 
-def test_convert_refuses_weights_that_are_not_finite_unless_allowed(single, tmp_path):
-    poisoned(single / SINGLE, value=-torch.inf)
-    with pytest.raises(ValueError, match=rf"{SINGLE}: {DOWN} is not finite: .* with allow_nonfinite=true\)"):
-        main([f"from={single}", f"to={tmp_path}/target"])
+def test_convert_refuses_weights_that_are_not_finite_unless_allowed(tmp_path):
+    source, name = damaged_llama(tmp_path / "source"), "model.embed_tokens.weight"
+    with pytest.raises(ValueError, match=rf"{SINGLE}: {name} is not finite: .* with allow_nonfinite=true\)"):
+        main([f"from={source}", f"to={tmp_path}/target"])
     assert not (tmp_path / "target").exists()
-    main([f"from={single}", f"to={tmp_path}/target", "allow_nonfinite=true"])
-    found, expected = tensors_of(tmp_path / "target"), tensors_of(single)
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    main([f"from={source}", f"to={tmp_path}/target", "allow_nonfinite=true"])
+    found, expected = tensors_of(tmp_path / "target"), tensors_of(source)
+    assert found[name].isnan().sum() == 1
+    assert all(torch.equal(found[key].nan_to_num(), expected[key].nan_to_num()) for key in expected)
     with pytest.raises(ValueError, match=r"^allow_nonfinite must be true or false, not '1'"):
-        main([f"from={single}", f"to={tmp_path}/other", "allow_nonfinite=1"])
+        main([f"from={source}", f"to={tmp_path}/other", "allow_nonfinite=1"])
 
 
 def test_a_gguf_file_with_a_tensor_that_is_not_finite_is_refused(tmp_path):
