@@ -69,6 +69,7 @@ def read_rollouts(
     template: str | None,
     max_prompt_tokens: int,
     max_new_tokens: int,
+    vocab_size: int | None = None,
     key: str = "data.train",
 ) -> list[SampledGroup]:
     """Reads groups; those with rewards are ``RewardedGroup``s.
@@ -92,16 +93,18 @@ def read_rollouts(
         template: see ``Template``.
         max_prompt_tokens: the longest prompt.
         max_new_tokens: the longest output, end token included.
+        vocab_size: rows of the embedding, which may be more than the tokenizer has tokens; None: they are as many.
         key: the configuration key that errors name.
 
     Raises:
         ValueError: naming ``path:line`` or the key, what is wrong and the remedy.
     """
     rendering = Template(tokenizer, template)
+    vocab_size = vocab_size or len(tokenizer)
     groups: dict[tuple, SampledGroup] = {}
     places: dict[tuple, str] = {}
     for record in read_records(source, key):
-        prompt = _prompt(record, rendering, max_prompt_tokens, len(tokenizer))
+        prompt = _prompt(record, rendering, max_prompt_tokens, vocab_size)
         iteration = record.fields.get("iteration")
         if iteration is not None and type(iteration) is not int:
             raise record.error(f"iteration is {kind(iteration)}, not an integer", "make it an integer or leave it out")
@@ -112,7 +115,7 @@ def read_rollouts(
                 "give every group an id of its own, or put all outputs of a prompt in one record",
             )
         places[slot] = record.where
-        groups[slot] = _group(record, prompt, tokenizer, stop, max_new_tokens)
+        groups[slot] = _group(record, prompt, tokenizer, stop, max_new_tokens, vocab_size)
     return list(groups.values())
 
 
@@ -136,7 +139,12 @@ def _prompt(record: Record, template: Template, max_prompt_tokens: int, vocabula
 
 
 def _group(
-    record: Record, prompt: Prompt, tokenizer: PreTrainedTokenizerFast, stop: Stop, max_new_tokens: int
+    record: Record,
+    prompt: Prompt,
+    tokenizer: PreTrainedTokenizerFast,
+    stop: Stop,
+    max_new_tokens: int,
+    vocab_size: int,
 ) -> SampledGroup:
     items = record.fields.get("outputs")
     if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
@@ -152,7 +160,10 @@ def _group(
             )
         if given:
             scores[f"{name}s"] = [_score(record, f"outputs[{i}].{name}", item[name]) for i, item in enumerate(items)]
-    outputs = [_output(record, f"outputs[{i}]", item, tokenizer, stop, max_new_tokens) for i, item in enumerate(items)]
+    outputs = [
+        _output(record, f"outputs[{i}]", item, tokenizer, stop, max_new_tokens, vocab_size)
+        for i, item in enumerate(items)
+    ]
     return (RewardedGroup if "rewards" in scores else SampledGroup)(prompt, outputs, **scores)
 
 
@@ -164,14 +175,20 @@ def _score(record: Record, name: str, value: object) -> float:
 
 
 def _output(
-    record: Record, name: str, item: dict, tokenizer: PreTrainedTokenizerFast, stop: Stop, max_new_tokens: int
+    record: Record,
+    name: str,
+    item: dict,
+    tokenizer: PreTrainedTokenizerFast,
+    stop: Stop,
+    max_new_tokens: int,
+    vocab_size: int,
 ) -> Output:
     text = record.text(f"{name}.text", item.get("text"))
     ended = item.get("ended")
     if ended is not None and type(ended) is not bool:
         raise record.error(f"{name}.ended is {kind(ended)}, not a boolean", "write true, false or leave it out")
     if item.get("token_ids") is not None:
-        ids = record.token_ids(f"{name}.token_ids", item["token_ids"], len(tokenizer))
+        ids = record.token_ids(f"{name}.token_ids", item["token_ids"], vocab_size)
         ended = stop.ended(tokenizer, ids) if ended is None else ended
     else:
         ids = encode(tokenizer, text)

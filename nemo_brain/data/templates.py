@@ -87,7 +87,12 @@ def render_chat(
     quoted = [{**message, "content": protected.quote(message["content"])} for message in messages]
     try:
         rendered = tokenizer.apply_chat_template(quoted, tokenize=False, add_generation_prompt=generation_prompt)
-    except jinja2.TemplateError as error:
+    except jinja2.TemplateSyntaxError as error:
+        raise ValueError(
+            f"the tokenizer's chat template is broken in line {error.lineno}: {error} (mend chat_template.jinja, or "
+            "chat_template in tokenizer_config.json)"
+        ) from error
+    except (jinja2.TemplateError, TypeError) as error:
         raise ValueError(f"the chat template refuses the messages: {error} (change their roles or order)") from error
     return protected.unquote(rendered), protected.encode(protected.unquote(protected.alias(rendered)))
 

@@ -61,7 +61,7 @@ def read(config):
     weights = make_weights(config.model, config.seed)
     make_gpt_config(config.model, config.trainer, weights, config.lengths)
     tokenizer, most = weights.tokenizer, config.rollout.max_new_tokens
-    return read_data(config.data, config.seed, tokenizer, own_stop(tokenizer), most, None)
+    return read_data(config.data, config.seed, tokenizer, own_stop(tokenizer), weights.vocab_size, most, None)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

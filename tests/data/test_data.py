@@ -52,7 +52,7 @@ def load(source, tokenizer=BYTES, template=None, max_prompt_tokens=100, **kwargs
     return load_prompts(source, tokenizer=tokenizer, template=template, max_prompt_tokens=max_prompt_tokens, **kwargs)
 
 
-def read(source, tokenizer=BYTES, template=None, max_prompt_tokens=100, max_new_tokens=50):
+def read(source, tokenizer=BYTES, template=None, max_prompt_tokens=100, max_new_tokens=50, vocab_size=None):
     return read_rollouts(
         source,
         tokenizer=tokenizer,
@@ -60,6 +60,7 @@ def read(source, tokenizer=BYTES, template=None, max_prompt_tokens=100, max_new_
         template=template,
         max_prompt_tokens=max_prompt_tokens,
         max_new_tokens=max_new_tokens,
+        vocab_size=vocab_size,
     )
 
 
@@ -316,6 +317,20 @@ def test_what_data_sets_write_is_what_it_says(case):
     assert said[0] == said[1]
 
 
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{% for m in messages %}\n{{ m.content }}", r"chat template is broken in line 2: .*chat_template\.jinja"),
+        ("{{ messages[0].content + 1 }}", "the chat template refuses the messages"),
+    ],
+)
+def test_a_chat_template_that_does_not_work_is_named(template, message):
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = template
+    with pytest.raises(ValueError, match=message):
+        Template(tokenizer, "chat").render_prompt("a")
+
+
 def test_without_a_chat_template_a_prompt_is_its_text():
     transcript = "\n\nHuman: hi\n\nAssistant:"
     one, two = load([{"prompt": transcript}, {"prompt": "hi", "messages": [USER, ANSWER]}]).prompts
@@ -553,6 +568,15 @@ def test_a_scored_group_is_written_as_a_rewarded_one(tmp_path):
     scored = ScoredGroup(rewarded.prompt, rewarded.outputs, **scores, policy_logprobs=[-3.0] * 3)
     write_rollout(tmp_path / "r.jsonl", Rollout(0, [scored]))
     assert read(tmp_path / "r.jsonl") == [rewarded]
+
+
+def test_ids_behind_the_tokenizer_are_read_where_the_model_has_rows_for_them():
+    """Of a padded embedding, whose rows without a token the model can sample."""
+    record = {"prompt": "a", "outputs": [{"text": "", "token_ids": [258, 256]}, {"text": "b"}]}
+    (group,) = read([record], vocab_size=264)
+    assert group.outputs[0].token_ids == [258, 256]
+    with pytest.raises(ValueError, match="258"):
+        read([record])
 
 
 def test_written_rollouts_are_not_templated_again(tmp_path):

@@ -34,6 +34,7 @@ def read_data(
     seed: int,
     tokenizer: PreTrainedTokenizerFast,
     stop: Stop,
+    vocab_size: int,
     max_new_tokens: int,
     max_held_out: int | None,
 ) -> BRAInData:
@@ -42,6 +43,7 @@ def read_data(
     Args:
         seed: of the choice of held-out prompts.
         stop: what ends an output.
+        vocab_size: rows of the embedding.
         max_new_tokens: the longest output of an offline group.
         max_held_out: at most so many prompts are held out; None: all that there are.
 
@@ -59,6 +61,7 @@ def read_data(
             template=data.template,
             max_prompt_tokens=data.max_prompt_tokens,
             max_new_tokens=max_new_tokens,
+            vocab_size=vocab_size,
             key="data.rollouts",
         )
         return BRAInData([], offline, held_out[:max_held_out])

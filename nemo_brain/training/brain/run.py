@@ -92,6 +92,7 @@ def _parts(config: Config) -> Parts[BRAInGPTModel, BRAInState]:
         config.seed,
         weights.tokenizer,
         stop,
+        weights.vocab_size,
         max_new_tokens=config.rollout.max_new_tokens,
         max_held_out=config.validation.max_prompts,
     )
