@@ -115,7 +115,7 @@ def llama(tied: bool) -> LlamaForCausalLM:
 
 def damaged_llama(path: Path) -> Path:
     """A directory with a Llama over bytes whose embedding of "~" is NaN; without that byte all is as it should be."""
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 4, "num_attention_heads": 2}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=258, max_position_embeddings=64, **sizes))
     model.model.embed_tokens.weight.data[ord("~"), 3] = torch.nan
     model.save_pretrained(path)

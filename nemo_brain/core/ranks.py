@@ -9,7 +9,7 @@ from __future__ import annotations
 import pickle
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
@@ -62,6 +62,16 @@ def on_all_ranks(
             # A rank with an error of its own raises that one's, unless it is the same: its traceback is worth more.
             raise error if error is not None and _said(error) == said else copy
     return result
+
+
+def raise_on_all_ranks(errors: Sequence[Exception]) -> None:
+    """Raises what any rank has come upon meanwhile, while the others waited for it elsewhere: see ``on_all_ranks``."""
+
+    def work() -> None:
+        for error in errors:
+            raise error
+
+    on_all_ranks(work)
 
 
 def on_first_rank(

@@ -26,6 +26,7 @@ class PackedModel(GPTModel):
         super().__init__(config, optim=optim, tokenizer=weights.tokenizer)
         self.weights = weights
         self.lora = lora
+        self.load_errors: list[Exception] = []  # for the strategy, which raises them where all ranks have met
 
     def reinit(self) -> Any:
         """This model anew, for NeMo's next virtual stage, with the configuration itself.
@@ -37,11 +38,17 @@ class PackedModel(GPTModel):
         return other
 
     def configure_model(self, vp_stage: int | None = None) -> None:
-        """Builds this rank's (virtual) pipeline chunk and loads its share of the start weights; once."""
+        """Builds this rank's (virtual) pipeline chunk and loads its share of the start weights; once.
+
+        Other ranks build theirs meanwhile, and wait for each other: an error of the weights is kept in ``load_errors``.
+        """
         fresh = not hasattr(self, "module")
         super().configure_model(vp_stage=vp_stage)
         if fresh:
-            load(self.module, self.weights, self.lora)
+            try:
+                load(self.module, self.weights, self.lora)
+            except ValueError as error:
+                self.load_errors.append(error)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """One packed row through this chunk: see ``PackedGPTModel.forward``."""

@@ -11,6 +11,7 @@ import torch
 from nemo.lightning import MegatronStrategy
 
 from nemo_brain.core.groups import Prompt, SampledGroup
+from nemo_brain.core.ranks import raise_on_all_ranks
 from nemo_brain.durability.checkpoint import read_json
 from nemo_brain.durability.saving import fingerprint, first_intact
 from nemo_brain.host import cpu, second_model
@@ -64,8 +65,13 @@ class PackedStrategy(MegatronStrategy):
         cpu.seed_tracker(self._seed)
 
     def setup(self, trainer: pl.Trainer) -> None:
-        """NeMo's, for the model as it stands before any checkpoint is restored; ``guards`` watch its optimizers."""
+        """NeMo's, for the model as it stands before any checkpoint is restored; ``guards`` watch its optimizers.
+
+        Raises:
+            ValueError: on every rank, when the start weights cannot be loaded on one.
+        """
         super().setup(trainer)
+        raise_on_all_ranks([error for module in self.megatron_parallel for error in module.load_errors])
         # NeMo has read from it how long the learning rate's schedule is. When training ends, its loop says.
         lift_step_limit(trainer)
         self.chunks = [module.module for module in self.megatron_parallel]
@@ -87,17 +93,25 @@ class PackedStrategy(MegatronStrategy):
 
         Args:
             config: has the parallel layout and the precision of the model in training: see ``with_parallel_layout``.
+
+        Raises:
+            ValueError: on every rank, when the weights cannot be loaded on one.
         """
         config = second_model.untrained(config)
         chunks: list[torch.nn.Module] = []
+        errors: list[Exception] = []
         chunk: Any
         for stage in range(len(self.chunks)):
             chunk = config.configure_model(weights.tokenizer, vp_stage=stage)
-            load_weights([chunk], weights)
+            try:
+                load_weights([chunk], weights)
+            except ValueError as error:  # the others wait for this rank while they build theirs
+                errors.append(error)
             if torch.cuda.is_available():
                 chunk.cuda(torch.cuda.current_device())
             chunk = second_model.in_precision(chunk, config, self)
             chunks.append(chunk.eval().requires_grad_(False))
+        raise_on_all_ranks(errors)
         return chunks
 
     def training_step(self, dataloader_iter: Iterator, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:

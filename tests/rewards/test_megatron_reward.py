@@ -218,6 +218,12 @@ def test_a_reward_that_is_no_number_ends_every_rank(trained, tmp_path):
     messages = run_ranks(broken_run, 2, tmp_path / "run", *reward(directory), PP2, "data.holdout=0")
     for message in messages:
         assert "score.weight is not finite" in message and "reward.allow_nonfinite=true" in message
+    trunk = shutil.copytree(trained.model, tmp_path / "trunk")  # which the first stage alone reads
+    damaged = load_file(trunk / "model.safetensors")
+    damaged["model.embed_tokens.weight"][0, 0] = torch.nan
+    save_file(damaged, trunk / "model.safetensors", metadata={"format": "pt"})
+    for message in run_ranks(broken_run, 2, tmp_path / "run", *reward(trunk), PP2, "data.holdout=0"):
+        assert "model.embed_tokens.weight is not finite" in message and "reward.allow_nonfinite=true" in message
     allowed = [*reward(directory), "+reward.allow_nonfinite=true"]
     messages = run_ranks(broken_run, 2, tmp_path / "run", *allowed, PP2, "data.holdout=0")
     for message in messages:

@@ -245,11 +245,13 @@ def damaged(tmp_path) -> list[str]:
     return [f"model.restore_from={damaged_llama(tmp_path / 'model')}", "model.gpt=null"]
 
 
-@pytest.mark.parametrize("layout", ["tensor", "pipeline"])
+@pytest.mark.parametrize("layout", ["tensor", "pipeline", "virtual pipeline", "data"])
 def test_weights_that_are_not_finite_are_refused_on_every_rank(layout, damaged, tmp_path):
     """With pipeline parallelism the second rank does not read the tensor."""
-    split = f"model.{layout}_model_parallel_size=2"
-    message = refused(2, f"run_dir={tmp_path}/run", *damaged, split, "prior.placement=offload")
+    kind = layout.split()[-1]
+    split = [f"model.{kind}_model_parallel_size=2"] if kind != "data" else []
+    split += ["model.virtual_pipeline_model_parallel_size=2"] if layout == "virtual pipeline" else []
+    message = refused(2, f"run_dir={tmp_path}/run", *damaged, *split)
     file = f"{tmp_path}/model/model.safetensors"
     assert f"{file}: model.embed_tokens.weight is not finite: 1 of 4128 values are NaN or infinite" in message
     assert "model.allow_nonfinite=true" in message
