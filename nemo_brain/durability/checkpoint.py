@@ -126,8 +126,11 @@ def prune(directory: Path, keep_last: int, keep_best: int) -> None:
 
 
 def score_of(path: Path) -> float | None:
-    """The held-out score of exactly the checkpoint's model; None: it was not evaluated."""
-    return read_json(path / "run.json")["score"]
+    """The held-out score of exactly the checkpoint's model; None: it was not evaluated, or is no longer there."""
+    try:
+        return read_json(path / "run.json")["score"]
+    except FileNotFoundError:  # the thread that writes in the background has just removed it
+        return None
 
 
 def write_text(path: Path, content: str) -> None:

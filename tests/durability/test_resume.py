@@ -225,6 +225,11 @@ def test_resume_never_and_elsewhere(copied, tmp_path):
     assert (copied / "previous" / "1" / "checkpoints" / "step_000000003").is_dir()
 
 
+def test_a_checkpoint_that_is_removed_meanwhile_has_no_score(tmp_path):
+    """With ``checkpoint.async_save`` a thread removes them while rank 0 looks for the best."""
+    assert checkpoint.score_of(tmp_path / "step_000000001") is None
+
+
 def test_two_runs_in_one_directory_are_refused(tmp_path):
     first = Ranks(train, 1, str(tmp_path / "run"), "trainer.max_iterations=1000")
     try:
