@@ -88,13 +88,17 @@ def compare(run_dir: Path, expected: list[dict], tolerance: float) -> None:
     found = records(run_dir)
     assert [(r["kind"], r["step"]) for r in found] == [(r["kind"], r["step"]) for r in expected]
     for ours, theirs in zip(found, expected, strict=True):
-        assert ours.keys() == theirs.keys()
-        for name in theirs.keys() - (INEXACT if tolerance else set()):
-            if tolerance and isinstance(theirs[name], float):
-                absolute = 2e-5 if "kl_to_prior" in name else 1e-7  # as in test_parity
-                assert ours[name] == pytest.approx(theirs[name], rel=tolerance, abs=absolute), (theirs["step"], name)
-            else:
-                assert ours[name] == theirs[name], (theirs["step"], name)
+        compare_record(ours, theirs, tolerance)
+
+
+def compare_record(ours: dict, theirs: dict, tolerance: float) -> None:
+    assert ours.keys() == theirs.keys()
+    for name in theirs.keys() - (INEXACT if tolerance else set()):
+        if tolerance and isinstance(theirs[name], float):
+            absolute = 2e-5 if "kl_to_prior" in name else 1e-7  # as in test_parity
+            assert ours[name] == pytest.approx(theirs[name], rel=tolerance, abs=absolute), (theirs["step"], name)
+        else:
+            assert ours[name] == theirs[name], (theirs["step"], name)
 
 
 def failure(run_dir: Path, *overrides: str, ranks: int = 1) -> str:
