@@ -4,19 +4,36 @@ Requirements are ranges, so that installing into an NGC NeMo container keeps the
 Megatron. The exact versions of the CPU environment are in constraints-cpu.txt.
 """
 
+import re
+import shutil
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
+
+VERSION = re.search('__version__ = "(.+)"', Path("nemo_brain/__init__.py").read_text(encoding="utf-8"))[1]
+
+
+class WithConfigurations(build_py):
+    """An installed package has a copy of ``conf/``; a checkout reads its own."""
+
+    def run(self):
+        super().run()
+        if not self.editable_mode:
+            shutil.copytree("conf", Path(self.build_lib, "nemo_brain", "conf"), dirs_exist_ok=True)
+
 
 setup(
     name="nemo_brain",
-    version="0.1.0",
+    version=VERSION,
     description="BRAIn (Bayesian Reward-conditioned Amortized Inference) for Megatron GPT models in NeMo",
     long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["nemo_brain", "nemo_brain.*"]),
-    package_data={"nemo_brain.report": ["*.html.j2"]},
+    package_data={"nemo_brain.data": ["*.jsonl"], "nemo_brain.report": ["*.html.j2"]},
+    cmdclass={"build_py": WithConfigurations},
+    entry_points={"console_scripts": ["nemo-brain=nemo_brain.cli.main:main"]},
     python_requires=">=3.11,<3.13",
     install_requires=[
         "torch>=2.6",

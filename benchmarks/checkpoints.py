@@ -81,7 +81,7 @@ def _run(overrides: list[str], mode: str) -> dict:
     with tempfile.TemporaryDirectory() as scratch:
         run_dir = Path(scratch) / "run"
         with initialize_config_dir(str(common.ROOT / "conf"), version_base=None):
-            data = [f"data.train={common.ROOT}/examples/data/prompts.jsonl", "data.holdout=0", f"run_dir={run_dir}"]
+            data = ["data.holdout=0", f"run_dir={run_dir}"]
             saving = ["checkpoint.every_minutes=null", "checkpoint.at_end=false"]
             if mode != "none":
                 saving += ["checkpoint.every_steps=2", f"checkpoint.async_save={_MODES[mode]}"]

@@ -101,11 +101,7 @@ class _Optimizer(pl.Callback):
 def _run(overrides: list[str]) -> tuple[dict[str, float], int]:
     with tempfile.TemporaryDirectory() as scratch, common.Stopwatch() as watch:
         with initialize_config_dir(str(common.ROOT / "conf"), version_base=None):
-            data = [
-                f"data.train={common.ROOT}/examples/data/prompts.jsonl",
-                "data.holdout=0",
-                "checkpoint.at_end=false",
-            ]
+            data = ["data.holdout=0", "checkpoint.at_end=false"]
             config = compose("toy", overrides=[*data, f"run_dir={Path(scratch) / 'run'}", *overrides])
         watch.watch(Driver, "on_train_batch_end", _GUARDS[0])
         watch.watch(Driver, "on_before_optimizer_step", _GUARDS[0])

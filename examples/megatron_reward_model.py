@@ -3,29 +3,13 @@
     python examples/megatron_reward_model.py data.train=preferences.jsonl         # conf/reward_model.yaml
     torchrun --nproc-per-node 4 examples/megatron_reward_model.py data.train=preferences.jsonl \
         model.tensor_model_parallel_size=2 model.pipeline_model_parallel_size=2
+
+The same as ``nemo-brain reward-model``.
 """
 
-from __future__ import annotations
+import sys
 
-import gc
-from pathlib import Path
-
-from nemo_brain.core import signals
-
-
-def main() -> None:
-    signals.listen()  # what follows takes long
-    gc.disable()  # while objects come by the hundred thousand, to stay; launch enables it again
-    # Megatron's checkpoint writer starts processes that import this file: the heavy imports are theirs to skip.
-    from nemo_brain.host import cpu
-
-    cpu.enable()
-
-    from nemo_brain.training.entry import launch
-    from nemo_brain.training.reward_model.run import train_reward_model
-
-    launch(Path(__file__).resolve().parent.parent / "conf", "reward_model", train_reward_model)
-
+from nemo_brain.cli.main import main
 
 if __name__ == "__main__":
-    main()
+    main(["reward-model", *sys.argv[1:]])

@@ -24,7 +24,7 @@ from nemo_brain.training.brain.run import run
 GOLDEN = ROOT / "tests" / "golden"
 TIMINGS = ("_seconds", "tokens_per_second", "peak_memory_gib")
 RUNS = {
-    "toy": ("toy", f"data.train={ROOT}/examples/data/prompts.jsonl"),
+    "toy": ("toy",),
     # Prompts of its own: the quickstart's are what packages a machine has.
     "smollm2": (
         "quickstart",

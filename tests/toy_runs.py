@@ -24,7 +24,7 @@ QUIET = ("logger.tensorboard=false",)
 
 
 def toy_config(*overrides: str, name: str = "toy") -> DictConfig:
-    return composed(name, f"data.train={ROOT}/examples/data/prompts.jsonl", *QUIET, *overrides)
+    return composed(name, *QUIET, *overrides)
 
 
 def composed(name: str, *overrides: str) -> DictConfig:

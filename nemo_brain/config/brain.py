@@ -138,7 +138,11 @@ class TrainConfig(GroupTrainConfig):
 
 @dataclass
 class DataConfig(CommonDataConfig):
-    train: Any = key(None, "a path, a list of paths, or _target_: a callable that returns records")
+    train: Any = key(
+        None,
+        "a path (package:NAME/PATH: in an installed package), a list of paths, or _target_: a callable that returns "
+        "records",
+    )
     holdout: float = key(0.1, "a fraction below 1, or a number of prompts; 0: no validation", at_least=0)
     rollouts: Any = key(None, "groups sampled elsewhere, instead of data.train")
 

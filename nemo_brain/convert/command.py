@@ -1,4 +1,4 @@
-"""``examples/convert.py``: a checkpoint to a Hugging Face directory through Megatron's names, tensor by tensor.
+"""``nemo-brain convert``: a checkpoint to a Hugging Face directory through Megatron's names, tensor by tensor.
 
 No model is built and no process group is needed: every tensor is read, put into Megatron's order and taken apart again
 by the code that runs import and export with.
@@ -19,9 +19,7 @@ from nemo_brain.model.gpt import PackedGPTConfig
 from nemo_brain.model.parameters import VOCABULARY_TENSORS
 from nemo_brain.report.progress import progress
 
-USAGE = (
-    "python examples/convert.py from=SOURCE to=DIRECTORY [dtype=fp32|bf16] [max_shard_size=5GB] [allow_nonfinite=true]"
-)
+USAGE = "nemo-brain convert from=SOURCE to=DIRECTORY [dtype=fp32|bf16] [max_shard_size=5GB] [allow_nonfinite=true]"
 _KEYS = ("from", "to", "dtype", "max_shard_size", "allow_nonfinite")
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}

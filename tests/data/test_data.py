@@ -441,7 +441,7 @@ def test_prompts_are_streamed(tmp_path):
 
 
 def test_example_prompts_are_valid():
-    prompts = load(EXAMPLES / "prompts.jsonl").prompts
+    prompts = load("package:nemo_brain/data/prompts.jsonl").prompts
     assert len(prompts) == 64
     assert {prompt.reference is None for prompt in prompts} == {True, False}
     assert max(len(prompt.token_ids) for prompt in prompts) <= 16

@@ -143,8 +143,7 @@ def test_torchrun_shows_the_first_failure_as_the_root_cause(tmp_path, warm_pytho
     script = tmp_path / "script.py"
     script.write_text(SCRIPT.format(root=str(ROOT), here=str(Path(__file__).parent)))
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}", str(script)]
-    data = f"data.train={ROOT}/examples/data/prompts.jsonl"
-    command = [sys.executable, *launcher, data, f"run_dir={tmp_path}/run", *QUIET, *SMALL]
+    command = [sys.executable, *launcher, f"run_dir={tmp_path}/run", *QUIET, *SMALL]
     environment = {**os.environ, "PYTHON_EXEC": str(warm_python)}  # what torchrun starts instead of python
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, cwd=ROOT)
     assert done.returncode == 1

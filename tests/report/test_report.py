@@ -7,8 +7,8 @@ import sys
 import pytest
 from pages import Page
 
+from nemo_brain.cli.report import main
 from nemo_brain.core.groups import Output, Prompt, RewardedGroup, ScoredGroup
-from nemo_brain.report.__main__ import main
 from nemo_brain.report.charts import CURVE_POINTS
 from nemo_brain.report.evaluate import evaluate
 from nemo_brain.report.kinds.brain import BRAInReport
@@ -231,7 +231,7 @@ def test_training_groups_are_the_latest_and_the_first():
 
 
 def test_the_command_writes_the_report(run_dir):
-    done = subprocess.run([sys.executable, "-m", "nemo_brain.report", str(run_dir)], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "nemo_brain", "report", str(run_dir)], capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.strip() == str(run_dir / "report.html")
 
 

@@ -22,7 +22,6 @@ from nemo_brain.data.tokenizers import byte_tokenizer
 from nemo_brain.training.brain.run import run
 
 PROGRAM = [str(ROOT / "examples" / "megatron_brain.py"), "--config-name", "toy"]
-PROMPTS = f"data.train={ROOT}/examples/data/prompts.jsonl"
 # Two iterations of one step each; without validation the reward is called once per iteration.
 SMALL = (
     "trainer.max_iterations=2",
@@ -81,7 +80,7 @@ class Launch:
             launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}", f"--master-port={free_port()}"]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         self.process = subprocess.Popen(
-            [python, *launcher, *PROGRAM, PROMPTS, *QUIET, *arguments],
+            [python, *launcher, *PROGRAM, *QUIET, *arguments],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
