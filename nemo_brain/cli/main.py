@@ -18,6 +18,7 @@ COMMANDS = {
     "train": ("nemo_brain.cli.training:brain", "train a Megatron GPT with BRAIn (conf/brain.yaml)"),
     "sft": ("nemo_brain.cli.training:sft", "fine-tune it on prompts with completions (conf/sft.yaml)"),
     "reward-model": ("nemo_brain.cli.training:reward_model", "train a reward model (conf/reward_model.yaml)"),
+    "evaluate": ("nemo_brain.cli.training:evaluate", "compare models on held-out prompts (conf/evaluate.yaml)"),
     "convert": ("nemo_brain.cli.convert:main", "write a checkpoint as a Hugging Face directory"),
     "serve-reward": ("nemo_brain.cli.serve_reward:main", "serve a reward over HTTP (conf/serve_reward.yaml)"),
     "report": ("nemo_brain.cli.report:main", "write the report of a run anew"),

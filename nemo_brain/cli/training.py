@@ -1,4 +1,4 @@
-"""The commands that train."""
+"""The commands that train models or compare them."""
 
 from __future__ import annotations
 
@@ -31,6 +31,14 @@ def reward_model(arguments: Sequence[str]) -> None:
     from nemo_brain.training.reward_model.run import train_reward_model
 
     launch(configurations(), "reward_model", train_reward_model)
+
+
+def evaluate(arguments: Sequence[str]) -> None:
+    _prepare()
+    from nemo_brain.training.brain.evaluation import evaluate_models
+    from nemo_brain.training.entry import launch
+
+    launch(configurations(), "evaluate", evaluate_models)
 
 
 def configurations() -> Path:

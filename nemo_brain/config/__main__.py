@@ -17,6 +17,7 @@ from omegaconf import MISSING
 
 from nemo_brain.config.brain import Config
 from nemo_brain.config.common import TrainingConfig
+from nemo_brain.config.evaluate import EvaluationConfig
 from nemo_brain.config.reward_model import RewardConfig
 from nemo_brain.config.schema import Never, Unless, keys, resume_rule, rules
 from nemo_brain.config.serve_reward import ServeConfig
@@ -25,10 +26,11 @@ from nemo_brain.config.sft import SFTConfig
 ROOT = Path(__file__).resolve().parents[2]
 # The files that state every key, with what they configure.
 FILES = {
-    "conf/brain.yaml": (Config, "BRAIn: `examples/megatron_brain.py`"),
-    "conf/sft.yaml": (SFTConfig, "Supervised fine-tuning: `examples/megatron_sft.py`"),
-    "conf/reward_model.yaml": (RewardConfig, "Reward models: `examples/megatron_reward_model.py`"),
-    "conf/serve_reward.yaml": (ServeConfig, "The reward server: `examples/serve_reward.py`"),
+    "conf/brain.yaml": (Config, "BRAIn: `nemo-brain train`"),
+    "conf/sft.yaml": (SFTConfig, "Supervised fine-tuning: `nemo-brain sft`"),
+    "conf/reward_model.yaml": (RewardConfig, "Reward models: `nemo-brain reward-model`"),
+    "conf/evaluate.yaml": (EvaluationConfig, "Evaluation: `nemo-brain evaluate`"),
+    "conf/serve_reward.yaml": (ServeConfig, "The reward server: `nemo-brain serve-reward`"),
 }
 PAGE = "docs/configuration.md"
 INTRODUCTION = """\

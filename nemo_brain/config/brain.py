@@ -21,6 +21,7 @@ from nemo_brain.config.common import (
     TrainingConfig,
     check_common,
     check_patience,
+    check_patience_of_rewards,
     given_arguments,
 )
 from nemo_brain.config.schema import key, parse
@@ -200,7 +201,7 @@ def check(cfg: DictConfig) -> Config:
     _check_truncation(config.rollout)
     if config.rollout.remote is not None:
         _check_remote(config.rollout.remote, config.rollout, config.trainer)
-    _check_patience_of_rewards("reward", config.reward, config.trainer)
+    check_patience_of_rewards("reward", config.reward, config.trainer)
     batch, prompts, data = config.train.global_batch_size, config.rollout.prompts_per_iteration, config.data
     if prompts % batch:
         raise ValueError(
@@ -277,15 +278,6 @@ def _check_remote(remote: RemoteConfig, rollout: RolloutConfig, trainer: Trainer
         )
     for number, step in enumerate(remote.reload or ()):
         _check_reload_step(f"{name}.reload[{number}]", step)
-
-
-def _check_patience_of_rewards(name: str, section: Any, trainer: TrainerConfig) -> None:
-    """Of a reward's ``timeout_seconds``, and of those of its parts."""
-    items = section.items() if isinstance(section, dict) else enumerate(section) if isinstance(section, list) else ()
-    for part, value in items:
-        if part == "timeout_seconds" and isinstance(value, (int, float)):
-            check_patience(f"{name}.{part}", value, trainer)
-        _check_patience_of_rewards(f"{name}.{part}", value, trainer)
 
 
 def _check_reload_step(name: str, step: dict[str, Any]) -> None:

@@ -24,8 +24,8 @@ PEFT_TARGETS = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
 
 
 @dataclass
-class CommonTrainerConfig:
-    """The keys of ``trainer`` in every kind of training."""
+class RanksConfig:
+    """The keys of ``trainer`` wherever a model is split over ranks."""
 
     devices: int | None = key(
         None,
@@ -42,23 +42,29 @@ class CommonTrainerConfig:
         among={None: "", "hybrid": "", "e4m3": ""},
     )
     fp8_recipe: str = key("delayed", among={"delayed": "", "tensorwise": "", "blockwise": "", "mxfp8": ""})
-    stop_after_minutes: float | None = key(
-        None,
-        "of wall-clock time: then the run saves and ends, as after Ctrl-C",
-        above=0,
-        resumable=True,
-    )
     hang_timeout_minutes: float = key(
         30.0,
         "without progress on any rank: then all print their stacks and end",
         above=0,
         resumable=True,
     )
-    log_every_steps: int = key(1, "to TensorBoard and W&B; metrics.jsonl has every step", at_least=1, resumable=True)
 
     @property
     def bf16(self) -> bool:
         return self.precision == "bf16-mixed"
+
+
+@dataclass
+class CommonTrainerConfig(RanksConfig):
+    """The keys of ``trainer`` in every kind of training."""
+
+    stop_after_minutes: float | None = key(
+        None,
+        "of wall-clock time: then the run saves and ends, as after Ctrl-C",
+        above=0,
+        resumable=True,
+    )
+    log_every_steps: int = key(1, "to TensorBoard and W&B; metrics.jsonl has every step", at_least=1, resumable=True)
 
 
 @dataclass
@@ -84,7 +90,9 @@ class PeftConfig:
 
 
 @dataclass
-class ModelConfig:
+class SplitModelConfig:
+    """The keys of ``model`` wherever one is split over ranks."""
+
     restore_from: str | None = key(
         None,
         "a Hugging Face directory, a .gguf file, package:NAME (the GGUF file in an installed package), or a run's "
@@ -95,6 +103,23 @@ class ModelConfig:
         "tensors of restore_from with values that are NaN or infinite are taken, rather than refused by file and name",
         resumable=True,
     )
+    tensor_model_parallel_size: int = key(1, "ranks that share every layer", at_least=1, resumable=True)
+    pipeline_model_parallel_size: int = key(1, "stages of layers, on ranks of their own", at_least=1, resumable=True)
+    sequence_parallel: bool = key(
+        False, "with tensor parallelism: activations between layers are divided too", resumable=True
+    )
+    options: dict[str, Any] = key(
+        {},
+        "more fields of NeMo's GPTConfig: recompute_num_layers, tp_comm_overlap, ... but none that says what the model "
+        "computes",
+        resumable=True,
+    )
+
+
+@dataclass
+class ModelConfig(SplitModelConfig):
+    """The keys of ``model`` in every kind of training."""
+
     tokenizer: str | None = key(None, "from scratch only: a Hugging Face directory with a tokenizer; null: bytes")
     export_to: str | None = key(
         None,
@@ -102,13 +127,8 @@ class ModelConfig:
         "null: nowhere",
         resumable=True,
     )
-    tensor_model_parallel_size: int = key(1, "ranks that share every layer", at_least=1, resumable=True)
-    pipeline_model_parallel_size: int = key(1, "stages of layers, on ranks of their own", at_least=1, resumable=True)
     virtual_pipeline_model_parallel_size: int | None = key(
         None, "parts of each stage, interleaved; null: one", at_least=2, resumable=True
-    )
-    sequence_parallel: bool = key(
-        False, "with tensor parallelism: activations between layers are divided too", resumable=True
     )
     context_parallel_size: int = key(1, "must be 1: packed rows are not divided over ranks")
     recompute: str = key(
@@ -119,12 +139,6 @@ class ModelConfig:
     )
     peft: PeftConfig | None = key(
         None, "null (all weights are trained) | adapters instead, and a reward model's head, see docs/lora.md"
-    )
-    options: dict[str, Any] = key(
-        {},
-        "more fields of NeMo's GPTConfig: recompute_num_layers, tp_comm_overlap, ... but none that says what the model "
-        "computes",
-        resumable=True,
     )
     gpt: dict[str, Any] | None = key(
         None, "from scratch only, null otherwise: fields of NeMo's GPTConfig and of PackedGPTConfig"
@@ -310,17 +324,18 @@ def given_arguments(reward: dict[str, Any] | None) -> dict[str, Any] | None:
 
 def check_common(config: TrainingConfig) -> None:
     """ValueError for keys of the common sections that do not go together."""
-    trainer, holdout = config.trainer, config.data.holdout
-    if trainer.fp8 is not None and not trainer.bf16:
-        raise ValueError("trainer.fp8 needs trainer.precision=bf16-mixed: what is not FP8 is bf16")
+    holdout = config.data.holdout
     if holdout > 1 and holdout % 1 != 0:
         raise ValueError(f"data.holdout must be a fraction below 1 or a number of prompts, not {holdout}")
-    _check_parallelism(config.model)
+    check_split(config.trainer, config.model)
     if config.model.peft is not None:
         _check_peft(config.model.peft, config.model.tensor_model_parallel_size)
 
 
-def _check_parallelism(model: ModelConfig) -> None:
+def check_split(trainer: RanksConfig, model: ModelConfig) -> None:
+    """ValueError for keys of how a model is split and computed that do not go together."""
+    if trainer.fp8 is not None and not trainer.bf16:
+        raise ValueError("trainer.fp8 needs trainer.precision=bf16-mixed: what is not FP8 is bf16")
     if model.context_parallel_size != 1:
         raise ValueError(
             "model.context_parallel_size must be 1: groups are packed rows, which context parallelism does not split; "
@@ -347,7 +362,16 @@ def _check_peft(peft: PeftConfig, tensor_parallel: int) -> None:
         raise ValueError(f"model.peft.target_modules names a module twice: {', '.join(targets)}")
 
 
-def check_patience(name: str, seconds: float, trainer: CommonTrainerConfig) -> None:
+def check_patience_of_rewards(name: str, section: Any, trainer: RanksConfig) -> None:
+    """``check_patience`` of a reward's ``timeout_seconds``, and of those of its parts."""
+    items = section.items() if isinstance(section, dict) else enumerate(section) if isinstance(section, list) else ()
+    for part, value in items:
+        if part == "timeout_seconds" and isinstance(value, (int, float)):
+            check_patience(f"{name}.{part}", value, trainer)
+        check_patience_of_rewards(f"{name}.{part}", value, trainer)
+
+
+def check_patience(name: str, seconds: float, trainer: RanksConfig) -> None:
     """ValueError where one rank may wait for a server longer than the others wait for that rank."""
     if seconds >= 60 * trainer.hang_timeout_minutes:
         raise ValueError(

@@ -6,6 +6,7 @@ them: on the rank it came from as it is, on the others with that rank's tracebac
 
 from __future__ import annotations
 
+import os
 import pickle
 import threading
 import traceback
@@ -22,6 +23,11 @@ from nemo_brain.core.interruption import Interrupted, Interruption
 Result = TypeVar("Result")
 
 _POLL_SECONDS = 0.5
+
+
+def is_first_rank() -> bool:
+    """Whether this is rank 0 of all, also before the ranks have met."""
+    return dist.get_rank() == 0 if dist.is_initialized() else int(os.environ.get("RANK", 0)) == 0
 
 
 def gathered(value: Any, group: dist.ProcessGroup | None = None) -> list:

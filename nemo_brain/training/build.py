@@ -26,10 +26,11 @@ from nemo.utils import logging as nemo_logging
 from nemo_brain.config.common import (
     CheckpointConfig,
     CommonTrainConfig,
-    CommonTrainerConfig,
     LoggerConfig,
     ModelConfig,
     PeftConfig,
+    RanksConfig,
+    SplitModelConfig,
 )
 from nemo_brain.config.schema import did_you_mean
 from nemo_brain.convert.export import check_target, make_export
@@ -63,7 +64,7 @@ def reduce_log_noise() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
 
 
-def world_size(trainer: CommonTrainerConfig, model: ModelConfig) -> int:
+def world_size(trainer: RanksConfig, model: SplitModelConfig) -> int:
     """The number of ranks: those that were started, which the parallel sizes must divide."""
     started = int(os.environ.get("WORLD_SIZE", 1))
     local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -101,7 +102,7 @@ def make_weights(model: ModelConfig, seed: int) -> Weights:
 
 def make_gpt_config(
     model: ModelConfig,
-    trainer: CommonTrainerConfig,
+    trainer: RanksConfig,
     weights: Weights,
     lengths: Mapping[str, int],
     kind: type[PackedGPTConfig] = PackedGPTConfig,
@@ -181,7 +182,7 @@ def _check_division(given: Mapping[str, Any], model: ModelConfig) -> None:
         raise ValueError(f"model.gpt.hidden_size ({given['hidden_size']}) must be a multiple of the {heads} heads")
 
 
-def _run_fields(model: ModelConfig, trainer: CommonTrainerConfig) -> dict[str, Any]:
+def _run_fields(model: ModelConfig, trainer: RanksConfig) -> dict[str, Any]:
     """How the model is run here, unless it says so itself."""
     fields: dict[str, Any] = {
         "params_dtype": _dtype(trainer),
@@ -218,7 +219,7 @@ def model_stop(weights: Weights, template: str | None) -> Stop:
     return choose_stop(weights.tokenizer, weights.stop_token_ids, template, vocab_size=weights.vocab_size)
 
 
-def _dtype(trainer: CommonTrainerConfig) -> torch.dtype:
+def _dtype(trainer: RanksConfig) -> torch.dtype:
     """Of the weights and of what passes between pipeline stages."""
     return torch.bfloat16 if trainer.bf16 else torch.float32
 
@@ -227,7 +228,7 @@ def make_lora(peft: PeftConfig | None, seed: int) -> LoRA | None:
     return None if peft is None else LoRA(peft.dim, peft.alpha, tuple(peft.target_modules), seed)
 
 
-def make_optimizer(optim: Mapping[str, Any], trainer: CommonTrainerConfig) -> MegatronOptimizerModule:
+def make_optimizer(optim: Mapping[str, Any], trainer: RanksConfig) -> MegatronOptimizerModule:
     """``optim``: ``name``, fields of Megatron's OptimizerConfig, and ``sched`` (one of NeMo's LR schedulers)."""
     given = dict(optim)
     sched = given.pop("sched", None)
@@ -314,7 +315,7 @@ def _known(given: Mapping[str, Any], kind: type, key: str) -> None:
 def make_strategy(
     kind: type[Strategy],
     model: ModelConfig,
-    trainer: CommonTrainerConfig,
+    trainer: RanksConfig,
     train: CommonTrainConfig,
     checkpoint: CheckpointConfig,
     ddp: DistributedDataParallelConfig,
@@ -348,11 +349,12 @@ def make_loggers(logger: LoggerConfig, run_dir: Path) -> list[Logger]:
 
 
 def make_trainer(
-    trainer: CommonTrainerConfig,
+    trainer: RanksConfig,
     loggers: Sequence[Logger],
     strategy: PackedStrategy,
     max_steps: int,
     callbacks: Sequence[pl.Callback],
+    log_every_steps: int = 1,
 ) -> nl.Trainer:
     plugins = []
     if trainer.bf16:
@@ -385,6 +387,6 @@ def make_trainer(
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        log_every_n_steps=trainer.log_every_steps,
+        log_every_n_steps=log_every_steps,
         use_distributed_sampler=False,
     )

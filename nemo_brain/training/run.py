@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import lightning.pytorch as pl
-import torch.distributed as dist
 from lightning.pytorch.callbacks import LambdaCallback
 from nemo.collections.llm.gpt.model.base import GPTModel
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_brain.config.common import TrainingConfig
 from nemo_brain.core.interruption import Interrupted, Interruption
-from nemo_brain.core.ranks import on_all_ranks, on_first_rank
+from nemo_brain.core.ranks import is_first_rank, on_all_ranks, on_first_rank
 from nemo_brain.durability.checkpoint import read_json
 from nemo_brain.durability.resume import candidates, check_configuration
 from nemo_brain.durability.supervision import Supervisor
@@ -90,7 +88,7 @@ def train(
         strategy.resume_candidates = earlier = on_first_rank(begin)
         interruption = Interruption(config.trainer.stop_after_minutes)
         loggers = make_loggers(config.logger, run_dir)
-        writer = MetricsWriter(run_dir, loggers, config.trainer.log_every_steps) if _first() else None
+        writer = MetricsWriter(run_dir, loggers, config.trainer.log_every_steps) if is_first_rank() else None
         frame = Frame(
             strategy,
             parts.state,
@@ -109,10 +107,12 @@ def train(
             # Not after fit: with CUDA, Lightning has moved the weights to the host by then.
             LambdaCallback(on_train_end=lambda *_: parts.at_end()),
         ]
-        trainer = make_trainer(config.trainer, loggers, strategy, parts.steps, all_callbacks)
+        trainer = make_trainer(
+            config.trainer, loggers, strategy, parts.steps, all_callbacks, config.trainer.log_every_steps
+        )
         with _status(frame):
             trainer.fit(parts.model, train_dataloaders=driver, ckpt_path=str(earlier[0]) if earlier else None)
-        if _first():
+        if is_first_rank():
             report = write_report(run_dir)
             print("\n".join(summary_lines(read_metrics(run_dir / "metrics.jsonl"), record["configuration"], report)))
     return parts.model
@@ -171,10 +171,6 @@ def _status(frame: Frame) -> Iterator[None]:
         state = "interrupted"
         raise
     finally:
-        if _first():
+        if is_first_rank():
             with contextlib.suppress(OSError):  # a full disk has ended the run with an error of its own
                 write_status(frame.run_dir, "failed" if state == "running" else state, frame.state.step)
-
-
-def _first() -> bool:
-    return dist.get_rank() == 0 if dist.is_initialized() else int(os.environ.get("RANK", 0)) == 0

@@ -18,6 +18,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import GrammarParseError
 
 from nemo_brain.config.brain import Config, check
+from nemo_brain.config.evaluate import EvaluationConfig, check_evaluation
 from nemo_brain.config.reward_model import RewardConfig, check_reward_config
 from nemo_brain.config.schema import keys
 from nemo_brain.config.serve_reward import ServeConfig, check_serve
@@ -267,6 +268,7 @@ def composed(name: str, *overrides: str) -> dict:
 
 configured = settings(fuzzed, max_examples=40)
 BRAIN, REWARD, SFT, SERVE = (
+EVALUATION = (
     sorted(name for name, *_ in keys(kind)) for kind in (Config, RewardConfig, SFTConfig, ServeConfig)
 )
 
@@ -296,3 +298,9 @@ def test_any_configuration_of_fine_tuning_is_taken_or_refused_with_its_key(conte
 @given(content=spoiled(composed("serve_reward", "reward.model=x"), SERVE))
 def test_any_configuration_of_a_server_is_taken_or_refused_with_its_key(content):
     accepted(content, set(SERVE), check_serve)
+
+
+@configured
+@given(content=spoiled(composed("evaluate", "candidates=[x]", "model.restore_from=x", "data.validation=x", "reward.function=x"), EVALUATION))
+def test_any_configuration_of_an_evaluation_is_taken_or_refused_with_its_key(content):
+    accepted(content, set(EVALUATION), check_evaluation)

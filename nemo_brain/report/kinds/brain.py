@@ -144,14 +144,14 @@ class BRAInReport(Report):
             return None
         rows, differences = [], []
         for before, after in found:
-            old, new = _mean_reward(before), _mean_reward(after)
+            old, new = mean_reward(before), mean_reward(after)
             difference = None if old is None or new is None else new - old
             differences += [] if difference is None else [difference]
             reference = [(before["reference"], None)] if before.get("reference") else []
             cells = [
                 Cell(before.get("prompt"), unfolds="reference answer", more=reference),
-                _outputs(before, old),
-                _outputs(after, new),
+                outputs_cell(before),
+                outputs_cell(after),
                 Cell(note=_difference(difference)),
             ]
             rows.append(Row(cells, difference or 0.0))
@@ -216,14 +216,16 @@ def _change(record: Mapping[str, Any]) -> str:
     return f"{signed(record.get(name))}, {interval(record, name, signed)}" + (p and f", paired t-test {p}")
 
 
-def _mean_reward(sample: Mapping[str, Any]) -> float | None:
+def mean_reward(sample: Mapping[str, Any]) -> float | None:
+    """Of a prompt's outputs in samples.jsonl."""
     return mean([output.get("reward") for output in sample["outputs"]])
 
 
-def _outputs(sample: Mapping[str, Any], mean_reward: float | None) -> Cell:
+def outputs_cell(sample: Mapping[str, Any]) -> Cell:
+    """A prompt's outputs with their rewards."""
     outputs = sample["outputs"]
     count = len(outputs)
-    note = Note(f"{f'mean reward of {count}' if count > 1 else 'reward'} {number(mean_reward)}")
+    note = Note(f"{f'mean reward of {count}' if count > 1 else 'reward'} {number(mean_reward(sample))}")
     more = [(output["text"], Note(f"reward {number(output.get('reward'))}")) for output in outputs[1:]]
     return Cell(outputs[0]["text"] if outputs else "", note, f"{count - 1} more", more)
 

@@ -8,12 +8,14 @@ from typing import Any
 from nemo_brain.report.charts import Records
 from nemo_brain.report.kinds.base import Report
 from nemo_brain.report.kinds.brain import BRAInReport
+from nemo_brain.report.kinds.evaluation import EvaluationReport
 from nemo_brain.report.kinds.reward_model import RewardModelReport
 from nemo_brain.report.kinds.sft import SFTReport
 
 # Fields of step or eval records that no other kind has.
 _TELLING = {
     "iteration": BRAInReport,
+    "candidate": EvaluationReport,
     "completion_tokens": SFTReport,
     "eval/perplexity": SFTReport,
     "reward_gap": RewardModelReport,

@@ -10,6 +10,7 @@ from hydra.utils import instantiate
 from transformers import PreTrainedTokenizerFast
 
 from nemo_brain.config.brain import DataConfig
+from nemo_brain.config.evaluate import EvaluationDataConfig
 from nemo_brain.core.groups import Prompt, SampledGroup
 from nemo_brain.data.prompts import Prompts, load_prompts
 from nemo_brain.data.rollouts import read_rollouts
@@ -52,7 +53,7 @@ def read_data(
     """
     held_out: Sequence[Prompt] = []
     if data.validation is not None:
-        held_out = _prompts(data.validation, "data.validation", data, tokenizer)
+        held_out = read_prompts(data.validation, "data.validation", data, tokenizer)
     if data.rollouts is not None:
         offline = read_rollouts(
             data.rollouts,
@@ -65,14 +66,16 @@ def read_data(
             key="data.rollouts",
         )
         return BRAInData([], offline, held_out[:max_held_out])
-    prompts = _prompts(data.train, "data.train", data, tokenizer)
+    prompts = read_prompts(data.train, "data.train", data, tokenizer)
     if data.validation is None and data.holdout:
         prompts, held_out = prompts.split(int(data.holdout) if data.holdout >= 1 else data.holdout, seed)
     return BRAInData(prompts, [], held_out[:max_held_out])
 
 
-def _prompts(source: Any, key: str, data: DataConfig, tokenizer: PreTrainedTokenizerFast) -> Prompts:
-    """The prompts of a file, of several, or of a target that Hydra makes."""
+def read_prompts(
+    source: Any, key: str, data: DataConfig | EvaluationDataConfig, tokenizer: PreTrainedTokenizerFast
+) -> Prompts:
+    """The prompts of a file, of several, or of a target that Hydra makes. ValueError: as ``read_data``."""
     if isinstance(source, Mapping):
         try:
             source = instantiate(source, _convert_="all")

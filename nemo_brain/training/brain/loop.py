@@ -26,12 +26,11 @@ from nemo_brain.report.run_dir import writing
 from nemo_brain.sampling.sampler import SamplingOptions
 from nemo_brain.training.brain.data import BRAInData
 from nemo_brain.training.brain.passes import Scores, StepResult
-from nemo_brain.training.brain.rollout import RolloutWorker
+from nemo_brain.training.brain.rollout import VALIDATION, RolloutWorker
 from nemo_brain.training.brain.state import BRAInState
 from nemo_brain.training.brain.strategy import TrainStep
 from nemo_brain.training.frame import Frame, Steps
 
-_VALIDATION = -1  # the "iteration" of validation draws: the same at every validation, so that its noise is shared
 _TRAIN_SAMPLES = 8  # groups per iteration that samples.jsonl keeps
 
 
@@ -225,7 +224,7 @@ class BRAInLoop:
             prompts = on_all_ranks(lambda: list(self.held_out))
             self.worker.refresh(state.step, self._validation)
             rewarded = self.worker.reward(
-                self.worker.sample(prompts, self._validation, _VALIDATION, "validation: sampling")
+                self.worker.sample(prompts, self._validation, VALIDATION, "validation: sampling")
             )
             groups, _ = self.worker.score(rewarded, 1.0, untrained=state.step == 0)
             if iteration == 0:

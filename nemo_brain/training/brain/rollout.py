@@ -48,6 +48,8 @@ from nemo_brain.training.brain.remote_rollout import RemoteRollout
 from nemo_brain.training.brain.rewarding import RewardThread
 from nemo_brain.training.brain.strategy import BRAInStrategy
 
+VALIDATION = -1  # the "iteration" of validation draws: the same at every validation, so that its noise is shared
+
 
 @dataclass
 class Sampling:

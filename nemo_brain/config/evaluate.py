@@ -1,0 +1,92 @@
+"""The configuration of an evaluation: what ``conf/evaluate.yaml`` explains."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from omegaconf import MISSING, DictConfig
+
+from nemo_brain.config.brain import ValidationConfig
+from nemo_brain.config.common import (
+    ModelConfig,
+    RanksConfig,
+    SplitModelConfig,
+    check_patience_of_rewards,
+    check_split,
+    given_arguments,
+)
+from nemo_brain.config.schema import key, parse
+
+
+@dataclass
+class StartModelConfig(SplitModelConfig):
+    restore_from: str = key(
+        MISSING,
+        "the start model, which the others are compared with: a Hugging Face directory, a .gguf file, package:NAME "
+        "(the GGUF file in an installed package), or a run's directory or checkpoint",
+    )
+
+    @property
+    def complete(self) -> ModelConfig:
+        return ModelConfig(**{item.name: getattr(self, item.name) for item in dataclasses.fields(self)})
+
+
+@dataclass
+class EvaluationRolloutConfig:
+    max_new_tokens: int = key(MISSING, "of an output", at_least=1)
+    stop_token_ids: list[int] | None = key(
+        None,
+        "tokens that end an output; null: those that the tokenizer, generation_config.json and config.json name",
+        at_least=0,
+    )
+    stop_strings: list[str] = key([], "texts that end an output, which ends before them")
+    temperature: float = key(1.0, "of all models; the KL is known at 1 alone", above=0)
+    rows_in_flight: int = key(256, "outputs sampled at a time by each data-parallel rank", at_least=1)
+    micro_batch_tokens: int = key(
+        4096, "row positions scored at a time; of new prompts in one pass of sampling", at_least=1
+    )
+
+
+@dataclass
+class EvaluationDataConfig:
+    validation: Any = key(MISSING, "the prompts: a path, a list of paths, or _target_: a callable that returns records")
+    max_prompt_tokens: int = key(MISSING, "longer prompts lose tokens on the left", at_least=1)
+    template: str | None = key(None, "null (text as it is) | chat | a format string with {prompt}")
+
+
+@dataclass
+class EvaluationConfig:
+    run_dir: str = key(MISSING, "metrics, samples, report; what an earlier run left there is moved aside")
+    seed: int = key(
+        0,
+        "of the draws, which are the same for all models; a training with this seed validates with them",
+        at_least=0,
+        below=2**32,
+    )
+    candidates: list[str] = key(MISSING, "models of the start model's architecture and tokenizer, named as it is")
+    trainer: RanksConfig = key(RanksConfig)
+    model: StartModelConfig = key(StartModelConfig)
+    rollout: EvaluationRolloutConfig = key(EvaluationRolloutConfig)
+    reward: dict[str, Any] | None = key(None, "as in a training; null arguments are left out")
+    data: EvaluationDataConfig = key(EvaluationDataConfig)
+    validation: ValidationConfig = key(ValidationConfig)
+
+    @property
+    def lengths(self) -> dict[str, int]:
+        return {
+            "data.max_prompt_tokens": self.data.max_prompt_tokens,
+            "rollout.max_new_tokens": self.rollout.max_new_tokens,
+        }
+
+
+def check_evaluation(cfg: DictConfig) -> EvaluationConfig:
+    """Validates a configuration; ValueError names the key, what is wrong with it and the remedy."""
+    config = parse(EvaluationConfig, cfg, "conf/evaluate.yaml")
+    config.reward = given_arguments(config.reward)
+    if not config.candidates:
+        raise ValueError("candidates is empty: name at least one model to compare with model.restore_from")
+    check_split(config.trainer, config.model.complete)
+    check_patience_of_rewards("reward", config.reward, config.trainer)
+    return config

@@ -1,0 +1,93 @@
+"""The report of an evaluation: several models against the start model on the same held-out prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from nemo_brain.report.kinds.base import Cell, Comparison, Note, Report, Row, Rows, Tile
+from nemo_brain.report.kinds.brain import BRAInReport, mean_reward, outputs_cell
+from nemo_brain.report.text import interval, number, p_text, percent, signed, with_interval
+
+
+class EvaluationReport(Report):
+    """Of models, in the order in which they were named."""
+
+    title = "Evaluation"
+    expected: ClassVar = {"eval": "no model has been evaluated yet"}
+    samples_title = "Held-out prompts, model by model"
+    explanation = BRAInReport.explanation
+
+    @property
+    def _models(self) -> list[dict[str, Any]]:
+        return [dict(record) for record in self.records if record.get("kind") == "eval"]
+
+    def progress(self) -> str:
+        planned = self.config.get("candidates") or []
+        return f"{len(self._models)} of {len(planned)} models"
+
+    def verdict(self) -> str:
+        if not self._models:
+            return super().verdict()
+        best = max(self._models, key=lambda record: record.get("eval/reward") or float("-inf"))
+        start, prompts = number(best.get("eval/start_reward")), number(best.get("eval/prompts"))
+        highest = f"{best['candidate']} has the highest mean reward, {with_interval(best, 'eval/reward')}"
+        return f"On {prompts} held-out prompts, {highest}; the start model has {start}."
+
+    def tiles(self) -> list[Tile]:
+        found = []
+        for record in self._models:
+            p = p_text(record.get("eval/p_value"))
+            change = f"{signed(record.get('eval/reward_difference'))} to the start model" + (p and f", {p}")
+            found.append(Tile(f"Reward of {record['candidate']}", number(record.get("eval/reward")), change))
+            words = interval(record, "eval/win_rate", percent)
+            found.append(Tile(f"Win-rate of {record['candidate']}", percent(record.get("eval/win_rate")), words))
+        return found
+
+    def comparison(self) -> Comparison | None:
+        starts = [sample for sample in self.samples if sample.get("kind") == "start"]
+        if not starts or not self._models:
+            return None
+        later = {(s["id"], s["iteration"]): s for s in self.samples if s.get("kind") == "final"}
+        places = range(1, 1 + len(self._models))
+        rows = []
+        for start in starts:
+            found = [later.get((start["id"], place)) for place in places]
+            cells = [
+                Cell(start.get("prompt"), unfolds="reference answer", more=_reference(start)),
+                outputs_cell(start),
+                *(Cell() if sample is None else outputs_cell(sample) for sample in found),
+            ]
+            gains = [mean_reward(sample) for sample in found if sample is not None]
+            rows.append(Row(cells, max([0.0, *((gain or 0.0) - (mean_reward(start) or 0.0) for gain in gains)])))
+        names = [(record["candidate"], "") for record in self._models]
+        return Comparison(
+            "The start model and the others",
+            [],
+            [("Prompt", "26%"), ("Start model", ""), *names],
+            rows,
+            ("largest gain first", "smallest gain first"),
+        )
+
+    def summary(self) -> Rows:
+        rows = []
+        for record in self._models:
+            p = p_text(record.get("eval/p_value"))
+            prompts = number(record.get("eval/prompts"))
+            before, after = number(record.get("eval/start_reward")), with_interval(record, "eval/reward")
+            change = with_interval(record, "eval/reward_difference", signed)
+            rows += [
+                ("model", record["candidate"]),
+                ("  held-out reward", f"{before} -> {after} on {prompts} prompts"),
+                ("  change", change + (p and f", {p} (paired t-test)")),
+                ("  win-rate over start", with_interval(record, "eval/win_rate", percent)),
+                ("  KL to start model", f"{with_interval(record, 'eval/kl_to_prior')} nats"),
+            ]
+        references = self._models[0].get("eval/reference_reward") if self._models else None
+        if references is not None:
+            rows.append(("reference answers", f"{number(references)} mean reward"))
+        return rows or super().summary()
+
+
+def _reference(sample: Mapping[str, Any]) -> list[tuple[str, Note | None]]:
+    return [(sample["reference"], None)] if sample.get("reference") else []
