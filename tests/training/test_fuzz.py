@@ -267,9 +267,8 @@ def composed(name: str, *overrides: str) -> dict:
 
 
 configured = settings(fuzzed, max_examples=40)
-BRAIN, REWARD, SFT, SERVE = (
-EVALUATION = (
-    sorted(name for name, *_ in keys(kind)) for kind in (Config, RewardConfig, SFTConfig, ServeConfig)
+BRAIN, REWARD, SFT, EVALUATION, SERVE = (
+    sorted(name for name, *_ in keys(kind)) for kind in (Config, RewardConfig, SFTConfig, EvaluationConfig, ServeConfig)
 )
 
 
@@ -301,6 +300,11 @@ def test_any_configuration_of_a_server_is_taken_or_refused_with_its_key(content)
 
 
 @configured
-@given(content=spoiled(composed("evaluate", "candidates=[x]", "model.restore_from=x", "data.validation=x", "reward.function=x"), EVALUATION))
+@given(
+    content=spoiled(
+        composed("evaluate", "candidates=[x]", "model.restore_from=x", "data.validation=x", "reward.function=x"),
+        EVALUATION,
+    )
+)
 def test_any_configuration_of_an_evaluation_is_taken_or_refused_with_its_key(content):
     accepted(content, set(EVALUATION), check_evaluation)
