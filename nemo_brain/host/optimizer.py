@@ -1,4 +1,5 @@
-"""Megatron's optimizer leaves out steps whose gradient is not finite, and goes on with the configuration's settings."""
+"""Megatron's optimizer: made with each of its versions, leaves out steps whose gradient is not finite, and goes on with
+the configuration's settings."""
 
 from __future__ import annotations
 
@@ -8,7 +9,31 @@ from collections.abc import Iterator, Sequence
 from types import MethodType
 from typing import Any
 
+from megatron.core import optimizer as megatron_optimizer
 from megatron.core.optimizer import MegatronOptimizer
+from nemo.lightning.megatron_parallel import MegatronParallel
+from nemo.lightning.pytorch.optim import MegatronOptimizerModule
+from torch.optim import Optimizer
+
+
+class OptimizerModule(MegatronOptimizerModule):
+    """NeMo's, for every version of Megatron-core: weights decay, but not biases and other vectors.
+
+    NeMo gives Megatron's function the defaults of arguments (``no_weight_decay_cond`` and two more) that it has dropped
+    in 0.16. While NeMo calls it, a function stands in its place that leaves them out.
+    """
+
+    def optimizers(self, model: MegatronParallel) -> list[Optimizer]:
+        make = megatron_optimizer.get_megatron_optimizer
+
+        def without_defaults(config: Any, chunks: Any, *, use_gloo_process_groups: bool, **_: Any) -> MegatronOptimizer:
+            return make(config, chunks, use_gloo_process_groups=use_gloo_process_groups)
+
+        megatron_optimizer.get_megatron_optimizer = without_defaults
+        try:
+            return super().optimizers(model)
+        finally:
+            megatron_optimizer.get_megatron_optimizer = make
 
 
 class OptimizerGuard:

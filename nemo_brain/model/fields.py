@@ -1,7 +1,8 @@
 """What becomes of each field of a GPT's configuration: our layers honour it, its value cannot matter, or it is refused.
 
 A value that the layers would silently ignore is refused here, for every model, converted or from scratch. The fields
-are those of NeMo 2.7's ``GPTConfig`` and Megatron-core 0.15's ``TransformerConfig``; no other may be set.
+are those of NeMo 2.7's ``GPTConfig`` and Megatron-core 0.15's ``TransformerConfig``; those that later versions have
+added may not be set.
 """
 
 from __future__ import annotations
@@ -115,6 +116,10 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
 }
 
 
+def _default(item: dataclasses.Field) -> Any:
+    return item.default if item.default_factory is dataclasses.MISSING else item.default_factory()
+
+
 def check_fields(config: Any) -> None:
     """For a ``PackedGPTConfig``, whenever its values are settled: by its maker, and by NeMo once it knows the layout.
 
@@ -128,7 +133,7 @@ def check_fields(config: Any) -> None:
             if value not in allowed:
                 wanted = " or ".join(map(repr, allowed))
                 raise ValueError(f"{key} must be {wanted}, not {value!r}: {reason}; leave it out")
-        elif item.name not in HONOURED | WITHOUT_EFFECT and value not in (item.default, None):
+        elif item.name not in HONOURED | WITHOUT_EFFECT and value not in (_default(item), None):
             raise ValueError(f"{key} is not known to have the effect that it should: leave it out")
     if config.scale_factor is not None and config.position_embedding_type != "rope":
         raise ValueError("model.gpt.scale_factor scales rotary frequencies: set model.gpt.position_embedding_type=rope")

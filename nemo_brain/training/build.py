@@ -20,7 +20,7 @@ from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig
 from nemo import lightning as nl
 from nemo.lightning.pytorch import optim as nemo_optim
-from nemo.lightning.pytorch.optim import LRSchedulerModule, MegatronOptimizerModule
+from nemo.lightning.pytorch.optim import LRSchedulerModule
 from nemo.utils import logging as nemo_logging
 
 from nemo_brain.config.common import (
@@ -39,6 +39,7 @@ from nemo_brain.convert.open import start_weights
 from nemo_brain.data.stop import Stop, choose_stop
 from nemo_brain.host import cpu
 from nemo_brain.host.layers import HAVE_TRANSFORMER_ENGINE
+from nemo_brain.host.optimizer import OptimizerModule
 from nemo_brain.host.options import INTERLEAVED, STRATEGY_OPTIONS, gpt_options
 from nemo_brain.model.gpt import PackedGPTConfig
 from nemo_brain.model.lora import LoRA
@@ -228,7 +229,7 @@ def make_lora(peft: PeftConfig | None, seed: int) -> LoRA | None:
     return None if peft is None else LoRA(peft.dim, peft.alpha, tuple(peft.target_modules), seed)
 
 
-def make_optimizer(optim: Mapping[str, Any], trainer: RanksConfig) -> MegatronOptimizerModule:
+def make_optimizer(optim: Mapping[str, Any], trainer: RanksConfig) -> OptimizerModule:
     """``optim``: ``name``, fields of Megatron's OptimizerConfig, and ``sched`` (one of NeMo's LR schedulers)."""
     given = dict(optim)
     sched = given.pop("sched", None)
@@ -239,7 +240,7 @@ def make_optimizer(optim: Mapping[str, Any], trainer: RanksConfig) -> MegatronOp
     if not given.get("lr", 0) > 0:
         raise ValueError("optim.lr must be set, and above 0")
     given = {"bf16": trainer.bf16, "params_dtype": _dtype(trainer), **given}
-    return MegatronOptimizerModule(config=OptimizerConfig(**given), lr_scheduler=_scheduler(sched))
+    return OptimizerModule(config=OptimizerConfig(**given), lr_scheduler=_scheduler(sched))
 
 
 def make_ddp(ddp: Mapping[str, Any], optim: Mapping[str, Any]) -> DistributedDataParallelConfig:
@@ -275,7 +276,7 @@ def _scheduler(sched: Mapping[str, Any] | None) -> LRSchedulerModule | None:
         raise ValueError(f"optim.sched: {error}") from None
 
 
-def check_schedule(optim: MegatronOptimizerModule, steps: int) -> None:
+def check_schedule(optim: OptimizerModule, steps: int) -> None:
     """Warns of a schedule of the learning rate that is longer than the run: NeMo's defaults are for runs of many steps.
 
     Raises:

@@ -1,18 +1,59 @@
-"""Where a gradient is not finite, weights and states are left as they are; schedules and settings on going on."""
+"""What decays; where a gradient is not finite, weights and states are left as they are; schedules and settings on going on."""
 
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from types import SimpleNamespace
 
+import lightning.pytorch as pl
 import pytest
 import torch
 import torch.distributed as dist
 from nemo.lightning.pytorch import optim as nemo_optim
 from ranks import run_ranks
 from small_models import fill_gradients, start, trainable, weights_and_states
+from small_runs import SMALL
+from toy_runs import toy_config
 
 from nemo_brain.host.optimizer import OptimizerGuard, move_schedules
+from nemo_brain.training.brain.run import run
+
+
+class WeightDecays(pl.Callback):
+    """Of each parameter in training, by the end of its name."""
+
+    def on_train_start(self, trainer, module) -> None:
+        groups = trainer.optimizers[0].param_groups
+        decays = {id(parameter): group["weight_decay"] for group in groups for parameter in group["params"]}
+        (chunk,) = trainer.strategy.chunks
+        self.of = {
+            name.rpartition("module.")[2]: decays.pop(id(parameter)) for name, parameter in chunk.named_parameters()
+        }
+        assert not decays
+
+
+def weight_decays(run_dir: Path) -> dict[str, float]:
+    biased = ("+model.gpt.add_qkv_bias=true", "+model.gpt.qk_layernorm=true", "model.gpt.normalization=LayerNorm")
+    decays = WeightDecays()
+    overrides = ("trainer.max_iterations=1", "optim.weight_decay=0.5", "model.gpt.num_layers=1", *biased)
+    run(toy_config(*SMALL, f"run_dir={run_dir}", *overrides), callbacks=[decays])
+    return decays.of
+
+
+def test_matrices_decay_but_no_biases_and_no_norms(tmp_path):
+    """With every version of Megatron-core, which says by names and shapes what does not decay."""
+    (found,) = run_ranks(weight_decays, 1, tmp_path)
+    layer = "decoder.layers.0"
+    decayed = {
+        "embedding.word_embeddings.weight",
+        f"{layer}.self_attention.linear_qkv.weight",
+        f"{layer}.self_attention.linear_proj.weight",
+        f"{layer}.mlp.linear_fc1.weight",
+        f"{layer}.mlp.linear_fc2.weight",
+    }
+    assert found == {name: 0.5 if name in decayed else 0.0 for name in found}
+    assert len(found) == len(decayed) + 11  # five norms of two vectors, and one bias
 
 
 def guarded(distributed: bool, tensor: int, value: float) -> None:
