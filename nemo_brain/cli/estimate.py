@@ -65,8 +65,8 @@ def estimate(arguments: Sequence[str]) -> list[str]:
     if not fitting:
         return lines + _nothing_fits(model, work, gpus, card, rates, lora)
     lines.append(
-        f"{'TP x PP x DP':<14}{'GB of ' + f'{card.memory / 1e9:g}':>12}{'sampling':>11}{'scoring':>10}{'training':>11}"
-        f"{'iteration':>12}  keeps less by"
+        f"{'TP x PP x DP':<14}{'GB of ' + f'{card.memory / 1e9:g}':>12}{'sampling':>14}{'scoring':>14}{'training':>14}"
+        f"{'iteration':>14}  keeps less by"
     )
     for plan in fitting[:_SHOWN]:
         parts = seconds(model, work, plan, card, rates)
@@ -74,7 +74,7 @@ def estimate(arguments: Sequence[str]) -> list[str]:
         times = [duration(value) for value in (*parts.values(), sum(parts.values()))]
         split = f"{plan.tensor} x {plan.pipeline} x {plan.data}"
         lines.append(
-            f"{split:<14}{held:>12.0f}{times[0]:>11}{times[1]:>10}{times[2]:>11}{times[3]:>12}  {_savings(plan) or '-'}"
+            f"{split:<14}{held:>12.0f}{times[0]:>14}{times[1]:>14}{times[2]:>14}{times[3]:>14}  {_savings(plan) or '-'}"
         )
     quickest = fitting[0]
     sizes = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in memory(model, work, quickest, rates).items() if size)

@@ -21,6 +21,7 @@ COMMANDS = {
     "evaluate": ("nemo_brain.cli.training:evaluate", "compare models on held-out prompts (conf/evaluate.yaml)"),
     "convert": ("nemo_brain.cli.convert:main", "write a checkpoint as a Hugging Face directory"),
     "serve-reward": ("nemo_brain.cli.serve_reward:main", "serve a reward over HTTP (conf/serve_reward.yaml)"),
+    "doctor": ("nemo_brain.cli.doctor:main", "say what this installation stands on, and what will not work"),
     "estimate": ("nemo_brain.cli.estimate:main", "say which layouts fit which cards, and how long they should take"),
     "report": ("nemo_brain.cli.report:main", "write the report of a run anew"),
 }

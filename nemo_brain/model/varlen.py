@@ -79,6 +79,12 @@ def find_kernel(q: torch.Tensor) -> Kernel | None:
     return _installed()
 
 
+def installed_kernel() -> str | None:
+    """The name of the kernel that half precision on CUDA takes; None: none is installed."""
+    kernel: Any = _installed()
+    return None if kernel is None else kernel.__name__
+
+
 @functools.cache
 def _installed() -> Kernel | None:
     try:
@@ -86,7 +92,7 @@ def _installed() -> Kernel | None:
     except ImportError:
         return _torch_kernel()
 
-    def kernel(
+    def flash_attn(
         q_SHD: torch.Tensor, k_MKD: torch.Tensor, v_MKD: torch.Tensor, s: Sequences, scale: float | None
     ) -> torch.Tensor:
         return flash_attn_varlen_func(
@@ -101,7 +107,7 @@ def _installed() -> Kernel | None:
             causal=True,
         )
 
-    return kernel
+    return flash_attn
 
 
 def _torch_kernel() -> Kernel | None:
@@ -112,7 +118,9 @@ def _torch_kernel() -> Kernel | None:
     if not {"window_size", "enable_gqa", "scale"} <= inspect.signature(varlen_attn).parameters.keys():
         return None  # an earlier interface, without grouped queries
 
-    def kernel(q_SHD: torch.Tensor, k_MKD: torch.Tensor, v_MKD: torch.Tensor, s: Sequences, scale: float | None) -> Any:
+    def torch_varlen_attn(
+        q_SHD: torch.Tensor, k_MKD: torch.Tensor, v_MKD: torch.Tensor, s: Sequences, scale: float | None
+    ) -> Any:
         return varlen_attn(
             q_SHD,
             k_MKD,
@@ -126,4 +134,4 @@ def _torch_kernel() -> Kernel | None:
             enable_gqa=q_SHD.shape[1] != k_MKD.shape[1],
         )
 
-    return kernel
+    return torch_varlen_attn

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 from toy_runs import composed
 
 from nemo_brain.cli.estimate import estimate, main
 from nemo_brain.config.brain import check
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.parametrize("arguments", [["model=llama-8b"], ["model=llama-8b", "gpus=1", "lora=true"]])
@@ -64,3 +67,17 @@ def test_the_command_ends_with_the_error(capsys):
         main([])
     main(["--help"])
     assert "rows_in_flight" in capsys.readouterr().out
+
+
+def test_the_page_has_the_numbers_of_today():
+    page = (ROOT / "docs" / "estimates.md").read_text()
+    rows = re.findall(
+        r"^\| (llama-\d+b)( with LoRA)? \| (\d+) x (\S+) \| (\S+ x \S+ x \S+) \| (\d+) \| (.*?) ?\| (.*) \|$",
+        page,
+        re.M,
+    )
+    assert len(rows) == 10
+    for model, lora, gpus, card, split, size, kept, time in rows:
+        lines = estimate([f"model={model}", f"gpus={gpus}", f"card={card}", f"lora={'true' if lora else 'false'}"])
+        first = next(line for line in lines if line.startswith(split))
+        assert re.split(r"  +", first)[1] == size and time in first and first.endswith(f"  {kept or '-'}")

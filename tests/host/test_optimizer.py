@@ -1,4 +1,4 @@
-"""What decays; where a gradient is not finite, weights and states are left as they are; schedules and settings on going on."""
+"""What decays; steps that are not finite change nothing; schedules and settings on going on."""
 
 from __future__ import annotations
 
