@@ -88,7 +88,7 @@ class RemoteConfig:
 @dataclass
 class RolloutConfig:
     prompts_per_iteration: int = key(MISSING, "a multiple of train.global_batch_size", at_least=1, resumable=STEPS)
-    outputs_per_prompt: int = key(MISSING, "n; as many as the objective needs, brain and dpo_sft 2", at_least=1)
+    outputs_per_prompt: int = key(MISSING, "n; as many as the objective needs, most of them 2", at_least=1)
     max_new_tokens: int = key(MISSING, "of an output", at_least=1)
     stop_token_ids: list[int] | None = key(
         None,
@@ -161,8 +161,8 @@ class Config(TrainingConfig):
     prior: PriorConfig = key(PriorConfig)
     objective: dict[str, Any] = key(
         {},
-        "name (brain | dpo_sft) or _target_ (the import path of an Objective of your own), and its options; one that "
-        "is null is left out: the objective's own default holds",
+        "name (docs/objectives.md) or _target_ (the import path of an Objective of your own), and its options; one "
+        "that is null is left out: the objective's own default holds",
     )
     rollout: RolloutConfig = key(RolloutConfig)
     train: TrainConfig = key(TrainConfig)

@@ -94,7 +94,7 @@ def test_other_configs_build_on_brain_yaml(name):
 
 
 REFUSED = {
-    "unknown objective": (["objective.name=ppo"], "objective.name 'ppo'", "known: brain, dpo_sft"),
+    "unknown objective": (["objective.name=ppo"], "objective.name 'ppo'", "known: brain, dpg"),
     "objective's missing option": (["objective.name=dpo_sft"], "objective.beta is required", "options of objective"),
     "another objective's option": (["objective.beta=1"], "objective.beta", "gamma, goodness"),
     "an option that no objective has": (["+objective.gama=1"], "objective.gama", "gamma, goodness"),
