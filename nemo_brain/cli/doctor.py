@@ -140,14 +140,14 @@ def _kernels() -> Iterator[str]:
     cpu.enable()
 
     from nemo_brain.host.layers import HAVE_TRANSFORMER_ENGINE
-    from nemo_brain.model.varlen import installed_kernel
+    from nemo_brain.model.varlen import choose_kernel
 
     for package in ("transformer_engine", "apex", "flash_attn", "triton"):
         found = importlib.util.find_spec(package) is not None
         yield f"{package} {_version(package)}" if found else f"{package}: not installed"
     yield f"layers: {'Transformer Engine' if HAVE_TRANSFORMER_ENGINE else 'Megatron-core with norms of ours'}"
-    kernel = installed_kernel() or "block by block, no kernel for it is installed"
-    yield f"attention in half precision on CUDA: {kernel}"
+    kernel, said = choose_kernel()
+    yield f"attention in half precision on CUDA: {said if kernel else f'block by block ({said})'}"
     yield "attention otherwise: block by block, by torch's scaled_dot_product_attention"
 
 

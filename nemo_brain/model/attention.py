@@ -87,13 +87,13 @@ def _cascade(
             continue
         # The segments become a batch: [N, heads, longest, D], shorter ones padded with a repeat of any valid position,
         # whose result is dropped and whose keys the causal mask hides from the valid ones.
-        gather, scatter, mask = _segment_plan(segments, prefix, q_HSD.device)
+        gather, scatter = _segment_plan(segments, q_HSD.device)
         q_N, k_N, v_N = (_batch(tensor[:, middle:end], gather, segments) for tensor in (q_HSD, k_KSD, v_KSD))
         if prefix:
             shape = (len(segments), -1, -1, -1)
             k_N = torch.cat([k_KSD[None, :, start:middle].expand(shape), k_N], dim=2)
             v_N = torch.cat([v_KSD[None, :, start:middle].expand(shape), v_N], dim=2)
-            out = sdpa(q_N, k_N, v_N, attn_mask=mask)
+            out = sdpa(q_N, k_N, v_N, attn_mask=_segment_mask(max(segments), prefix, q_HSD.device))
         else:
             out = sdpa(q_N, k_N, v_N, is_causal=True)
         out = out.transpose(0, 1).flatten(1, 2)
@@ -122,16 +122,21 @@ def _blocks(layout: tuple[tuple[int, ...], ...]) -> tuple[tuple[int, int, tuple[
 
 
 @functools.lru_cache(maxsize=1024)
-def _segment_plan(segments: tuple[int, ...], prefix: int, device: torch.device) -> Any:
-    """Index that pads the segments to equal length, index that undoes it (None, None if equal already), and the mask
-    [longest, prefix + longest] by which position i of a segment sees the prefix and the segment up to i."""
+def _segment_plan(segments: tuple[int, ...], device: torch.device) -> Any:
+    """Index that pads the segments to equal length, and index that undoes it; None, None if they are equal already."""
     longest = max(segments)
-    mask = torch.ones(longest, prefix + longest, dtype=torch.bool, device=device).tril(prefix)
     if min(segments) == longest:
-        return None, None, mask
+        return None, None
     lengths = torch.tensor(segments)
     starts = lengths.cumsum(0) - lengths
     steps = torch.arange(longest)
     gather = (starts[:, None] + steps).clamp(max=int(lengths.sum()) - 1).flatten()
     scatter = torch.cat([index * longest + steps[:length] for index, length in enumerate(segments)])
-    return gather.to(device), scatter.to(device), mask
+    return gather.to(device), scatter.to(device)
+
+
+# As many as the layers of one micro-batch use by turns, each a byte for every pair of positions.
+@functools.lru_cache(maxsize=32)
+def _segment_mask(longest: int, prefix: int, device: torch.device) -> torch.Tensor:
+    """[longest, prefix + longest]: position i of a segment sees the prefix and the segment up to i."""
+    return torch.ones(longest, prefix + longest, dtype=torch.bool, device=device).tril(prefix)

@@ -53,7 +53,7 @@ WITHOUT_EFFECT = _names("""
     transformer_impl use_transformer_engine_full_layer_spec disable_bf16_reduced_precision_matmul deterministic_mode
     use_te_rng_tracker inference_rng_tracker
 
-    init_method output_layer_init_method embedding_init_method
+    init_method output_layer_init_method embedding_init_method output_chunk_mib
     timers barrier_with_L1_time finalize_model_grads_func grad_scale_func no_sync_func grad_sync_func param_sync_func
     test_mode config_logger_dir hetereogenous_dist_checkpoint forward_step_fn data_step_fn generation_config
 

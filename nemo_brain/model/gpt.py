@@ -95,7 +95,8 @@ class PackedGPTModel(MCoreGPTModel):
         if targets_T is None:
             return logits(self, hidden_TH, weight_VH)
         group = parallel_state.get_tensor_model_parallel_group()
-        return linear_logprobs(hidden_TH, weight_VH, targets_T, group, temperatures, self.real_vocab_size)
+        chunk = None if self.config.output_chunk_mib is None else self.config.output_chunk_mib * 2**20
+        return linear_logprobs(hidden_TH, weight_VH, targets_T, group, temperatures, self.real_vocab_size, chunk)
 
 
 def layer_spec(config: PackedGPTConfig, vp_stage: int | None = None) -> Any:
@@ -113,6 +114,7 @@ class PackedGPTConfig(GPTConfig):
     parallel_residual: attention and MLP of a layer both read its input, as in GPT-NeoX.
     scale_factor: rotary frequencies are scaled as in Llama 3.1, by this factor; the next three fields are read with it
         only. Their names and defaults are those of NeMo's Llama31Config.
+    output_chunk_mib: of logits that exist at a time, see ``output_layer.linear_logprobs``; None: its default.
 
     Raises:
         ValueError: a field has a value that the layers would not compute with; see ``fields``.
@@ -129,9 +131,12 @@ class PackedGPTConfig(GPTConfig):
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     old_context_len: int = 8192
+    output_chunk_mib: int | None = None
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if self.output_chunk_mib is not None and self.output_chunk_mib < 1:
+            raise ValueError(f"model.options.output_chunk_mib must be at least 1, not {self.output_chunk_mib}")
         super().__post_init__()
 
     @property

@@ -15,8 +15,10 @@ from torch.autograd.function import once_differentiable
 
 from nemo_brain.logprobs import locate, vocabulary_shard
 
-# The logits of this many bytes exist at a time. Large enough that the matrix products run at full speed.
-CHUNK_BYTES = 2**25
+# The logits of so many bytes exist at a time: enough for products at full speed on a CPU, and on a card most of it.
+_CHUNK_BYTES = {"cpu": 2**25, "cuda": 2**29}
+_SHARE_OF_FREE = 8  # never more than 1 / 8 of a card's free memory: three chunks exist at a time in the backward pass
+_ALIGNED = 256  # columns: products of other widths take slow kernels on a card
 
 
 def linear_logprobs(
@@ -26,7 +28,7 @@ def linear_logprobs(
     tp_group: dist.ProcessGroup | None = None,
     temperatures: tuple[float, ...] = (1.0,),
     real_vocab_size: int | None = None,
-    chunk_bytes: int = CHUNK_BYTES,
+    chunk_bytes: int | None = None,
 ) -> torch.Tensor:
     """log softmax(hidden @ weight.T / temperature) at the targets, in nats, for each temperature.
 
@@ -40,7 +42,8 @@ def linear_logprobs(
         weight_VH: this rank's rows of the output layer's weight; shards have equal sizes and lie in rank order.
         targets_T, tp_group, real_vocab_size: as in ``logprobs.vocab_parallel_logprobs``.
         temperatures: divide the logits.
-        chunk_bytes: of the chunk's logits in the accumulation dtype; a chunk has at least one column.
+        chunk_bytes: of the chunk's logits in the accumulation dtype; a chunk has at least one column. None: 32 MiB on a
+            CPU, 512 MiB on a GPU or an eighth of what is free there.
 
     Returns:
         [E, T] float32, or float64 for float64 weights; differentiable (once) in the hidden states, with their whole
@@ -54,6 +57,8 @@ def linear_logprobs(
         raise ValueError(f"hidden states, weight and targets have shapes {shapes}; they must be [T, H], [V, H] and [T]")
     if not temperatures or not min(temperatures) > 0:
         raise ValueError(f"temperatures are {temperatures}; they must be positive")
+    if chunk_bytes is None:
+        chunk_bytes = _budget(hidden_TH.device)
     if chunk_bytes < 1:
         raise ValueError(f"chunk_bytes is {chunk_bytes}; it must be positive")
     shard = vocabulary_shard(targets_T, len(weight_VH), tp_group, real_vocab_size)
@@ -177,7 +182,19 @@ def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
         total += _product(a, b)
 
 
+def _budget(device: torch.device) -> int:
+    """Bytes of a chunk."""
+    if device.type != "cuda":
+        return _CHUNK_BYTES["cpu"]
+    free, _ = torch.cuda.mem_get_info(device)
+    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # torch's own
+    return min(_CHUNK_BYTES["cuda"], max(_CHUNK_BYTES["cpu"], free // _SHARE_OF_FREE))
+
+
 def _chunks(columns: int, size: int) -> list[slice]:
-    """Even slices of at most ``size`` columns, at least one column each."""
+    """Slices of at most ``size`` columns, about even, at least one column each; aligned where they are wide enough."""
     count = -(-columns // max(1, size))
-    return [slice(i * columns // count, (i + 1) * columns // count) for i in range(count)]
+    width = -(-columns // max(1, count))
+    if size >= _ALIGNED:
+        width = min(-(-width // _ALIGNED), size // _ALIGNED) * _ALIGNED
+    return [slice(start, min(start + width, columns)) for start in range(0, columns, max(1, width))]

@@ -11,11 +11,16 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from packaging.version import Version
+
+from nemo_brain.core.ranks import is_first_rank
 
 # (q_SHD, k_MKD, v_MKD, sequences, scale) -> out_SHD, causal with lower right alignment
 Kernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, "Sequences", float | None], torch.Tensor]
@@ -73,29 +78,51 @@ def varlen_attention(
 
 
 def find_kernel(q: torch.Tensor) -> Kernel | None:
-    """flash-attn's kernel, else torch's own, for half-precision CUDA tensors; None where neither applies."""
+    """The installed kernel for half-precision CUDA tensors; None where there is none, or for other tensors."""
     if not q.is_cuda or q.dtype not in (torch.bfloat16, torch.float16):
         return None
-    return _installed()
-
-
-def installed_kernel() -> str | None:
-    """The name of the kernel that half precision on CUDA takes; None: none is installed."""
-    kernel: Any = _installed()
-    return None if kernel is None else kernel.__name__
+    return _announced()
 
 
 @functools.cache
-def _installed() -> Kernel | None:
-    try:
-        from flash_attn import flash_attn_varlen_func
-    except ImportError:
-        return _torch_kernel()
+def _announced() -> Kernel | None:
+    """What is installed; on the first rank it is said once, and what its lack costs."""
+    kernel, said = choose_kernel()
+    if is_first_rank():
+        if kernel is None:
+            warnings.warn(
+                f"attention goes block by block, several times slower, for want of a variable-length kernel: {said}",
+                stacklevel=2,
+            )
+        else:
+            print(f"attention: {said}", file=sys.stderr)
+    return kernel
 
-    def flash_attn(
+
+def choose_kernel() -> tuple[Kernel | None, str]:
+    """The first installed kernel that does what ``Kernel`` says, with its name; or None, and why there is none."""
+    refused = []
+    for name, find in {"flash-attn": _flash_attention, "torch's varlen_attn": _torch_varlen}.items():
+        try:
+            kernel, version = find()
+            return kernel, f"{name} {version}"
+        except ImportError as error:
+            refused.append(f"{name}: {error}")
+    return None, "; ".join(refused)
+
+
+def _flash_attention() -> tuple[Kernel, str]:
+    """ImportError: it is not there, or aligns causality at the upper left corner."""
+    import flash_attn
+
+    version = getattr(flash_attn, "__version__", "0")
+    if Version(version) < Version("2.1"):
+        raise ImportError(f"{version} aligns causality at the upper left corner: 2.1 or later is needed")
+
+    def kernel(
         q_SHD: torch.Tensor, k_MKD: torch.Tensor, v_MKD: torch.Tensor, s: Sequences, scale: float | None
     ) -> torch.Tensor:
-        return flash_attn_varlen_func(
+        return flash_attn.flash_attn_varlen_func(
             q_SHD,
             k_MKD,
             v_MKD,
@@ -107,20 +134,21 @@ def _installed() -> Kernel | None:
             causal=True,
         )
 
-    return flash_attn
+    return kernel, version
 
 
-def _torch_kernel() -> Kernel | None:
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
-        return None
-    if not {"window_size", "enable_gqa", "scale"} <= inspect.signature(varlen_attn).parameters.keys():
-        return None  # an earlier interface, without grouped queries
+def _torch_varlen() -> tuple[Kernel, str]:
+    """ImportError: this torch has none that aligns causality at the lower right corner: 2.11 is the first."""
+    from torch.nn.attention.varlen import varlen_attn
 
-    def torch_varlen_attn(
-        q_SHD: torch.Tensor, k_MKD: torch.Tensor, v_MKD: torch.Tensor, s: Sequences, scale: float | None
-    ) -> Any:
+    known = inspect.signature(varlen_attn).parameters
+    if not {"window_size", "scale"} <= known.keys():
+        raise ImportError(f"that of torch {torch.__version__} has no window_size: 2.11 or later is needed")
+    # Earlier ones share keys and values among query heads without being told.
+    told = "enable_gqa" in known
+
+    def kernel(q_SHD: torch.Tensor, k_MKD: torch.Tensor, v_MKD: torch.Tensor, s: Sequences, scale: float | None) -> Any:
+        grouped = {"enable_gqa": True} if told and q_SHD.shape[1] != k_MKD.shape[1] else {}
         return varlen_attn(
             q_SHD,
             k_MKD,
@@ -131,7 +159,7 @@ def _torch_kernel() -> Kernel | None:
             s.longest_key,
             scale=scale,
             window_size=(-1, 0),
-            enable_gqa=q_SHD.shape[1] != k_MKD.shape[1],
+            **grouped,
         )
 
-    return torch_varlen_attn
+    return kernel, str(torch.__version__)

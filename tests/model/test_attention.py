@@ -84,6 +84,16 @@ def test_other_masks_differ(kernel):
         assert (ours - dense(*inputs, visible(wrong))).abs().max() > 0.5
 
 
+def test_rows_without_a_prefix_make_no_mask():
+    """It would be as large as a row squared, of every length of rows."""
+    attention._segment_mask.cache_clear()
+    inputs = draw(12, 2)
+    packed_attention(*inputs, torch.tensor([[0, 5, 7]]))
+    assert attention._segment_mask.cache_info().currsize == 0
+    packed_attention(*inputs, torch.tensor([[2, 4, 6]]))
+    assert attention._segment_mask.cache_info().currsize == 1
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
 def test_the_cuda_kernel_equals_the_dense_mask(kv_heads):

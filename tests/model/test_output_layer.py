@@ -12,6 +12,7 @@ from ranks import run_ranks
 from torch.profiler import ProfilerActivity, profile
 
 from nemo_brain.logprobs import vocab_parallel_logprobs
+from nemo_brain.model import output_layer
 from nemo_brain.model.output_layer import linear_logprobs
 
 T, H, V = 11, 6, 48
@@ -162,3 +163,27 @@ def test_the_logits_never_exist_as_a_whole():
     assert fused < gradients + 3 * chunk < logits / 7
     # The measure sees logits where there are any.
     assert _peak(lambda: vocab_parallel_logprobs(hidden @ weight.T, targets).sum().backward()) > 2 * logits
+
+
+@pytest.mark.parametrize("columns", [0, 1, 255, 256, 258, 32064, 49152, 128256])
+@pytest.mark.parametrize("size", [1, 100, 255, 256, 300, 1000, 8192, 10**6])
+def test_chunks_cover_all_columns_once_and_are_aligned_where_they_can_be(columns, size):
+    """Products whose width is no multiple of 256 take slow kernels on a card."""
+    chunks = output_layer._chunks(columns, size)
+    assert [i for part in chunks for i in range(part.start, part.stop)] == list(range(columns))
+    widths = [part.stop - part.start for part in chunks]
+    assert all(0 < width <= size for width in widths)
+    if size >= 256:
+        assert all(width % 256 == 0 for width in widths[:-1])
+        assert len(chunks) <= -(-columns // (size // 256 * 256))
+    else:
+        assert len(chunks) == -(-columns // size)
+
+
+@pytest.mark.parametrize("free, expected", [(80 * 2**30, 2**29), (2**31, 2**28), (2**20, 2**25)])
+def test_a_cards_chunk_is_a_share_of_what_is_free(monkeypatch, free, expected):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free - 2**19, 80 * 2**30))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 2**20)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 2**19)
+    assert output_layer._budget(torch.device("cuda")) == expected
+    assert output_layer._budget(torch.device("cpu")) == 2**25
