@@ -148,7 +148,7 @@ def _torch_varlen() -> tuple[Kernel, str]:
     told = "enable_gqa" in known
 
     def kernel(q_SHD: torch.Tensor, k_MKD: torch.Tensor, v_MKD: torch.Tensor, s: Sequences, scale: float | None) -> Any:
-        grouped = {"enable_gqa": True} if told and q_SHD.shape[1] != k_MKD.shape[1] else {}
+        grouped: dict[str, Any] = {"enable_gqa": True} if told and q_SHD.shape[1] != k_MKD.shape[1] else {}
         return varlen_attn(
             q_SHD,
             k_MKD,
