@@ -103,6 +103,14 @@ class RolloutConfig:
         False, "... this says that weights which cannot correct the truncation are accepted"
     )
     truncated: str = key("keep", "outputs without an end token", among={"keep": "", "mask": "they leave the weights"})
+    refresh: str = key(
+        "always",
+        "the proposal",
+        among={
+            "always": "the policy as it stands at each iteration",
+            "never": "the start model: for dpo_sft, dpo, ipo, hinge, slic, rpo, infonca, nca",
+        },
+    )
     rescore_proposal: bool = key(True, "log q' by the training kernels rather than the sampler's")
     rows_in_flight: int = key(256, "outputs sampled at a time by each data-parallel rank", at_least=1, resumable=True)
     save: bool = key(False, "rollouts.jsonl, which data.rollouts reads", resumable=True)
@@ -210,6 +218,8 @@ def check(cfg: DictConfig) -> Config:
         )
     if (data.train is None) == (data.rollouts is None):
         raise ValueError("set either data.train (prompts to sample for) or data.rollouts (groups sampled elsewhere)")
+    if data.rollouts is not None and config.rollout.refresh != "always":
+        raise ValueError("rollout.refresh says what samples, and with data.rollouts nothing does: leave it out")
     return config
 
 
@@ -271,7 +281,13 @@ def _check_remote(remote: RemoteConfig, rollout: RolloutConfig, trainer: Trainer
             f"{name}.export_to (where each iteration's policy is written) and {name}.reload (how the server loads it) "
             "go together: set both, or neither"
         )
-    if remote.reload is None and rollout.rescore_proposal and trainer.max_iterations > 1:
+    if rollout.refresh == "never" and remote.reload is not None:
+        raise ValueError(
+            f"rollout.refresh=never samples from the start model, with which the server is started: set {name}.reload "
+            f"and {name}.export_to to null"
+        )
+    always = rollout.refresh == "always"
+    if always and remote.reload is None and rollout.rescore_proposal and trainer.max_iterations > 1:
         raise ValueError(
             f"without {name}.reload the server keeps its first weights, and rollout.rescore_proposal would score its "
             f"outputs with newer ones: set {name}.reload, rollout.rescore_proposal=false or trainer.max_iterations=1"

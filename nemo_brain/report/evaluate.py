@@ -128,7 +128,9 @@ def evaluate(
     )
 
 
-def rollout_metrics(groups: Sequence[ScoredGroup], n: int, proposal_gap: float | None = None) -> dict[str, float]:
+def rollout_metrics(
+    groups: Sequence[ScoredGroup], n: int, proposal_gap: float | None = None, of_prior: bool = False
+) -> dict[str, float]:
     """The iteration metrics of a rollout.
 
     ``reward/mean`` and ``reward/std`` run over all outputs with a finite reward, the others are counted in
@@ -142,6 +144,7 @@ def rollout_metrics(groups: Sequence[ScoredGroup], n: int, proposal_gap: float |
         n: the outputs per prompt that were asked for.
         proposal_gap: mean over outputs of |log q' as rescored by the training kernels - log q' as sampled| in nats,
             None if nothing was rescored.
+        of_prior: the outputs are the prior's own, from which ``kl_from_prior`` estimates KL(p || q) instead.
     """
     outputs = [output for group in groups for output in group.outputs]
     rewards_by_group = [_finite_rewards(group) for group in groups]
@@ -152,7 +155,8 @@ def rollout_metrics(groups: Sequence[ScoredGroup], n: int, proposal_gap: float |
         metrics |= {"reward/mean": np.mean(rewards), "reward/std": np.std(rewards)}
     if best:
         metrics["reward/best_of_n"] = np.mean(best)
-    metrics["kl_to_prior"] = np.mean([ratio for group in groups for ratio in _log_ratios(group)])
+    ratio = np.mean([ratio for group in groups for ratio in _log_ratios(group)])
+    metrics |= {"kl_from_prior": -ratio} if of_prior else {"kl_to_prior": ratio}
     if proposal_gap is not None:
         metrics["proposal_gap"] = proposal_gap
     metrics["prompts/truncated_fraction"] = np.mean([group.prompt.truncated for group in groups])

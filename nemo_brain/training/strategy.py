@@ -141,9 +141,12 @@ class PackedStrategy(MegatronStrategy):
     ) -> Iterator[tuple[int, SampledGroup]]:
         """Groups sampled from the model as it stands, by this rank's model-parallel group: see ``Sampler.sample``."""
         self.wait_for_param_gather()
+        return self.sampler(self.chunks, options).sample(prompts, seed, iteration, on_outputs, stop)
+
+    def sampler(self, chunks: Sequence[torch.nn.Module], options: SamplingOptions) -> Sampler:
+        """Samples from chunks of the model's kind."""
         model = self.lightning_module
-        sampler = Sampler(self.chunks, model.config, model.tokenizer, options)
-        return sampler.sample(prompts, seed, iteration, on_outputs, stop)
+        return Sampler(chunks, model.config, model.tokenizer, options)
 
     # Checkpoints.
 

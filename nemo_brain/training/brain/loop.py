@@ -63,6 +63,7 @@ class BRAInLoop:
         # Log-probs of other kernels are not comparable with the policy's.
         self.offline: list[SampledGroup] = [dataclasses.replace(group, prior_logprobs=None) for group in data.offline]
         rollout = config.rollout
+        self._from_prior = rollout.refresh == "never"
         self._sampling = SamplingOptions(
             outputs=rollout.outputs_per_prompt,
             max_new_tokens=rollout.max_new_tokens,
@@ -150,11 +151,12 @@ class BRAInLoop:
         """Records the iteration. Returns whether its outputs were further from the prior than the run may go."""
         state, limit = self.frame.state, self.config.train.max_kl
         self.frame.write("iteration", {"iteration": iteration, **state.record, "peak_memory_gib": _peak_memory()})
-        kl = state.record["kl_to_prior"]
+        name = "kl_from_prior" if self._from_prior else "kl_to_prior"
+        kl = state.record[name]
         state.rollout, state.record = [], {}
         if limit is None or kl <= limit:
             return False
-        warnings.warn(f"kl_to_prior is {kl:.3g} nats, above train.max_kl={limit:g}: the run stops here", stacklevel=2)
+        warnings.warn(f"{name} is {kl:.3g} nats, above train.max_kl={limit:g}: the run stops here", stacklevel=2)
         return True
 
     def _prompts(self, iteration: int) -> list[Prompt]:
@@ -173,7 +175,7 @@ class BRAInLoop:
                 self._report_nonfinite_rewards(iteration, groups)
                 if rollout.save:
                     write_rollout(frame.run_dir / "rollouts.jsonl", Rollout(iteration, groups))
-        metrics = rollout_metrics(groups, rollout.outputs_per_prompt, gap)
+        metrics = rollout_metrics(groups, rollout.outputs_per_prompt, gap, self._from_prior)
         return {**metrics, "groups/zero_gradient": int(out.zero_gradient_G.sum())}
 
     def _report_nonfinite_rewards(self, iteration: int, groups: Sequence[ScoredGroup]) -> None:
@@ -226,7 +228,7 @@ class BRAInLoop:
             rewarded = self.worker.reward(
                 self.worker.sample(prompts, self._validation, VALIDATION, "validation: sampling")
             )
-            groups, _ = self.worker.score(rewarded, 1.0, untrained=state.step == 0)
+            groups, _ = self.worker.score(rewarded, 1.0, untrained=state.step == 0, validation=True)
             if iteration == 0:
                 state.reference_rewards = self.worker.reference_rewards(prompts)
                 state.start = groups

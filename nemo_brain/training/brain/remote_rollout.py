@@ -106,7 +106,7 @@ class RemoteRollout:
                 if isinstance(block, ValueError):
                     raise block
                 if block:
-                    logprobs_GN = score([group for _, group in block], lambda tokens: None).tolist()
+                    logprobs_GN = score([group for _, group in block], lambda tokens: None)[0].tolist()
                     for (index, group), values in zip(block, logprobs_GN, strict=True):
                         yield index, replace(group, prior_logprobs=values)
 

@@ -92,6 +92,7 @@ class RolloutWorker:
         seed: of the draws.
         run_dir: where the groups of an iteration go that fails.
         skip_nonfinite: rewards that are not finite are taken.
+        from_prior: the proposal is the prior (``rollout.refresh=never``), not the policy.
     """
 
     def __init__(
@@ -105,6 +106,7 @@ class RolloutWorker:
         seed: int,
         run_dir: Path,
         skip_nonfinite: bool,
+        from_prior: bool = False,
     ):
         self.strategy = strategy
         self.reward_model: Any = reward  # which of the two it is, says ``collective``
@@ -114,6 +116,7 @@ class RolloutWorker:
         self._seed = seed
         self._run_dir = run_dir
         self._skip_nonfinite = skip_nonfinite
+        self._from_prior = from_prior
         self._collective = getattr(reward, "collective", False)
 
     def setup(self) -> None:
@@ -147,11 +150,15 @@ class RolloutWorker:
             ValueError, OSError: the inference server did not take it; on every rank.
             Interrupted: the run was asked to end; on every rank.
         """
-        if self.remote is not None:
+        if self.remote is not None and not self._from_prior:
             self.remote.refresh(self.strategy, step, options, self.interruption)
 
     def sample(self, prompts: Sequence[Prompt], options: SamplingOptions, iteration: int, description: str) -> Sampling:
-        """Samples a group for each prompt of this replica's share, and begins to reward them."""
+        """Samples a group for each prompt of this replica's share, and begins to reward them.
+
+        Args:
+            iteration: of the draws; that of a validation asks the policy, the others the proposal.
+        """
         rank, ranks = self._replicas.rank(), self._replicas.size()
         share = list(prompts[rank::ranks])
         rewards = RewardThread(self._reward_groups) if self._first and not self._collective else None
@@ -206,7 +213,7 @@ class RolloutWorker:
         return [found.get(prompt.id) for prompt in prompts]
 
     def score(
-        self, groups: Sequence[RewardedGroup], temperature: float | None, untrained: bool
+        self, groups: Sequence[RewardedGroup], temperature: float | None, untrained: bool, validation: bool = False
     ) -> tuple[list[ScoredGroup], float | None]:
         """log p, log q and log q' of every output, by the training kernels where they are not known.
 
@@ -214,43 +221,44 @@ class RolloutWorker:
             temperature: of the proposal, whose log q' is computed anew by the training kernels; None: the sampler's is
                 taken, or where there is none the prior's.
             untrained: the policy still is the prior, so that one pass does for both.
+            validation: the policy has sampled, whatever the proposal is.
 
         Returns:
             The scored groups, and with ``temperature`` the mean over outputs of |log q' - the sampler's log q'|.
         """
-        temperatures: tuple[float, ...] = ()
-        if temperature is not None:
-            temperatures = (1.0,) if temperature == 1.0 else (1.0, temperature)
-        elif any(group.policy_logprobs is None for group in groups):
-            temperatures = (1.0,)
+        wanted = () if temperature is None else (1.0,) if temperature == 1.0 else (1.0, temperature)
+        # The prior's own outputs are rescored by the prior, those of the policy by the policy.
+        by_prior = self._from_prior and not validation and not untrained
+        of_policy: tuple[float, ...] = (1.0,) if by_prior else wanted
+        of_prior: tuple[float, ...] = wanted if by_prior and wanted else (1.0,)
+        if not of_policy and any(group.policy_logprobs is None for group in groups):
+            of_policy = (1.0,)
         # The prior does not change: what it has scored once, a server's outputs or groups that come again, it has not
         # to score again.
-        unknown = [group for group in groups if group.prior_logprobs is None]
-        same = untrained and len(temperatures) > 0
-        positions = sum(self._positions(group) for group in groups) if temperatures else 0
-        positions += 0 if same else sum(self._positions(group) for group in unknown)
+        prior: Any = [group.prior_logprobs if of_prior == (1.0,) else None for group in groups]
+        same = untrained and len(of_policy) > 0
+        unknown = [] if same else [group for group, known in zip(groups, prior, strict=True) if known is None]
+        positions = sum(map(self._positions, groups if of_policy else ())) + sum(map(self._positions, unknown))
         with progress(positions // self._replicas.size(), "scoring", "tokens") as bar:
             policy_EGN: Any = None
-            prior_GN: Any = None
-            if temperatures:
-                policy_EGN = self.strategy.policy_logprobs(groups, temperatures, bar.update)
-            if unknown and not same:
+            prior_EGN: Any = None
+            if of_policy:
+                policy_EGN = self.strategy.policy_logprobs(groups, of_policy, bar.update)
+            if unknown:
                 with self.strategy.prior() as logprobs:
-                    prior_GN = logprobs(unknown, bar.update)
+                    prior_EGN = logprobs(unknown, bar.update, of_prior)
         policy: Any = (
             [group.policy_logprobs for group in groups] if policy_EGN is None else _rows(groups, policy_EGN[0])
         )
-        prior: Any = [group.prior_logprobs for group in groups]
         if same:
             prior = _rows(groups, policy_EGN[0])
-        elif prior_GN is not None:
-            found = iter(_rows(unknown, prior_GN))
+        elif unknown:
+            found = iter(_rows(unknown, prior_EGN[0]))
             prior = [known or next(found) for known in prior]
         proposal = [group.proposal_logprobs or log_p for group, log_p in zip(groups, prior, strict=True)]
-        gap = None
-        if temperature is not None:
-            outputs = sum(len(group.outputs) for group in groups)
-            gap = (policy_EGN[-1] - output_matrix(groups, "proposal_logprobs")).abs().sum().item() / outputs
+        if wanted and by_prior:
+            proposal = prior if of_prior == (1.0,) else _rows(groups, prior_EGN[-1])
+        elif wanted:
             proposal = _rows(groups, policy_EGN[-1])
         scored = [
             ScoredGroup(
@@ -263,15 +271,18 @@ class RolloutWorker:
             )
             for g, group in enumerate(groups)
         ]
-        return scored, gap
+        return scored, _gap(groups, scored) if wanted else None
 
     def _sampled(
         self, share: Any, options: SamplingOptions, iteration: int, on_outputs: Callable[[int], None]
     ) -> Iterator[tuple[int, Any]]:
         arguments = (share, options, self._seed, iteration, on_outputs, self._stop)
-        if self.remote is None:
-            return self.strategy.sample(*arguments)
-        return self.remote.sample(self.strategy, *arguments)
+        proposal = iteration != VALIDATION
+        if self.remote is not None and (proposal or not self._from_prior):
+            return self.remote.sample(self.strategy, *arguments)
+        if self._from_prior and proposal:
+            return self.strategy.sample_prior(*arguments)
+        return self.strategy.sample(*arguments)
 
     def _stop(self) -> bool:
         return self.interruption.agreed(group=self._members)[0]
@@ -342,3 +353,9 @@ class RolloutWorker:
 def _rows(groups: Sequence[Group], values_GN: torch.Tensor) -> list[list[float]]:
     """Each group's values; a group may have fewer outputs than others."""
     return [row[: len(group.outputs)] for group, row in zip(groups, values_GN.tolist(), strict=True)]
+
+
+def _gap(sampled: Sequence[Group], scored: Sequence[Group]) -> float:
+    """The mean over outputs of the distance between their proposal's log-probs, as they were sampled and as scored."""
+    ours_GN, theirs_GN = (output_matrix(groups, "proposal_logprobs") for groups in (scored, sampled))
+    return (ours_GN - theirs_GN).abs().sum().item() / sum(len(group.outputs) for group in sampled)

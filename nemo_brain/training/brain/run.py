@@ -117,6 +117,7 @@ def _parts(config: Config) -> Parts[BRAInGPTModel, BRAInState]:
             seed=config.seed,
             run_dir=frame.run_dir,
             skip_nonfinite=config.train.on_nonfinite == "skip",
+            from_prior=config.rollout.refresh == "never",
         )
         return BRAInLoop(config, frame, worker, objective, data, stop)
 

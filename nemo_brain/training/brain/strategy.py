@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 
-from nemo_brain.core.groups import Group, ScoredGroup
+from nemo_brain.core.groups import Group, Prompt, SampledGroup, ScoredGroup
+from nemo_brain.sampling.sampler import SamplingOptions
 from nemo_brain.training.brain.passes import BRAInPasses, Scores, StepResult
 from nemo_brain.training.brain.prior import AdapterOffPrior, OffloadedPrior, Prior, ResidentPrior
 from nemo_brain.training.strategy import PackedStrategy
@@ -69,9 +71,22 @@ class BRAInStrategy(PackedStrategy):
 
     @contextlib.contextmanager
     def prior(self, alone: bool = False) -> Iterator[Callable[..., torch.Tensor]]:
-        """While the context lasts: ``f(groups, on_tokens)`` gives log p by the training kernels: [G, N], the same on
-        every rank; with ``alone``, on those of this model-parallel group, whose own groups they are."""
+        """While the context lasts: ``f(groups, on_tokens, temperatures)`` is log p by the training kernels, [E, G, N],
+        at temperature 1 unless others are given; the same on every rank, or with ``alone`` on those of this
+        model-parallel group, whose own groups they are."""
+        with self._prior_chunks() as chunks:
+            yield lambda groups, on_tokens, temperatures=(1.0,): self.passes.logprobs(
+                chunks, groups, temperatures, on_tokens, alone
+            )
+
+    def sample_prior(
+        self, prompts: Sequence[Prompt], options: SamplingOptions, *arguments: Any
+    ) -> Iterator[tuple[int, SampledGroup]]:
+        """As ``sample``, from the prior."""
+        with self._prior_chunks() as chunks:
+            yield from self.sampler(chunks, options).sample(prompts, *arguments)
+
+    def _prior_chunks(self) -> AbstractContextManager[Sequence[torch.nn.Module]]:
         assert self._prior is not None, "the strategy has not been set up"
         self.wait_for_param_gather()
-        with self._prior.chunks(self.chunks) as chunks:
-            yield lambda groups, on_tokens: self.passes.logprobs(chunks, groups, (1.0,), on_tokens, alone)[0]
+        return self._prior.chunks(self.chunks)
