@@ -70,6 +70,7 @@ setup(
         "uvicorn>=0.30,<1",
     ],
     extras_require={
+        "evaluation": ["rouge-score>=0.1.2"],
         "test": [
             "hypothesis",
             "import-linter",
@@ -79,6 +80,7 @@ setup(
             "pytest",
             "pytest-timeout",
             "pytest-xdist",
+            "rouge-score>=0.1.2",
             "ruff",
         ],
     },

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ from nemo_brain.config.common import (
     ModelConfig,
     RanksConfig,
     SplitModelConfig,
+    check_patience,
     check_patience_of_rewards,
     check_split,
     given_arguments,
@@ -57,6 +59,29 @@ class EvaluationDataConfig:
 
 
 @dataclass
+class JudgeConfig:
+    """A model that says which of two outputs is better; ``judge=null``: none."""
+
+    url: str = key(MISSING, "http://HOST:PORT of an OpenAI-compatible server, without /v1")
+    model: str = key(MISSING, "the judge's name there")
+    against: str = key(
+        "start", among={"start": "the start model's outputs", "reference": "the prompts' reference answers"}
+    )
+    prompt: str | None = key(
+        None,
+        "a text file with {prompt}, {first} and {second}, whose answers end in [[A]], [[B]] or [[C]] (tie); null: ours",
+    )
+    max_tokens: int = key(512, "of an answer", at_least=1)
+    cache: str | None = key(None, "a file of answers that are not asked for again; null: run_dir/judgements.jsonl")
+    api_key_env: str | None = key(None, "the environment variable with the key that is sent; null: no key")
+    concurrency: int = key(8, "requests at a time", at_least=1)
+    request_timeout_seconds: float = key(120.0, "of one attempt", above=0)
+    timeout_seconds: float = key(
+        600.0, "of a request with its repetitions; less than trainer.hang_timeout_minutes", above=0
+    )
+
+
+@dataclass
 class EvaluationConfig:
     run_dir: str = key(MISSING, "metrics, samples, report; what an earlier run left there is moved aside")
     seed: int = key(
@@ -70,6 +95,10 @@ class EvaluationConfig:
     model: StartModelConfig = key(StartModelConfig)
     rollout: EvaluationRolloutConfig = key(EvaluationRolloutConfig)
     reward: dict[str, Any] | None = key(None, "as in a training; null arguments are left out")
+    gold: dict[str, Any] | None = key(
+        None, "null | more judges of the same outputs, named, each as reward: {rouge: {_target_: ..., function: ...}}"
+    )
+    judge: JudgeConfig | None = key(None, "null | an LLM that compares outputs, see docs/evaluation.md")
     data: EvaluationDataConfig = key(EvaluationDataConfig)
     validation: ValidationConfig = key(ValidationConfig)
 
@@ -89,4 +118,14 @@ def check_evaluation(cfg: DictConfig) -> EvaluationConfig:
         raise ValueError("candidates is empty: name at least one model to compare with model.restore_from")
     check_split(config.trainer, config.model.complete)
     check_patience_of_rewards("reward", config.reward, config.trainer)
+    config.gold = dict(config.gold or {})
+    for name, section in config.gold.items():
+        if not isinstance(section, dict) or not re.fullmatch(r"\w+", str(name)):
+            raise ValueError(f"gold.{name} must be a section like reward, under a name of letters, digits and _")
+        config.gold[name] = given_arguments(section)
+        check_patience_of_rewards(f"gold.{name}", section, config.trainer)
+    if config.judge is not None:
+        if not re.fullmatch(r"https?://[^/\s?#@]+[^\s?#@]*", config.judge.url):
+            raise ValueError(f"judge.url must be an address like http://HOST:PORT, not {config.judge.url!r}")
+        check_patience("judge.timeout_seconds", config.judge.timeout_seconds, config.trainer)
     return config

@@ -128,6 +128,30 @@ def evaluate(
     )
 
 
+def gold_metrics(
+    name: str, start: Sequence[ScoredGroup], current: Sequence[ScoredGroup], gold: Sequence[ScoredGroup]
+) -> dict[str, float]:
+    """What another judge says of the same outputs: ``gold/NAME/...``, and its correlation with the training's reward.
+
+    Args:
+        start, gold: the start model's and the current model's outputs with its rewards.
+        current: the latter with the training's.
+    """
+    found = evaluate(start, gold)
+    metrics = {
+        **found.reward.as_metrics(f"gold/{name}/reward"),
+        f"gold/{name}/start_reward": found.start_reward.mean,
+        **found.reward_difference.as_metrics(f"gold/{name}/reward_difference"),
+        **found.win_rate.as_metrics(f"gold/{name}/win_rate"),
+    }
+    pairs = np.array(
+        [pair for a, b in zip(current, gold, strict=True) for pair in zip(a.rewards, b.rewards, strict=True)]
+    )
+    pairs = pairs[np.isfinite(pairs).all(-1)]
+    spread = len(pairs) > 1 and (pairs.std(0) > 0).all()
+    return {**metrics, f"gold/{name}/correlation": float(np.corrcoef(pairs.T)[0, 1]) if spread else math.nan}
+
+
 def rollout_metrics(
     groups: Sequence[ScoredGroup], n: int, proposal_gap: float | None = None, of_prior: bool = False
 ) -> dict[str, float]:

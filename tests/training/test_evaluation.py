@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+from judge_server import JudgeServer
 from ranks import run_ranks
 from small_runs import train
 from toy_runs import composed
@@ -126,3 +128,73 @@ def test_a_reward_that_fails_leaves_what_was_sampled(trained, tmp_path):
         evaluation(trained, tmp_path / "failed", f"reward.function={tmp_path}/bad.py:bad")
     assert (tmp_path / "failed" / "failed_rollout.jsonl").exists()
     assert json.loads((tmp_path / "failed" / "status.json").read_text())["state"] == "failed"
+
+
+GOLD = (
+    "gold={rouge: {_target_: nemo_brain.rewards.function.FunctionReward, function: nemo_brain.rewards.rouge.rouge_l}}"
+)
+LENGTH = "gold={length: {_target_: nemo_brain.rewards.function.FunctionReward, function: %s/gold.py:length}}"
+
+
+def test_other_scores_of_the_same_outputs_stand_beside_the_reward(trained, tmp_path, capfd):
+    (tmp_path / "gold.py").write_text(
+        "def length(prompts, outputs, *, references, metadata):\n    return [-float(len(o)) for o in outputs]\n"
+    )
+    first, second = evaluation(trained, tmp_path / "gold", LENGTH % tmp_path)
+    finals = [s for s in read_samples(tmp_path / "gold" / "samples.jsonl") if s["kind"] == "final"]
+    lengths = [[-len(output["text"]) for output in sample["outputs"]] for sample in finals if sample["iteration"] == 1]
+    assert first["gold/length/reward"] == pytest.approx(np.mean(lengths))
+    assert first["gold/length/win_rate"] == second["gold/length/win_rate"]
+    rewards = [[output["reward"] for output in sample["outputs"]] for sample in finals if sample["iteration"] == 1]
+    correlation = np.corrcoef(np.ravel(lengths), np.ravel(rewards))[0, 1]
+    assert first["gold/length/correlation"] == pytest.approx(correlation)
+    printed = capfd.readouterr().out
+    assert "  length: win-rate" in printed and "with the reward" in printed
+
+
+def test_what_a_gold_score_lacks_ends_the_evaluation_with_its_name(trained, tmp_path):
+    with pytest.raises(AssertionError, match="has no reference, which ROUGE compares with"):
+        evaluation(trained, tmp_path / "rouge", GOLD)
+
+
+def test_an_llm_compares_with_the_start_model_or_with_references(trained, tmp_path):
+    server = JudgeServer()
+    with server.serving() as url:
+        judge = f"judge={{url: '{url}', model: judge-1}}"
+        first, second = evaluation(trained, tmp_path / "judged", judge)
+        samples = read_samples(tmp_path / "judged" / "samples.jsonl")
+        assert len(server.requests) == len({json.dumps(request) for request in server.requests}) <= 6 * 3 * 2
+        assert second["judge/asked"] == 0 and second["judge/win_rate"] == first["judge/win_rate"]
+        start = {s["id"]: s["outputs"] for s in samples if s["kind"] == "start"}
+        scores = []
+        for sample in samples:
+            if (sample["kind"], sample["iteration"]) == ("final", 1):
+                pairs = zip(sample["outputs"], start[sample["id"]], strict=True)
+                counts = [(ours["text"].count("a"), theirs["text"].count("a")) for ours, theirs in pairs]
+                scores.append(np.mean([0.5 if a == b else float(a > b) for a, b in counts]))
+        assert first["judge/win_rate"] == pytest.approx(np.mean(scores))
+        # The answers are kept beside the results, for an evaluation that is started again.
+        again, _ = evaluation(trained, tmp_path / "judged", judge)
+        assert again["judge/asked"] == 0 and again["judge/win_rate"] == first["judge/win_rate"]
+        report = (tmp_path / "judged" / "report.html").read_text()
+        assert "LLM judge" in report
+        against = f"judge={{url: '{url}', model: judge-1, against: reference}}"
+        third, _ = evaluation(trained, tmp_path / "references", against)
+        assert third["judge/asked"] <= 3 * 3 * 2 and third["judge/win_rate"] <= 0.5
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        (["gold={a/b: {_target_: x}}"], r"gold\.a/b must be a section like reward"),
+        (["gold={a: {_target_: no.such}}"], r"gold\.a: reward\._target_=no\.such cannot be made"),
+        (["judge={url: nowhere, model: x}"], r"judge\.url must be an address"),
+        (["judge={url: 'http://x', model: x, timeout_seconds: 1e6}"], r"judge\.timeout_seconds .*hang_timeout_minutes"),
+        (["judge={url: 'http://x'}"], r"judge\.model"),
+        (["judge={url: 'http://x', model: x, prompt: nowhere}"], r"judge\.prompt: cannot read nowhere"),
+    ],
+)
+def test_wrong_judges_are_refused(trained, tmp_path, overrides, message):
+    with pytest.raises(AssertionError, match=message):
+        evaluation(trained, tmp_path / "never", *overrides)
+    assert not (tmp_path / "never").exists()

@@ -42,6 +42,10 @@ class EvaluationReport(Report):
             found.append(Tile(f"Reward of {record['candidate']}", number(record.get("eval/reward")), change))
             words = interval(record, "eval/win_rate", percent)
             found.append(Tile(f"Win-rate of {record['candidate']}", percent(record.get("eval/win_rate")), words))
+            if record.get("judge/win_rate") is not None:
+                words = interval(record, "judge/win_rate", percent)
+                value = percent(record["judge/win_rate"])
+                found.append(Tile(f"LLM judge's win-rate of {record['candidate']}", value, words))
         return found
 
     def comparison(self) -> Comparison | None:
@@ -83,6 +87,7 @@ class EvaluationReport(Report):
                 ("  win-rate over start", with_interval(record, "eval/win_rate", percent)),
                 ("  KL to start model", f"{with_interval(record, 'eval/kl_to_prior')} nats"),
             ]
+            rows += [*_gold_rows(record), *_judge_rows(record)]
         references = self._models[0].get("eval/reference_reward") if self._models else None
         if references is not None:
             rows.append(("reference answers", f"{number(references)} mean reward"))
@@ -91,3 +96,31 @@ class EvaluationReport(Report):
 
 def _reference(sample: Mapping[str, Any]) -> list[tuple[str, Note | None]]:
     return [(sample["reference"], None)] if sample.get("reference") else []
+
+
+def _gold_rows(record: Mapping[str, Any]) -> Rows:
+    rows = []
+    for name in sorted({key.split("/")[1] for key in record if key.startswith("gold/")}):
+        key = f"gold/{name}"
+        before, after = number(record[f"{key}/start_reward"]), with_interval(record, f"{key}/reward")
+        rows += [
+            (f"  {name}", f"{before} -> {after}"),
+            (f"  {name}: win-rate", with_interval(record, f"{key}/win_rate", percent)),
+            (f"  {name}: correlation", f"{number(record[f'{key}/correlation'])} with the reward"),
+        ]
+    return rows
+
+
+def _judge_rows(record: Mapping[str, Any]) -> Rows:
+    if record.get("judge/win_rate") is None:
+        return []
+    asked, read, written, without = (
+        record[f"judge/{name}"] for name in ("asked", "prompt_tokens", "completion_tokens", "without_verdict")
+    )
+    return [
+        ("  LLM judge: win-rate", with_interval(record, "judge/win_rate", percent)),
+        ("  LLM judge: ties", percent(record["judge/ties"])),
+        ("  LLM judge: disagreement", f"{percent(record['judge/disagreement'])} of pairs, by their order"),
+        ("  LLM judge: first place", f"{percent(record['judge/first_place'])} of verdicts"),
+        ("  LLM judge: cost", f"{asked} requests, {read} tokens read, {written} written; {without} without a verdict"),
+    ]

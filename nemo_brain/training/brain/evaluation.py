@@ -4,12 +4,14 @@ the start model as a training's validations are."""
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.utils import unwrap_model
 from omegaconf import DictConfig, OmegaConf
@@ -17,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from nemo_brain.config.common import CheckpointConfig, GroupTrainConfig
 from nemo_brain.config.evaluate import EvaluationConfig, check_evaluation
 from nemo_brain.convert.open import open_weights
-from nemo_brain.core.groups import Prompt, ScoredGroup
+from nemo_brain.core.groups import Prompt, SampledGroup, ScoredGroup
 from nemo_brain.core.interruption import Interruption
 from nemo_brain.core.ranks import is_first_rank, on_all_ranks, on_first_rank, raise_on_all_ranks
 from nemo_brain.data.stop import Stop, choose_stop
@@ -26,13 +28,16 @@ from nemo_brain.host.distributed import connect
 from nemo_brain.model.gpt import PackedGPTConfig
 from nemo_brain.model.reward_head import RewardGPTConfig
 from nemo_brain.model.weights import Weights, load_weights
-from nemo_brain.report.evaluate import evaluate
+from nemo_brain.report.evaluate import evaluate, gold_metrics, win_rate_interval
 from nemo_brain.report.metrics import MetricsWriter, read_metrics, write_samples
 from nemo_brain.report.page import write_report
+from nemo_brain.report.progress import progress
 from nemo_brain.report.run_dir import locked, prepare_run_dir, write_status
 from nemo_brain.report.summary import summary_lines
 from nemo_brain.rewards.build import make_reward
+from nemo_brain.rewards.judge import Judge
 from nemo_brain.rewards.megatron import MegatronReward
+from nemo_brain.rewards.protocol import Reward, load_reward, score_groups
 from nemo_brain.sampling.sampler import SamplingOptions
 from nemo_brain.training.brain.data import read_prompts
 from nemo_brain.training.brain.rollout import VALIDATION, RolloutWorker
@@ -130,10 +135,17 @@ class _Parts:
     prompts: Sequence[Prompt]
     stop: Stop
     reward: Any
+    gold: Mapping[str, Reward]
+    judge: Judge | None
 
 
 def _parts(config: EvaluationConfig) -> _Parts:
     reward = make_reward(config.reward)
+    gold = {name: _made(f"gold.{name}", arguments) for name, arguments in (config.gold or {}).items()}
+    judge = None
+    if config.judge is not None:
+        options = dataclasses.asdict(config.judge)
+        judge = Judge(**{name: value for name, value in options.items() if name not in ("against", "cache")})
     section = config.model.complete
     weights = make_weights(section, config.seed)
     gpt = make_gpt_config(section, config.trainer, weights, config.lengths)
@@ -162,9 +174,18 @@ def _parts(config: EvaluationConfig) -> _Parts:
         setup_optimizers=False,
     )
     prompts = read_prompts(config.data.validation, "data.validation", config.data, weights.tokenizer)
-    return _Parts(
-        EvaluationModel(gpt, weights), strategy, candidates, prompts[: config.validation.max_prompts], stop, reward
-    )
+    prompts = prompts[: config.validation.max_prompts]
+    compared = config.judge is not None and config.judge.against == "reference"
+    if compared and all(prompt.reference is None for prompt in prompts):
+        raise ValueError("judge.against=reference: no prompt of data.validation has a reference")
+    return _Parts(EvaluationModel(gpt, weights), strategy, candidates, prompts, stop, reward, gold, judge)
+
+
+def _made(key: str, section: Mapping[str, Any]) -> Reward:
+    try:
+        return make_reward(section, alone=f"{key} of an evaluation")
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from error
 
 
 def _candidate(path: str, start: Weights, allow_nonfinite: bool) -> Weights:
@@ -221,6 +242,7 @@ class Evaluation:
         )
         self._start: list[ScoredGroup] = []
         self._references: list[float | None] = []
+        self._gold: dict[str, list[ScoredGroup]] = {}  # the start model's outputs
 
     def look(self, place: int) -> None:
         """At the start model (0), or at a candidate: samples, has judged, and records how it compares."""
@@ -228,8 +250,10 @@ class Evaluation:
         if place == 0:
             self._interruption.listen()  # Lightning has installed its own handlers by now
             self._worker.setup()
+            on_first_rank(self._load_gold)
             self._start = self._outputs(prompts, "start model", untrained=True)
             self._references = self._worker.reference_rewards(prompts)
+            self._gold = {name: self._judged_by(gold, self._start) for name, gold in self._parts.gold.items()}
             self._write_samples(0, self._start, "start")
             return
         name = self._config.candidates[place - 1]
@@ -238,6 +262,10 @@ class Evaluation:
         metrics: dict[str, Any] = evaluate(self._start, groups, self._references).as_metrics()
         if self._config.rollout.temperature != 1:
             metrics |= {name: math.nan for name in metrics if name.startswith("eval/kl_to_prior")}
+        for gold_name, gold in self._parts.gold.items():
+            metrics |= gold_metrics(gold_name, self._gold[gold_name], groups, self._judged_by(gold, groups))
+        if self._parts.judge is not None:
+            metrics |= on_first_rank(lambda: self._compare(groups, name), interruption=self._interruption)
         if self._writer:
             self._writer.write("eval", 0, {"candidate": name, **metrics})
         self._write_samples(place, groups, "final")
@@ -245,6 +273,43 @@ class Evaluation:
     def _outputs(self, prompts: Sequence[Prompt], name: str, untrained: bool) -> list[ScoredGroup]:
         sampled = self._worker.sample(prompts, self._sampling, VALIDATION, f"{name}: sampling")
         return self._worker.score(self._worker.reward(sampled), 1.0, untrained)[0]
+
+    def _load_gold(self) -> None:
+        for reward in self._parts.gold.values():
+            load_reward(reward)
+
+    def _judged_by(self, reward: Reward, groups: Sequence[ScoredGroup]) -> list[ScoredGroup]:
+        """The groups with another reward."""
+
+        def work() -> list[list[float]]:
+            sampled = [SampledGroup(group.prompt, group.outputs) for group in groups]
+            return [group.rewards for group in score_groups(reward, sampled)]
+
+        rewards = on_first_rank(work, interruption=self._interruption)
+        return [dataclasses.replace(group, rewards=values) for group, values in zip(groups, rewards, strict=True)]
+
+    def _compare(self, groups: Sequence[ScoredGroup], name: str) -> dict[str, float]:
+        """What the LLM says of the outputs against the start model's of the same place, or against the references."""
+        config, judge = self._config.judge, self._parts.judge
+        assert config is not None and judge is not None
+        pairs, owners = [], []
+        for start, group in zip(self._start, groups, strict=True):
+            for output, other in zip(group.outputs, start.outputs, strict=True):
+                theirs = other.text if config.against == "start" else group.prompt.reference
+                if theirs is not None:
+                    pairs.append((group.prompt.text, output.text, theirs))
+                    owners.append(group.prompt.id)
+        cache = Path(config.cache or f"{self._config.run_dir}/judgements.jsonl")
+        with progress(2 * len(pairs), f"{name}: judging", "answers") as bar:
+            session = judge.judge(pairs, cache, bar.update)
+        scores: dict[str, list[float]] = {}
+        for owner, judgement in zip(owners, session.judgements, strict=True):
+            if judgement.score is not None:
+                scores.setdefault(owner, []).append(judgement.score)
+        if not scores:
+            raise ValueError(f"judge: no answer had a verdict, the texts are in {cache}: see judge.prompt")
+        win_rate = win_rate_interval(np.array([np.mean(values) for values in scores.values()]))
+        return {**win_rate.as_metrics("judge/win_rate"), **session.as_metrics()}
 
     def _write_samples(self, place: int, groups: Sequence[ScoredGroup], kind: str) -> None:
         if self._writer:
