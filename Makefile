@@ -48,8 +48,8 @@ lint: $(STAMP)
 
 # The variable leaves out a notice of the theme's that is not about this site.
 docs: $(STAMP)
-	@NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --clean --quiet
-	@echo "build/site/index.html"
+	@NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --clean
+	@echo "build/site/index.html; its search needs a server: $(RUN) -m http.server --directory build/site"
 
 install: $(STAMP)
 

@@ -1,11 +1,18 @@
-"""docs/benchmarks.md from the results: figures with their spread, targets, and what was found where one is missed."""
+"""docs/benchmarks.md, what was found, and docs/benchmarks_tables.md, the figures behind it with their spread."""
 
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 _HEAD = """# Benchmarks
+
+What was found; [the tables](benchmarks_tables.md) have the figures behind it, how they were measured, when and on what. All
+of it on two cores of a CPU, with fp32 and one thread per process unless the text says otherwise.
+[benchmarks/README.md](../benchmarks/README.md) explains how to measure again.
+"""
+_TABLES_HEAD = """# Benchmark tables
 
 Written by `python benchmarks/run.py`, which [benchmarks/README.md](../benchmarks/README.md) explains; the numbers are
 in `benchmarks/results/`. Cases of one table ran interleaved (A B A B ...) in one process with one thread unless the
@@ -17,16 +24,25 @@ _ORDER = ("step", "layouts", "trl", "logprobs", "sampling", "guards", "checkpoin
 
 
 def write_page(results: Path, page: Path) -> None:
-    """Rewrites ``page`` from the JSON files in ``results``; tables that were never measured are left out."""
+    """Rewrites ``page``, and beside it the page of its tables, from the JSON files in ``results``; tables that were never
+    measured are left out."""
     found = {name: _read(results / f"{name}.json") for name in _ORDER if (results / f"{name}.json").exists()}
-    lines = [_HEAD]
+    behind = tables_page(page)
+    lines, tables = [_HEAD], [_TABLES_HEAD]
+    for name, result in found.items():
+        lines += _finding(name, result, behind.name)
+        tables += _section(name, result, results)
     targets = [(name, target) for name, result in found.items() for target in result.get("targets", [])]
     if targets:
         lines += ["## Targets\n", *_target_table(targets), ""]
-    for name, result in found.items():
-        lines += _section(name, result, results)
     page.parent.mkdir(parents=True, exist_ok=True)
-    page.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
+    for path, text in ((page, lines), (behind, tables)):
+        path.write_text("\n".join(text).rstrip() + "\n", encoding="utf-8")
+
+
+def tables_page(page: Path) -> Path:
+    """Where the tables behind ``page`` stand."""
+    return page.with_stem(f"{page.stem}_tables")
 
 
 def met(target: dict) -> bool:
@@ -43,6 +59,14 @@ def _target_table(targets: list[tuple[str, dict]]) -> list[str]:
         bound = bound or f"at least {_format(target['at_least'], unit)}"
         rows.append([name, target["what"], _format(target["value"], unit), bound, "yes" if met(target) else "**no**"])
     return _table(["table", "figure", "measured", "target", "met"], rows)
+
+
+def _finding(name: str, result: dict, tables: str) -> list[str]:
+    """A table's findings, in a person's words, and where it is."""
+    findings = _FINDINGS / f"{name}.md"
+    text = [findings.read_text(encoding="utf-8")] if findings.exists() and not result["smoke"] else []
+    anchor = re.sub(r"[^a-z0-9 -]", "", result["title"].lower()).replace(" ", "-")
+    return [f"## {result['title']}\n", *text, f"[Tables]({tables}#{anchor})\n"]
 
 
 def _section(name: str, result: dict, results: Path) -> list[str]:
@@ -65,9 +89,6 @@ def _section(name: str, result: dict, results: Path) -> list[str]:
             lines.append(f"{part['text'].strip()}\n")
         rows = [[_format(row.get(key), unit) for key, _, unit in part["columns"]] for row in part["rows"]]
         lines += [*_table([label for _, label, _ in part["columns"]], rows), ""]
-    findings = _FINDINGS / f"{name}.md"
-    if findings.exists() and not result["smoke"]:
-        lines += ["### Where the time goes, and what would change it\n", findings.read_text(encoding="utf-8")]
     profile = results / f"{name}.profile.json"
     if profile.exists():
         lines += _profiles(name, _read(profile))

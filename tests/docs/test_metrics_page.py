@@ -1,0 +1,61 @@
+"""docs/metrics.md names the metrics that a training of each kind writes: all of them, and no other."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+from demonstrations import sft_config, write_demonstrations
+from ranks import run_ranks
+from reward_runs import TOY, reward_config, write_pairs
+from small_runs import SMALL
+from toy_runs import ROOT, toy_config
+
+from nemo_brain.report.metrics import read_metrics
+from nemo_brain.training.brain.run import run
+from nemo_brain.training.reward_model.run import train_reward_model
+from nemo_brain.training.sft.run import fine_tune
+
+PAGE = ROOT / "docs" / "metrics.md"
+SECTIONS = {"brain": "BRAIn", "sft": "Supervised fine-tuning", "reward_model": "Reward models"}
+
+
+def told(section: str) -> dict[str, set[str]]:
+    """The names in a section's tables, by the kind of record that the line before each of them speaks of."""
+    found = defaultdict(set)
+    (text,) = re.findall(rf"\n## {section}\n(.*?)(?=\n## |\Z)", PAGE.read_text(), re.DOTALL)
+    kind = "step"
+    for line in text.splitlines():
+        if opening := re.match(r"Of an? (step|iteration|evaluation)", line):
+            kind = opening[1].replace("evaluation", "eval")
+        elif line.startswith("| `"):
+            found[kind] |= set(re.findall(r"`([^`]+)`", line.split(" | ")[0]))
+    return found
+
+
+def written(kind: str, directory: Path) -> dict[str, set[str]]:
+    """The names in the records of a short training."""
+    logging.disable(logging.WARNING)
+    options = (f"run_dir={directory / 'run'}", "checkpoint.at_end=false")
+    if kind == "brain":
+        run(toy_config(*SMALL, *options))
+    elif kind == "sft":
+        toy = [option for option in TOY if not option.startswith("model.head_std")]
+        fine_tune(sft_config(*toy, *options, f"data.train={write_demonstrations(directory / 'data.jsonl')}"))
+    else:
+        train_reward_model(reward_config(*TOY, *options, f"data.train={write_pairs(directory / 'data.jsonl')}"))
+    found = defaultdict(set)
+    for record in read_metrics(directory / "run" / "metrics.jsonl"):
+        found[record["kind"]] |= record.keys() - {"kind", "step"}
+    return found
+
+
+@pytest.mark.parametrize("kind", SECTIONS)
+def test_the_page_names_what_a_training_writes_and_nothing_else(kind, tmp_path):
+    (found,) = run_ranks(written, 1, kind, tmp_path)
+    expected = told(SECTIONS[kind])
+    expected["step"] |= told("Every step")["step"]
+    assert {kind: sorted(names) for kind, names in found.items()} == {k: sorted(n) for k, n in expected.items()}
