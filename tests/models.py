@@ -123,6 +123,19 @@ def damaged_llama(path: Path) -> Path:
     return path
 
 
+def chat_llama(path: Path) -> Path:
+    """A directory with a Llama over bytes whose tokenizer has a chat template."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=258, max_position_embeddings=512, **sizes)).save_pretrained(path)
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    tokenizer.save_pretrained(path)
+    return path
+
+
 def write_gguf(path: Path, architecture: str = "llama", tensors: dict | None = None, **metadata) -> Path:
     """An untied Llama as llama.cpp's converter writes it: fp32, rows of queries and keys in neighbouring pairs."""
     model = llama(tied=False)

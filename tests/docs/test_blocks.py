@@ -17,6 +17,7 @@ from toy_runs import ROOT, composed
 
 from nemo_brain.cli.main import COMMANDS
 from nemo_brain.config.brain import Config, check
+from nemo_brain.config.evaluate import check_evaluation
 from nemo_brain.config.reward_model import check_reward_config
 from nemo_brain.config.serve_reward import check_serve
 from nemo_brain.config.sft import check_sft_config
@@ -26,6 +27,7 @@ CONFIGURED = {
     "train": ("brain", check),
     "sft": ("sft", check_sft_config),
     "reward-model": ("reward_model", check_reward_config),
+    "evaluate": ("evaluate", check_evaluation),
     "serve-reward": ("serve_reward", check_serve),
 }
 RUN_ELSEWHERE = {ROOT / "docs" / "tutorial.md"}  # whole, by test_tutorial.py
