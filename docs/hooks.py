@@ -33,6 +33,11 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     return markdown if page.file.src_uri in PAGES.values() else _relinked(markdown, f"docs/{page.file.src_uri}")
 
 
+def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Code in a table has its bars escaped, as GitHub wants it; Python-Markdown leaves the backslashes there."""
+    return re.sub(r"<code>[^<]*</code>", lambda code: code[0].replace(r"\|", "|"), html)
+
+
 def _relinked(markdown: str, source: str) -> str:
     """``markdown`` of the file ``source`` with its links seen from docs/.
 
