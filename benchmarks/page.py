@@ -8,8 +8,8 @@ from pathlib import Path
 
 _HEAD = """# Benchmarks
 
-What was found; [the tables](benchmarks_tables.md) have the figures behind it, how they were measured, when and on what. All
-of it on two cores of a CPU, with fp32 and one thread per process unless the text says otherwise.
+What was found; [the tables](benchmarks_tables.md) have the figures behind it, how they were measured, when and on what. All of it
+on two cores of a CPU, with fp32 and one thread per process unless the text says otherwise.
 [benchmarks/README.md](../benchmarks/README.md) explains how to measure again.
 """
 _TABLES_HEAD = """# Benchmark tables
@@ -24,8 +24,10 @@ _ORDER = ("step", "layouts", "trl", "logprobs", "sampling", "guards", "checkpoin
 
 
 def write_page(results: Path, page: Path) -> None:
-    """Rewrites ``page``, and beside it the page of its tables, from the JSON files in ``results``; tables that were never
-    measured are left out."""
+    """Rewrites ``page``, and beside it the page of its tables, from the JSON files in ``results``.
+
+    Tables that were never measured are left out.
+    """
     found = {name: _read(results / f"{name}.json") for name in _ORDER if (results / f"{name}.json").exists()}
     behind = tables_page(page)
     lines, tables = [_HEAD], [_TABLES_HEAD]

@@ -39,7 +39,8 @@ def blocks(page: Path) -> Iterator[Block]:
     opened, listed = None, False
     for index, line in enumerate(lines):
         if opened is None:
-            listed = listed and (not line or line.startswith(" ")) or bool(re.match(r" *(-|\d+\.) ", line))
+            inside = listed and (not line or line.startswith(" "))
+            listed = inside or bool(re.match(r" *(-|\d+\.) ", line))
             if line.startswith("    ") and not lines[index - 1] and not listed:
                 raise ValueError(f"{place}:{index + 1}: an indented block: fence it, and name its language")
         if not _FENCE.match(line):
@@ -47,7 +48,7 @@ def blocks(page: Path) -> Iterator[Block]:
         if opened is None:
             opened, language = index, line.strip().removeprefix("```")
             if language not in LANGUAGES:
-                raise ValueError(f"{place}:{index + 1}: a block of {language!r}, none of {', '.join(sorted(LANGUAGES))}")
+                raise ValueError(f"{place}:{index + 1}: a block of {language!r}, none of {sorted(LANGUAGES)}")
             continue
         margin = len(lines[opened]) - len(lines[opened].lstrip())
         text = "".join(inner[margin:] + "\n" for inner in lines[opened + 1 : index])

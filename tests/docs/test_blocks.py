@@ -15,6 +15,7 @@ from hydra.utils import get_object
 from omegaconf import OmegaConf
 from toy_runs import ROOT, composed
 
+from nemo_brain.cli.estimate import estimate
 from nemo_brain.cli.main import COMMANDS
 from nemo_brain.config.brain import Config, check
 from nemo_brain.config.evaluate import check_evaluation
@@ -70,7 +71,7 @@ def read_section(block: Block) -> None:
     assert isinstance(given, dict), block.place
     if given.keys() <= vars(Config)["__dataclass_fields__"].keys():
         config = composed("brain")
-        OmegaConf.set_struct(config, False)  # the command line asks for a + before a key of the class's own, a file does not
+        OmegaConf.set_struct(config, False)  # before a class's own key the command line asks for a +, a file does not
         check(OmegaConf.merge(config, given))
         if target := given.get("reward", {}).get("_target_"):
             arguments = {k: v for k, v in given["reward"].items() if k != "_target_" and v is not None}
@@ -78,7 +79,7 @@ def read_section(block: Block) -> None:
 
 
 def read_command(words: Sequence[str]) -> None:
-    """AssertionError, or Hydra's or the configuration's own error: there is no such command, or its arguments are wrong."""
+    """AssertionError, or Hydra's or the configuration's error: there is no such command, or its arguments are wrong."""
     program, *rest = words
     program = Path(program).name
     if program == "torchrun":
@@ -98,6 +99,8 @@ def read_command(words: Sequence[str]) -> None:
 
 def read_arguments(command: str, *arguments: str) -> None:
     assert command in COMMANDS, command
+    if command == "estimate":
+        estimate(["model=llama-8b" if word.startswith("model=/") else word for word in arguments])
     if command not in CONFIGURED:
         return
     name, check_configuration = CONFIGURED[command]
@@ -125,11 +128,11 @@ def test_a_wrong_command_is_found(script, message):
 
 
 def test_a_wrong_section_is_found():
-    with pytest.raises(ValueError, match="unknown configuration key rollout.remote.urll"):
+    with pytest.raises(ValueError, match=r"unknown configuration key rollout\.remote\.urll"):
         read_section(Block("here", "yaml", "rollout: {remote: {urll: x}}\n", None))
     with pytest.raises(TypeError, match="modle"):
-        target = "nemo_brain.rewards.huggingface.HuggingFaceReward"
-        read_section(Block("here", "yaml", f"reward: {{_target_: {target}, function: null, model: x, modle: x}}\n", None))
+        target = "{_target_: nemo_brain.rewards.huggingface.HuggingFaceReward, function: null, model: x, modle: x}"
+        read_section(Block("here", "yaml", f"reward: {target}\n", None))
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The site can be built: every link leads somewhere, nothing is loaded from elsewhere, and what it quotes is what is printed."""
+"""The site can be built: links lead somewhere, nothing is loaded from elsewhere, and messages are the program's own."""
 
 from __future__ import annotations
 
@@ -90,7 +90,8 @@ def quoted(page: str) -> list[str]:
     """The messages in a page's boxes and in tables' first cells, without what differs."""
     boxes = [block.text for block in blocks(TROUBLESHOOTING) if block.language == "text"]
     cells = re.findall(r"^\| `([^`]*\.\.\.[^`]*|[a-z ]{20,})` \|", page, re.MULTILINE)
-    return [part.strip() for text in [*boxes, *cells] for line in text.splitlines() for part in line.split("...") if part.strip()]
+    parts = [part.strip() for text in [*boxes, *cells] for part in text.replace("...", "\n").splitlines()]
+    return [part for part in parts if part]
 
 
 def test_the_messages_of_troubleshooting_are_the_programs():
