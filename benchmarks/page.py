@@ -8,8 +8,8 @@ from pathlib import Path
 
 _HEAD = """# Benchmarks
 
-What was found; [the tables](benchmarks_tables.md) have the figures behind it, how they were measured, when and on what. All of it
-on two cores of a CPU, with fp32 and one thread per process unless the text says otherwise.
+What was found; [the tables](benchmarks_tables.md) have the figures, how they were measured, when and on what. All
+of it on two cores of a CPU, with fp32 and one thread per process unless the text says otherwise.
 [benchmarks/README.md](../benchmarks/README.md) explains how to measure again.
 """
 _TABLES_HEAD = """# Benchmark tables
