@@ -23,9 +23,10 @@ ZERO_COEFFICIENT = 1e-10
 class ObjectiveInputs:
     """What an objective may use: float64 [G, N], zero in masked entries; only the policy carries a gradient.
 
-    kept_GN: bool, the outputs that count.
-    lengths_GN: tokens of each output, None where the caller has not said.
-    prompt_ids: a name for each group's prompt, the same at every visit; likewise.
+    Attributes:
+        kept_GN: bool, the outputs that count.
+        lengths_GN: tokens of each output, None where the caller has not said.
+        prompt_ids: a name for each group's prompt, the same at every visit; likewise.
     """
 
     policy_logprobs_GN: torch.Tensor
@@ -55,9 +56,10 @@ class ObjectiveInputs:
 class LogWeights:
     """An objective's log-weights, float64 [G, N], raw and normalised: a loss takes those it wants.
 
-    log_alpha_GN, log_beta_GN: as the objective gives them, zero where masked; alpha is constant, beta carries the
-        policy's gradient.
-    log_alpha_hat_GN, log_beta_hat_GN: their log_softmax over the outputs that count, -inf where masked.
+    Attributes:
+        log_alpha_GN, log_beta_GN: as the objective gives them, zero where masked; alpha is constant, beta carries the
+            policy's gradient.
+        log_alpha_hat_GN, log_beta_hat_GN: their log_softmax over the outputs that count, -inf where masked.
     """
 
     log_alpha_GN: torch.Tensor
@@ -74,13 +76,16 @@ class LogWeights:
 class ObjectiveOutput:
     """An objective's value on G groups. All float64 and detached, but for ``loss_G`` and the coefficients' dtype.
 
-    loss_G: differentiable in the policy's log-probs; zero for a group with fewer outputs left than ``smallest_group``.
-    coefficients_GN: d(sum of loss_G) / d log q, in the policy log-probs' dtype; exactly zero for masked outputs.
-    alpha_GN, beta_GN: the self-normalised weights; exactly zero for masked outputs.
-    kl_G: KL(alpha_hat || beta_hat) in nats.
-    ess_alpha_G, ess_beta_G: effective sample sizes 1 / sum w^2, from 1 to the number of outputs left; 0 where none is.
-    max_alpha_G: the largest alpha_hat.
-    zero_gradient_G: bool, the groups whose coefficients all vanish (up to the rounding of float64).
+    Attributes:
+        loss_G: differentiable in the policy's log-probs; zero for a group with fewer outputs left than
+            ``smallest_group``.
+        coefficients_GN: d(sum of loss_G) / d log q, in the policy log-probs' dtype; exactly zero for masked outputs.
+        alpha_GN, beta_GN: the self-normalised weights; exactly zero for masked outputs.
+        kl_G: KL(alpha_hat || beta_hat) in nats.
+        ess_alpha_G, ess_beta_G: effective sample sizes 1 / sum w^2, from 1 to the number of outputs left; 0 where none
+            is.
+        max_alpha_G: the largest alpha_hat.
+        zero_gradient_G: bool, the groups whose coefficients all vanish (up to the rounding of float64).
     """
 
     loss_G: torch.Tensor
@@ -103,7 +108,8 @@ class Objective:
     One with state (a running normaliser, say) also gives ``update``, ``state_dict`` and ``load_state_dict``. Its state
     changes in ``update`` and nowhere else.
 
-    smallest_group: groups with fewer outputs left contribute nothing; ``loss`` and ``update`` do not see them.
+    Attributes:
+        smallest_group: groups with fewer outputs left contribute nothing; ``loss`` and ``update`` do not see them.
     """
 
     smallest_group = 2
