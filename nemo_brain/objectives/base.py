@@ -57,9 +57,10 @@ class LogWeights:
     """An objective's log-weights, float64 [G, N], raw and normalised: a loss takes those it wants.
 
     Attributes:
-        log_alpha_GN, log_beta_GN: as the objective gives them, zero where masked; alpha is constant, beta carries the
-            policy's gradient.
-        log_alpha_hat_GN, log_beta_hat_GN: their log_softmax over the outputs that count, -inf where masked.
+        log_alpha_GN: as the objective gives them, zero where masked; constant.
+        log_beta_GN: likewise, with the policy's gradient.
+        log_alpha_hat_GN: log_softmax of ``log_alpha_GN`` over the outputs that count, -inf where masked.
+        log_beta_hat_GN: that of ``log_beta_GN``.
     """
 
     log_alpha_GN: torch.Tensor
@@ -80,10 +81,11 @@ class ObjectiveOutput:
         loss_G: differentiable in the policy's log-probs; zero for a group with fewer outputs left than
             ``smallest_group``.
         coefficients_GN: d(sum of loss_G) / d log q, in the policy log-probs' dtype; exactly zero for masked outputs.
-        alpha_GN, beta_GN: the self-normalised weights; exactly zero for masked outputs.
+        alpha_GN: the target's self-normalised weights; exactly zero for masked outputs.
+        beta_GN: the policy's, likewise.
         kl_G: KL(alpha_hat || beta_hat) in nats.
-        ess_alpha_G, ess_beta_G: effective sample sizes 1 / sum w^2, from 1 to the number of outputs left; 0 where none
-            is.
+        ess_alpha_G: effective sample size 1 / sum alpha^2, from 1 to the number of outputs left; 0 where none is.
+        ess_beta_G: that of beta.
         max_alpha_G: the largest alpha_hat.
         zero_gradient_G: bool, the groups whose coefficients all vanish (up to the rounding of float64).
     """
