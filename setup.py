@@ -58,9 +58,11 @@ setup(
         # Ours.
         "gguf>=0.17",
         "httpx>=0.27,<1",
+        "huggingface_hub>=0.30,<1",
         "jinja2>=3.1",
         "matplotlib>=3.8",
         "packaging",
+        "regex",
         "safetensors>=0.5",
         "scipy>=1.11",
         "starlette>=0.40,<1",
@@ -70,9 +72,13 @@ setup(
         "uvicorn>=0.30,<1",
     ],
     extras_require={
+        "mlflow": ["mlflow-skinny>=3,<4", "pandas"],
+        "verifiers": ["jsonschema>=4.18", "math-verify>=0.9,<0.10"],
         "test": [
             "hypothesis",
             "import-linter",
+            "jsonschema>=4.18",
+            "math-verify>=0.9,<0.10",
             "mypy",
             "peft",
             "pre-commit",

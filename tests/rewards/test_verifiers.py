@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
+import textwrap
 import time
 from fractions import Fraction
+from pathlib import Path
 
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
+from nemo_brain.config.common import given_arguments
 from nemo_brain.core.groups import Prompt
 from nemo_brain.rewards.build import make_reward
 from nemo_brain.rewards.protocol import RewardError, check_prompts, compute_rewards
@@ -18,6 +23,7 @@ from nemo_brain.rewards.verifiers.extract import last_block, last_boxed
 from nemo_brain.rewards.verifiers.number import last_number
 from nemo_brain.rewards.verifiers.penalties import RepetitionPenalty
 
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "rewards.md"
 ROOM = "nemo_brain.rewards.verifiers"
 REGEX, NUMBER, BOXED = (
     f"{ROOM}.pattern.RegexReward",
@@ -91,6 +97,17 @@ def test_a_prompt_that_lacks_something_is_named_before_a_run_and_its_output_in_o
 def test_rewards_that_look_at_no_prompt_are_not_asked():
     check_prompts(make(REGEX, pattern="a"), [Prompt("a", "p", [1])])
     check_prompts(lambda *_, **__: [], [Prompt("a", "p", [1])])
+
+
+def test_the_examples_of_the_page_can_be_made_and_all_verifiers_stand_in_its_table():
+    section = PAGE.read_text().partition("## Verifiers")[2].partition("\n## ")[0]
+    examples = re.findall(r"(?m)^    reward:\n(?:    .+\n)+", section)
+    assert len(examples) == 5
+    for example in examples:
+        reward = yaml.safe_load(textwrap.dedent(example))["reward"]
+        make_reward(given_arguments(reward))
+    for name in (REGEX, NUMBER, BOXED, SCHEMA, LENGTH, REPETITION, f"{ROOM}.code.CodeReward"):
+        assert f"| `{name.removeprefix(ROOM + '.')}` |" in section
 
 
 # Regular expressions

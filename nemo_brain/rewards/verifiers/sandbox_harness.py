@@ -59,4 +59,5 @@ def main() -> None:
         write(report, (dumps([job["token"], index, value]) + "\n").encode())
 
 
-main()
+if __name__ == "__main__":
+    main()
