@@ -20,7 +20,9 @@ def test_a_card_has_front_matter_method_results_and_configuration():
         "brain",
         "org/name",
         [STEP],
-        configuration("model.restore_from=/home/me/secret/start", "+reward.url=http://secret:80"),
+        configuration(
+            "model.restore_from=/home/me/secret/start", "+reward.url=http://secret:80", "data.train=/home/x.jsonl"
+        ),
     )
     head, body = card.removeprefix("---\n").split("\n---\n")
     assert yaml.safe_load(head) == {"library_name": "transformers", "tags": ["nemo_brain", "brain"]}
@@ -29,7 +31,7 @@ def test_a_card_has_front_matter_method_results_and_configuration():
     )
     assert "| training speed | 10 tokens/s |" in body
     shown = yaml.safe_load(body.partition("```yaml\n")[2].partition("```")[0])
-    assert shown["rollout"]["outputs_per_prompt"] == 8 and shown["data"]["train"] == "prompts.jsonl"
+    assert shown["rollout"]["outputs_per_prompt"] == 8 and shown["data"]["train"] == "x.jsonl"
     assert not shown.keys() & {"run_dir", "logger", "checkpoint", "trainer"} and "/home" not in card
     assert shown["reward"]["url"] == "..."
 

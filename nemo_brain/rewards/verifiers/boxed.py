@@ -2,6 +2,7 @@ r"""A reward for outputs whose ``\boxed{...}`` is mathematically the reference: 
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import queue
@@ -98,11 +99,12 @@ class _Worker:
         questions, answers = _pipe(process.stdin), _pipe(process.stdout)
         limit = threading.Timer(self._timeout_seconds, process.kill)
         limit.start()
-        try:
+        found = ""
+        with contextlib.suppress(BrokenPipeError):
             questions.write(json.dumps([gold, answer]) + "\n")
             questions.flush()
-            return answers.readline() == "equal\n"
-        except BrokenPipeError:
-            return False
-        finally:
-            limit.cancel()
+            found = answers.readline()
+        limit.cancel()
+        if not found:
+            process.wait()  # it is ending, and no other question is to go there
+        return found == "equal\n"

@@ -19,6 +19,7 @@ def equal(gold: str, answer: str) -> bool:
 
 def main() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+    equal("1", "2")  # the parser is made when it is used first, which is no comparison's fault
     print("ready", flush=True)
     for line in sys.stdin:
         try:
