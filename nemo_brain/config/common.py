@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,7 +65,7 @@ class CommonTrainerConfig(RanksConfig):
         above=0,
         resumable=True,
     )
-    log_every_steps: int = key(1, "to TensorBoard and W&B; metrics.jsonl has every step", at_least=1, resumable=True)
+    log_every_steps: int = key(1, "to the loggers; metrics.jsonl has every step", at_least=1, resumable=True)
 
 
 @dataclass
@@ -125,6 +126,12 @@ class ModelConfig(SplitModelConfig):
         None,
         "where the model is written in Hugging Face's format when training ends; an earlier export there is replaced; "
         "null: nowhere",
+        resumable=True,
+    )
+    push_to: str | None = key(
+        None,
+        "organisation/name: the repository of the Hugging Face hub that the export is pushed to, with the token in "
+        "HF_TOKEN; made, private, where there is none; null: nowhere",
         resumable=True,
     )
     virtual_pipeline_model_parallel_size: int | None = key(
@@ -250,11 +257,23 @@ class CheckpointConfig:
 
 
 @dataclass
+class MLflowConfig:
+    """A run in MLflow; ``logger.mlflow=null``: none."""
+
+    tracking_uri: str | None = key(
+        None, "http://HOST:PORT, a database, a directory; null: MLFLOW_TRACKING_URI, otherwise run_dir/mlflow"
+    )
+    experiment: str = key("nemo_brain", "is made where there is none of this name")
+    run_name: str | None = key(None, "null: the last part of run_dir")
+
+
+@dataclass
 class LoggerConfig:
     tensorboard: bool = key(True, "curves in run_dir/tensorboard")
     wandb: dict[str, Any] | None = key(
-        None, "arguments of Lightning's WandbLogger: {project: ..., name: ...}; null: none"
+        None, "arguments of Lightning's WandbLogger: {project: ..., name: ..., offline: ...}; null: none"
     )
+    mlflow: MLflowConfig | None = key(None, "null (none) | a run in MLflow, which a resumed run goes on with")
 
 
 @dataclass
@@ -327,9 +346,18 @@ def check_common(config: TrainingConfig) -> None:
     holdout = config.data.holdout
     if holdout > 1 and holdout % 1 != 0:
         raise ValueError(f"data.holdout must be a fraction below 1 or a number of prompts, not {holdout}")
+    if config.model.push_to is not None:
+        _check_push(config.model.push_to, config.model.export_to)
     check_split(config.trainer, config.model)
     if config.model.peft is not None:
         _check_peft(config.model.peft, config.model.tensor_model_parallel_size)
+
+
+def _check_push(repository: str, export_to: str | None) -> None:
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
+        raise ValueError(f"model.push_to must be organisation/name, not {repository!r}")
+    if export_to is None:
+        raise ValueError("model.push_to needs model.export_to: the export is what is pushed")
 
 
 def check_split(trainer: RanksConfig, model: ModelConfig) -> None:

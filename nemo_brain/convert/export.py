@@ -27,7 +27,7 @@ from nemo_brain.model.lora import merged_parameters
 from nemo_brain.model.parameters import VOCABULARY_TENSORS, GlobalParameter, unwrap
 
 MAX_SHARD_BYTES = 5 * 10**9  # what one safetensors file holds, and what rank 0 holds in host memory
-_MARK = ".nemo_brain_export"  # only a directory with this file is ever replaced
+MARK = ".nemo_brain_export"  # only a directory with this file is ever replaced
 
 
 class Export(Protocol):
@@ -86,7 +86,7 @@ def make_export(
 def check_target(directory: str | Path, key: str) -> None:
     """Raises ValueError unless ``directory`` is free, empty or an earlier export: nothing else is overwritten."""
     directory = Path(directory)
-    if directory.exists() and not (directory / _MARK).is_file() and (directory.is_file() or any(directory.iterdir())):
+    if directory.exists() and not (directory / MARK).is_file() and (directory.is_file() or any(directory.iterdir())):
         raise ValueError(
             f"{key}: {directory} exists and is not an earlier export: name another directory, or remove it"
         )
@@ -212,7 +212,7 @@ class DirectoryWriter:
             # They are written for their owner alone, but an inference server may be another user.
             shutil.copymode(next(self._incomplete.glob("*.json")), file)
         if self._replaceable:
-            (self._incomplete / _MARK).write_text(
+            (self._incomplete / MARK).write_text(
                 "Written by nemo_brain, which replaces this directory at its next export.\n"
             )
         if self._directory.exists():

@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from nemo_brain.core.groups import Group
 from nemo_brain.report.run_dir import writing
 
 KINDS = ("step", "iteration", "eval")
+COLUMNS = ["id", "prompt", "reference", "output", "reward", "weight"]  # of a table of samples
 SAMPLE_KINDS = ("start", "train", "validation", "final")
 
 
@@ -29,7 +31,9 @@ class MetricsWriter:
 
     Args:
         run_dir: an existing directory, see ``prepare_run_dir``.
-        loggers: Lightning loggers (TensorBoard, W&B); they receive every finite number with the optimizer step.
+        loggers: Lightning loggers (TensorBoard, W&B) and the like (``MLflowLogger``); they receive every finite number
+            with the optimizer step, and those with ``log_table`` the samples. One that fails gets nothing more, with a
+            warning: what is lost there is in the files.
         log_every_steps: of step records the loggers receive only every so many.
     """
 
@@ -71,8 +75,32 @@ class MetricsWriter:
         if kind == "step" and step % self._log_every_steps:
             return
         numbers = {k: v for k, v in record.items() if isinstance(v, (int, float)) and k != "step"}
-        for logger in self._loggers:
-            logger.log_metrics(numbers, step)
+        self._tell(lambda logger: logger.log_metrics(numbers, step))
+
+    def write_samples(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
+        """Gives the loggers records of samples.jsonl, which are of one kind, as a table with a row for each output."""
+        rows = [
+            [sample["id"], sample["prompt"], sample["reference"], output["text"], output["reward"], output["weight"]]
+            for sample in samples
+            for output in sample["outputs"]
+        ]
+        if rows:
+            name = f"samples/{samples[0]['kind']}"
+            self._tell(lambda logger: hasattr(logger, "log_table") and logger.log_table(name, COLUMNS, rows, step=step))
+
+    def finish(self, state: str) -> None:
+        """Tells the loggers that want to know how the training has ended: ``finished``, ``interrupted``, ``failed``."""
+        self._tell(lambda logger: hasattr(logger, "finish") and logger.finish(state))
+
+    def _tell(self, what: Callable[[Any], object]) -> None:
+        for logger in list(self._loggers):
+            try:
+                what(logger)
+            except Exception as error:  # of whatever it is built on
+                self._loggers.remove(logger)
+                problem = f"{type(error).__name__}: {error}"
+                failed = f"{type(logger).__name__} fails, and gets nothing more of this run"
+                warnings.warn(f"{failed}: {problem}", stacklevel=3)
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
@@ -90,8 +118,8 @@ def write_samples(
     groups: Sequence[Group],
     kind: str,
     alpha: Sequence[Sequence[float]] | None = None,
-) -> None:
-    """Appends groups to ``run_dir``/samples.jsonl, one line each:
+) -> list[dict[str, Any]]:
+    """Appends groups to ``run_dir``/samples.jsonl, and returns the records, a line each:
     ``{"iteration", "kind", "id", "prompt", "reference", "outputs": [{"text", "reward", "weight"}]}``.
 
     Args:
@@ -122,6 +150,7 @@ def write_samples(
     ]
     with writing(path.parent), path.open("ab") as file:
         file.write(_lines(records))
+    return records
 
 
 def read_samples(path: str | Path) -> list[dict[str, Any]]:

@@ -25,6 +25,8 @@ RUN_FILES = (
     "stacks",
     "tensorboard",
     "wandb",
+    "mlflow",
+    "mlflow_run.json",
 )
 # Those that grow line by line.
 LINE_FILES = ("metrics.jsonl", "samples.jsonl", "rollouts.jsonl")

@@ -6,10 +6,10 @@ import contextlib
 import inspect
 import math
 import numbers
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
-from nemo_brain.core.groups import Group, RewardedGroup, SampledGroup, rewarded
+from nemo_brain.core.groups import Group, Prompt, RewardedGroup, SampledGroup, rewarded
 from nemo_brain.core.heartbeat import heartbeat
 
 SHOWN = 200  # characters of a prompt or an output in an error
@@ -23,8 +23,9 @@ class Reward(Protocol):
     A reward with the attribute ``rescorable = True``, like every plain function, may be called again on a part of a
     batch that it failed on, to find the output that caused it; one that knows the output raises ``OutputError``. One
     with ``name`` is called so in errors. One with a method ``load`` is told so, in the processes that will call it,
-    before the first call: what is heavy belongs there. One that consists of others and has ``skip_nonfinite`` finds
-    there whether to hand on their NaN and infinities rather than to fail.
+    before the first call: what is heavy belongs there. One with a method ``check(reference, metadata)`` is asked about
+    prompts before a run begins, and raises ValueError for one that it cannot score outputs to. One that consists of
+    others and has ``skip_nonfinite`` finds there whether to hand on their NaN and infinities rather than to fail.
     """
 
     def __call__(
@@ -57,6 +58,18 @@ def load_reward(reward: Reward) -> None:
         load()
     except Exception as error:
         raise RewardError(f"{_name(reward)} cannot be loaded: {type(error).__name__}: {error}") from error
+
+
+def check_prompts(reward: Reward | CollectiveReward, prompts: Iterable[Prompt]) -> None:
+    """Asks the reward about prompts, if it can be asked. ValueError: names the first one that it refuses, and why."""
+    check = getattr(reward, "check", None)
+    if check is None:
+        return
+    for prompt in prompts:
+        try:
+            check(prompt.reference, prompt.metadata)
+        except ValueError as error:
+            raise ValueError(f"{_name(reward)} cannot score outputs to the prompt {prompt.id!r}: {error}") from error
 
 
 def messages_of(prompt: str, metadata: dict) -> list[dict[str, str]]:

@@ -48,6 +48,14 @@ class WeightedReward:
             except RewardError as error:
                 raise ValueError(f"{place}: {error}") from error
 
+    def check(self, reference: str | None, metadata: dict) -> None:
+        for place, _, reward in self._parts:
+            if check := getattr(reward, "check", None):
+                try:
+                    check(reference, metadata)
+                except ValueError as error:
+                    raise ValueError(f"{place}: {error}") from error
+
     def __call__(
         self, prompts: list[str], outputs: list[str], *, references: list[str | None], metadata: list[dict]
     ) -> list[float]:

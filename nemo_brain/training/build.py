@@ -31,12 +31,14 @@ from nemo_brain.config.common import (
     PeftConfig,
     RanksConfig,
     SplitModelConfig,
+    TrainingConfig,
 )
 from nemo_brain.config.schema import did_you_mean
 from nemo_brain.convert.export import check_target, make_export
 from nemo_brain.convert.mapping import MappedExport
 from nemo_brain.convert.open import start_weights
 from nemo_brain.data.stop import Stop, choose_stop
+from nemo_brain.durability.resume import flatten
 from nemo_brain.host import cpu
 from nemo_brain.host.layers import HAVE_TRANSFORMER_ENGINE
 from nemo_brain.host.optimizer import OptimizerModule
@@ -44,6 +46,7 @@ from nemo_brain.host.options import INTERLEAVED, STRATEGY_OPTIONS, gpt_options
 from nemo_brain.model.gpt import PackedGPTConfig
 from nemo_brain.model.lora import LoRA
 from nemo_brain.model.weights import Weights
+from nemo_brain.report.mlflow import MLflowLogger
 from nemo_brain.training.strategy import PackedStrategy
 
 Strategy = TypeVar("Strategy", bound=PackedStrategy)
@@ -347,6 +350,28 @@ def make_loggers(logger: LoggerConfig, run_dir: Path) -> list[Logger]:
     if logger.wandb is not None:
         loggers.append(WandbLogger(save_dir=run_dir, **logger.wandb))
     return loggers
+
+
+def begin_logging(config: TrainingConfig, loggers: Sequence[Logger], run_dir: Path) -> list[Any]:
+    """What a run's records are given to, ready for them: the loggers, and MLflow's. For rank 0.
+
+    Raises:
+        ValueError: naming the key: one cannot be logged to.
+    """
+    for wandb in loggers:
+        if isinstance(wandb, WandbLogger):
+            try:
+                _ = wandb.experiment  # its run begins here
+            except Exception as error:
+                raise ValueError(
+                    f"logger.wandb: W&B cannot be logged to ({type(error).__name__}: {error}): log in (WANDB_API_KEY), "
+                    "or set logger.wandb.offline=true, or logger.wandb=null"
+                ) from error
+    mlflow = config.logger.mlflow
+    if mlflow is None:
+        return list(loggers)
+    parameters = flatten(dataclasses.asdict(config))
+    return [*loggers, MLflowLogger(run_dir, mlflow.tracking_uri, mlflow.experiment, mlflow.run_name, parameters)]
 
 
 def make_trainer(

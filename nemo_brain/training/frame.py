@@ -145,9 +145,9 @@ class Frame(Generic[AnyState]):
             self.writer.write(kind, self.state.step, fields)
 
     def write_samples(self, iteration: int, groups: Sequence[Group], kind: str, alpha: Any = None) -> None:
-        """Groups for samples.jsonl; see ``report.metrics.write_samples``."""
+        """Groups for samples.jsonl and the loggers; see ``report.metrics.write_samples``."""
         if self.writer:
-            write_samples(self.run_dir, iteration, groups, kind, alpha)
+            self.writer.write_samples(self.state.step, write_samples(self.run_dir, iteration, groups, kind, alpha))
 
     def save_point(self, last: bool = False, always: bool = False) -> None:
         """Between two steps: saves where it is time to, or the run is asked to end. A collective of all ranks.

@@ -15,6 +15,7 @@ from nemo.collections.llm.gpt.model.base import GPTModel
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_brain.config.common import TrainingConfig
+from nemo_brain.convert.hub import check_push, push
 from nemo_brain.core.interruption import Interrupted, Interruption
 from nemo_brain.core.ranks import is_first_rank, on_all_ranks, on_first_rank
 from nemo_brain.durability.checkpoint import read_json
@@ -22,10 +23,18 @@ from nemo_brain.durability.resume import candidates, check_configuration
 from nemo_brain.durability.supervision import Supervisor
 from nemo_brain.host.distributed import connect
 from nemo_brain.report.metrics import MetricsWriter, read_metrics
+from nemo_brain.report.model_card import model_card
 from nemo_brain.report.page import write_report
 from nemo_brain.report.run_dir import locked, prepare_run_dir, write_status
 from nemo_brain.report.summary import summary_lines
-from nemo_brain.training.build import check_schedule, make_loggers, make_trainer, reduce_log_noise, world_size
+from nemo_brain.training.build import (
+    begin_logging,
+    check_schedule,
+    make_loggers,
+    make_trainer,
+    reduce_log_noise,
+    world_size,
+)
 from nemo_brain.training.callbacks import Driver
 from nemo_brain.training.frame import AnyState, Frame, Loop
 from nemo_brain.training.strategy import PackedStrategy
@@ -76,6 +85,9 @@ def train(
     connect(config.trainer.hang_timeout_minutes + 2)
     parts = on_all_ranks(make)
     check_schedule(parts.model.optim, parts.steps)
+    pushed = config.model.push_to
+    if pushed is not None:
+        on_first_rank(lambda: check_push(pushed))
     run_dir = Path(config.run_dir)
     record: dict[str, Any] = {"kind": kind, "configuration": dataclasses.asdict(config), "data": dict(parts.data)}
     with contextlib.ExitStack() as stack:
@@ -88,7 +100,8 @@ def train(
         strategy.resume_candidates = earlier = on_first_rank(begin)
         interruption = Interruption(config.trainer.stop_after_minutes)
         loggers = make_loggers(config.logger, run_dir)
-        writer = MetricsWriter(run_dir, loggers, config.trainer.log_every_steps) if is_first_rank() else None
+        begun = on_all_ranks(lambda: begin_logging(config, loggers, run_dir) if is_first_rank() else [])
+        writer = MetricsWriter(run_dir, begun, config.trainer.log_every_steps) if is_first_rank() else None
         frame = Frame(
             strategy,
             parts.state,
@@ -115,7 +128,15 @@ def train(
         if is_first_rank():
             report = write_report(run_dir)
             print("\n".join(summary_lines(read_metrics(run_dir / "metrics.jsonl"), record["configuration"], report)))
+        if pushed is not None:
+            interruption.ignore()  # the training has ended
+            on_first_rank(lambda: _push(pushed, kind, run_dir, record["configuration"]), interruption=interruption)
     return parts.model
+
+
+def _push(repository: str, kind: str, run_dir: Path, configuration: Mapping[str, Any]) -> None:
+    card = model_card(kind, repository, read_metrics(run_dir / "metrics.jsonl"), configuration)
+    push(repository, Path(configuration["model"]["export_to"]), card)
 
 
 def _begin(cfg: DictConfig, config: TrainingConfig, steps: int, record: Mapping[str, Any]) -> list[Path]:
@@ -171,6 +192,8 @@ def _status(frame: Frame) -> Iterator[None]:
         state = "interrupted"
         raise
     finally:
-        if is_first_rank():
+        if frame.writer:
+            state = "failed" if state == "running" else state
             with contextlib.suppress(OSError):  # a full disk has ended the run with an error of its own
-                write_status(frame.run_dir, "failed" if state == "running" else state, frame.state.step)
+                write_status(frame.run_dir, state, frame.state.step)
+            frame.writer.finish(state)

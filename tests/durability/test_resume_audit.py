@@ -82,7 +82,9 @@ ELSEWHERE = {
     "model.pipeline_model_parallel_size": _LAYOUTS,
     "model.virtual_pipeline_model_parallel_size": _LAYOUTS,
     "model.sequence_parallel": "needs tensor parallelism: test_parity.py",
-    "logger.wandb": "needs an account; it is given what TensorBoard is",
+    "model.push_to": "needs a hub, and is looked at after training: tests/training/test_push.py",
+    "logger.wandb": "is given what TensorBoard is: tests/training/test_loggers.py",
+    "logger.mlflow": "is given what TensorBoard is: tests/training/test_loggers.py",
     "rollout.remote": "a server's draws are its own: no two runs with one are alike, resumed or not",
 }
 

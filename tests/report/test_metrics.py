@@ -257,3 +257,44 @@ def test_these_rooms_import_neither_nemo_nor_megatron():
         "assert not [m for m in sys.modules if m.split('.')[0] in ('nemo', 'megatron')]"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_logger_that_fails_is_left_out_with_a_warning_and_the_others_go_on(tmp_path):
+    class Logger:
+        def __init__(self, fails_at):
+            self.fails_at, self.steps = fails_at, []
+
+        def log_metrics(self, metrics, step):
+            self.steps.append(step)
+            if step == self.fails_at:
+                raise ConnectionError("gone")
+
+    failing, steady = Logger(1), Logger(None)
+    writer = MetricsWriter(tmp_path, [failing, steady])
+    with pytest.warns(UserWarning, match="Logger fails, and gets nothing more of this run: ConnectionError: gone"):
+        for step in range(3):
+            writer.write("step", step, {"iteration": 0, "loss": 1.0})
+    assert (failing.steps, steady.steps) == ([0, 1], [0, 1, 2])
+    assert len(read_metrics(tmp_path / "metrics.jsonl")) == 3
+
+
+def test_loggers_with_tables_are_given_the_samples_and_all_are_told_of_the_end(tmp_path):
+    class Logger:
+        calls: tuple = ()
+
+        def log_table(self, key, columns, data, step):
+            self.calls += ((key, columns, data, step),)
+
+        def finish(self, state):
+            self.calls += (state,)
+
+    logger = Logger()
+    writer = MetricsWriter(tmp_path, [object(), logger])
+    group = Group(Prompt("a", "x", [1], reference="r"), [Output([2], "y", True), Output([3], "z", True)])
+    writer.write_samples(5, write_samples(tmp_path, 3, [group], "train", alpha=[[0.75, 0.25]]))
+    writer.finish("finished")
+    rows = [["a", "x", "r", "y", None, 0.75], ["a", "x", "r", "z", None, 0.25]]
+    assert logger.calls == (
+        ("samples/train", ["id", "prompt", "reference", "output", "reward", "weight"], rows, 5),
+        "finished",
+    )

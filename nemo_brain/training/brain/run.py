@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -11,11 +12,14 @@ from omegaconf import DictConfig, OmegaConf
 from nemo_brain.config.brain import Config, check
 from nemo_brain.convert.adapter import export_adapter
 from nemo_brain.convert.export import export_model
+from nemo_brain.core.groups import RewardedGroup
+from nemo_brain.data.prompts import TOKENISED_AT_ONCE
 from nemo_brain.data.stop import choose_stop
 from nemo_brain.model.reward_head import RewardGPTConfig
 from nemo_brain.objectives import make_objective
 from nemo_brain.rewards.build import make_reward
 from nemo_brain.rewards.megatron import MegatronReward
+from nemo_brain.rewards.protocol import check_prompts
 from nemo_brain.training.brain.data import read_data
 from nemo_brain.training.brain.loop import BRAInLoop
 from nemo_brain.training.brain.nemo_model import BRAInGPTModel
@@ -96,6 +100,8 @@ def _parts(config: Config) -> Parts[BRAInGPTModel, BRAInState]:
         max_new_tokens=config.rollout.max_new_tokens,
         max_held_out=config.validation.max_prompts,
     )
+    unrewarded = [group.prompt for group in data.offline if not isinstance(group, RewardedGroup)]
+    check_prompts(reward, itertools.chain(data.prompts[:TOKENISED_AT_ONCE], data.held_out, unrewarded))
     merged = export_for("model.export_to", config.model.export_to, gpt, weights, stop.token_ids)
     adapter = export_for("model.export_adapter_to", config.model.export_adapter_to, gpt, weights, stop.token_ids)
 

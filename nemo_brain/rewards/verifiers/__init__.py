@@ -1,0 +1,1 @@
+"""Verifiers: rewards that check an output by a rule, without a model."""
