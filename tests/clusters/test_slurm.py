@@ -1,0 +1,117 @@
+"""examples/slurm under a real Slurm: whatever happens to a job, its metrics are an undisturbed run's."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from held_runs import Hold
+from resumed_runs import RUN, compare, undisturbed
+from slurm import PATH, Slurm, missing, until
+from toy_runs import QUIET, ROOT
+
+from nemo_brain.report.run_dir import read_status
+
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(missing() is not None, reason=f"Slurm {missing()}")]
+SECONDS = 180  # for whatever is waited for, on a busy machine
+
+
+@pytest.fixture(scope="module")
+def slurm() -> Iterator[Slurm]:
+    with Slurm() as cluster:
+        yield cluster
+
+
+class Job:
+    """The recipe's job, a process on each of two nodes; ``python``: what its PATH finds."""
+
+    def __init__(self, slurm: Slurm, folder: Path, python: Path, *overrides: str):
+        self.slurm, self.run_dir, self._log = slurm, folder / "run", folder / "log"
+        options = ["--ntasks-per-node=1", "--gpus-per-node=1", "--cpus-per-task=1", "--time=0"]
+        training = ["--config-name", "toy", f"run_dir={self.run_dir}", *RUN, *QUIET, *overrides]
+        self.id = slurm.submit(
+            *options,
+            f"--output={self._log}",
+            ROOT / "examples" / "slurm" / "brain.sbatch",
+            *training,
+            PATH=f"{python.parent}:{PATH}",
+            GLOO_SOCKET_IFNAME="cable0",
+            PYTHONPATH=str(ROOT),
+        )
+
+    def __getitem__(self, name: str) -> str:
+        return self.slurm.job(self.id)[name]
+
+    def log(self) -> str:
+        return self._log.read_text() + self.slurm.log() if self._log.exists() else self.slurm.log()
+
+    def ended(self) -> str:
+        until(lambda: self["JobState"] in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT"), SECONDS, self.log)
+        return self["JobState"]
+
+    def ends_undisturbed(self, restarts: int) -> None:
+        assert self.ended() == "COMPLETED", self.log()
+        assert self["Restarts"] == str(restarts)
+        assert self.log().count("resuming from") == restarts, self.log()
+        compare(self.run_dir, undisturbed(ranks=2)[0], tolerance=0)
+
+
+@pytest.fixture
+def held(slurm, tmp_path, warm_python) -> Iterator[tuple[Job, Hold]]:
+    """A job that waits in its reward after step 8, on both nodes."""
+    hold = Hold(tmp_path)
+    job = Job(slurm, tmp_path, warm_python, *hold.overrides)
+    until(lambda: hold.reached, SECONDS, job.log)
+    yield job, hold
+
+
+def test_a_job_over_two_nodes_gives_the_metrics_of_one_machine(slurm, tmp_path):
+    job = Job(slurm, tmp_path, Path(sys.executable))
+    job.ends_undisturbed(restarts=0)
+    assert job["NumNodes"] == "2"
+
+
+def test_a_preempted_job_saves_is_requeued_and_goes_on(slurm, held, tmp_path):
+    job, hold = held
+    other = slurm.submit("--partition=high", "--nodes=2", f"--output={tmp_path}/other", "--wrap=true")
+    until(lambda: slurm.job(other)["JobState"] == "COMPLETED", SECONDS, job.log)
+    assert read_status(job.run_dir) == {"state": "interrupted", "step": 8}, job.log()
+    assert "stopped: signal SIGTERM" in job.log()
+    hold.release()
+    job.ends_undisturbed(restarts=1)
+
+
+def test_a_job_saves_before_its_time_limit_and_goes_on(slurm, held):
+    job, hold = held
+    slurm.run("scontrol", "update", f"JobId={job.id}", "TimeLimit=1")  # a minute is the least
+    until(lambda: job["Restarts"] == "1", SECONDS, job.log)
+    slurm.run("scontrol", "update", f"JobId={job.id}", "TimeLimit=60")
+    assert "stopped: signal SIGUSR1" in job.log()
+    hold.release()
+    job.ends_undisturbed(restarts=1)
+
+
+def test_a_job_that_loses_a_node_goes_on_when_there_are_enough_again(slurm, held):
+    job, hold = held
+    slurm.power_off("brain2")
+    hold.release()
+    until(lambda: job["Restarts"] == "1", SECONDS, job.log)
+    slurm.power_on("brain2")
+    job.ends_undisturbed(restarts=1)
+
+
+def test_a_job_with_a_wrong_key_fails_and_is_not_requeued(slurm, tmp_path, warm_python):
+    job = Job(slurm, tmp_path, warm_python, "rollout.prompts_per_iterations=8")
+    assert job.ended() == "FAILED"
+    assert job["ExitCode"] == "1:0" and job["Restarts"] == "0"
+    assert "prompts_per_iterations" in job.log()
+
+
+def test_a_job_that_is_cancelled_saves_and_is_not_requeued(slurm, held):
+    job, _ = held
+    slurm.run("scancel", job.id)
+    assert job.ended() == "CANCELLED"
+    assert read_status(job.run_dir) == {"state": "interrupted", "step": 8}
+    assert job["Restarts"] == "0"
