@@ -73,6 +73,8 @@ setup(
         "test": [
             "hypothesis",
             "import-linter",
+            "kubeflow-trainer-api",
+            "kubernetes-validate",
             "mypy",
             "peft",
             "pre-commit",

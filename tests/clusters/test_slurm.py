@@ -30,7 +30,7 @@ class Job:
     def __init__(self, slurm: Slurm, folder: Path, python: Path, *overrides: str):
         self.slurm, self.run_dir, self._log = slurm, folder / "run", folder / "log"
         options = ["--ntasks-per-node=1", "--gpus-per-node=1", "--cpus-per-task=1", "--time=0"]
-        training = ["--config-name", "toy", f"run_dir={self.run_dir}", *RUN, *QUIET, *overrides]
+        training = ["train", "--config-name", "toy", f"run_dir={self.run_dir}", *RUN, *QUIET, *overrides]
         self.id = slurm.submit(
             *options,
             f"--output={self._log}",
@@ -73,14 +73,31 @@ def test_a_job_over_two_nodes_gives_the_metrics_of_one_machine(slurm, tmp_path):
     assert job["NumNodes"] == "2"
 
 
-def test_a_preempted_job_saves_is_requeued_and_goes_on(slurm, held, tmp_path):
-    job, hold = held
-    other = slurm.submit("--partition=high", "--nodes=2", f"--output={tmp_path}/other", "--wrap=true")
+def preempt(slurm: Slurm, job: Job) -> None:
+    """By a job that is over soon."""
+    other = slurm.submit("--partition=high", "--nodes=2", "--output=/dev/null", "--wrap=true")
     until(lambda: slurm.job(other)["JobState"] == "COMPLETED", SECONDS, job.log)
+
+
+def test_a_preempted_job_saves_is_requeued_and_goes_on(slurm, held):
+    job, hold = held
+    preempt(slurm, job)
     assert read_status(job.run_dir) == {"state": "interrupted", "step": 8}, job.log()
     assert "stopped: signal SIGTERM" in job.log()
     hold.release()
     job.ends_undisturbed(restarts=1)
+
+
+def test_a_job_that_is_preempted_before_python_runs_is_requeued(slurm, tmp_path):
+    """As long as a container takes to be unpacked nobody listens for signals."""
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\nmkdir {tmp_path}/begun-$RANK && exec sleep 600\nexit 0\n")
+    python.chmod(0o755)
+    job = Job(slurm, tmp_path, python)
+    until(lambda: all((tmp_path / f"begun-{rank}").exists() for rank in range(2)), SECONDS, job.log)
+    preempt(slurm, job)
+    assert job.ended() == "COMPLETED", job.log()
+    assert job["Restarts"] == "1"
 
 
 def test_a_job_saves_before_its_time_limit_and_goes_on(slurm, held):
