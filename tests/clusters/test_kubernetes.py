@@ -62,8 +62,14 @@ def container(pod: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
     return only, {one["name"]: one.get("value") for one in only["env"]}
 
 
+def claimed(pod: dict[str, Any]) -> bool:
+    """Whether the pod's first volume is the one of volume.yaml."""
+    (claim,) = documents("volume.yaml")
+    return pod["volumes"][0]["persistentVolumeClaim"]["claimName"] == claim["metadata"]["name"]
+
+
 def test_the_jobs_pods_are_as_many_and_meet_where_it_says():
-    claim, service, job = documents("job.yaml")
+    service, job = documents("job.yaml")
     spec, pod = job["spec"], job["spec"]["template"]["spec"]
     first, variables = container(pod)
     nodes, name = spec["completions"], job["metadata"]["name"]
@@ -72,10 +78,10 @@ def test_the_jobs_pods_are_as_many_and_meet_where_it_says():
     assert pod["subdomain"] == service["metadata"]["name"]
     assert service["spec"]["selector"] == {"batch.kubernetes.io/job-name": name}
     assert variables["PET_MASTER_ADDR"] == f"{name}-0.{service['metadata']['name']}"
-    assert pod["volumes"][0]["persistentVolumeClaim"]["claimName"] == claim["metadata"]["name"]
+    assert claimed(pod)
 
 
-def test_the_train_job_is_of_its_runtime_and_on_the_claim_of_the_job():
+def test_the_train_job_is_of_its_runtime():
     runtime, job = documents("trainjob.yaml")
     (node,) = runtime["spec"]["template"]["spec"]["replicatedJobs"]
     pod = node["template"]["spec"]["template"]["spec"]
@@ -84,7 +90,7 @@ def test_the_train_job_is_of_its_runtime_and_on_the_claim_of_the_job():
     assert node["name"] == container(pod)[0]["name"] == "node"
     trainer = job["spec"]["trainer"]
     assert trainer["numProcPerNode"] == trainer["resourcesPerNode"]["limits"]["nvidia.com/gpu"]
-    assert pod["volumes"][0]["persistentVolumeClaim"]["claimName"] == documents("job.yaml")[0]["metadata"]["name"]
+    assert claimed(pod)
 
 
 def test_our_exit_code_is_not_counted():

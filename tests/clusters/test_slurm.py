@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,7 +26,7 @@ def slurm() -> Iterator[Slurm]:
 class Job:
     """The recipe's job, a process on each of two nodes; ``python``: what its PATH finds."""
 
-    def __init__(self, slurm: Slurm, folder: Path, python: Path, *overrides: str):
+    def __init__(self, slurm: Slurm, folder: Path, python: Path, *overrides: str, **variables: str):
         self.slurm, self.run_dir, self._log = slurm, folder / "run", folder / "log"
         options = ["--ntasks-per-node=1", "--gpus-per-node=1", "--cpus-per-task=1", "--time=0"]
         training = ["train", "--config-name", "toy", f"run_dir={self.run_dir}", *RUN, *QUIET, *overrides]
@@ -38,7 +37,7 @@ class Job:
             *training,
             PATH=f"{python.parent}:{PATH}",
             GLOO_SOCKET_IFNAME="cable0",
-            PYTHONPATH=str(ROOT),
+            **variables,
         )
 
     def __getitem__(self, name: str) -> str:
@@ -67,8 +66,8 @@ def held(slurm, tmp_path, warm_python) -> Iterator[tuple[Job, Hold]]:
     yield job, hold
 
 
-def test_a_job_over_two_nodes_gives_the_metrics_of_one_machine(slurm, tmp_path):
-    job = Job(slurm, tmp_path, Path(sys.executable))
+def test_a_job_over_two_nodes_gives_the_metrics_of_one_machine(slurm, tmp_path, warm_python):
+    job = Job(slurm, tmp_path, warm_python)
     job.ends_undisturbed(restarts=0)
     assert job["NumNodes"] == "2"
 
@@ -88,16 +87,29 @@ def test_a_preempted_job_saves_is_requeued_and_goes_on(slurm, held):
     job.ends_undisturbed(restarts=1)
 
 
+def scripted(folder: Path, script: str) -> Path:
+    """A python that is a script for sh."""
+    python = folder / "python"
+    python.write_text(f"#!/bin/sh\ncd {folder}\n{script}\n")
+    python.chmod(0o755)
+    return python
+
+
 def test_a_job_that_is_preempted_before_python_runs_is_requeued(slurm, tmp_path):
     """As long as a container takes to be unpacked nobody listens for signals."""
-    python = tmp_path / "python"
-    python.write_text(f"#!/bin/sh\nmkdir {tmp_path}/begun-$RANK && exec sleep 600\nexit 0\n")
-    python.chmod(0o755)
-    job = Job(slurm, tmp_path, python)
+    job = Job(slurm, tmp_path, scripted(tmp_path, "mkdir begun-$RANK && exec sleep 600; exit 0"))
     until(lambda: all((tmp_path / f"begun-{rank}").exists() for rank in range(2)), SECONDS, job.log)
     preempt(slurm, job)
     assert job.ended() == "COMPLETED", job.log()
     assert job["Restarts"] == "1"
+
+
+def test_a_failure_of_one_process_is_not_hidden_by_those_that_wait_for_it(slurm, tmp_path):
+    """They would end with 75 if they were told to end."""
+    waits = "trap 'exit 75' TERM; for i in $(seq 50); do sleep 0.1; done; exit 1"
+    job = Job(slurm, tmp_path, scripted(tmp_path, f'[ "$RANK" = 1 ] && exit 1; {waits}'))
+    assert job.ended() == "FAILED", job.log()
+    assert job["ExitCode"] == "1:0" and job["Restarts"] == "0"
 
 
 def test_a_job_saves_before_its_time_limit_and_goes_on(slurm, held):
@@ -124,6 +136,13 @@ def test_a_job_with_a_wrong_key_fails_and_is_not_requeued(slurm, tmp_path, warm_
     assert job.ended() == "FAILED"
     assert job["ExitCode"] == "1:0" and job["Restarts"] == "0"
     assert "prompts_per_iterations" in job.log()
+
+
+def test_a_containers_image_is_named_to_srun(slurm, tmp_path, warm_python):
+    """Which knows of none: there is no pyxis here."""
+    job = Job(slurm, tmp_path, warm_python, CONTAINER_IMAGE="/shared/nemo_brain.sqsh")
+    assert job.ended() == "FAILED"
+    assert "srun: unrecognized option '--container-image=/shared/nemo_brain.sqsh'" in job.log()
 
 
 def test_a_job_that_is_cancelled_saves_and_is_not_requeued(slurm, held):
