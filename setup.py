@@ -84,6 +84,8 @@ setup(
             "import-linter",
             "jsonschema>=4.18",
             "math-verify>=0.9,<0.10",
+            "kubeflow-trainer-api",
+            "kubernetes-validate",
             "mypy",
             "peft",
             "pre-commit",

@@ -1,8 +1,8 @@
 """An interpreter for scripts under test that has imported NeMo already: to start it is to fork the test process.
 
 ``WarmPython().python`` is a program that stands where the script's starter expects python. It hands its arguments,
-directory, environment, standard streams and network over to a server, which forks a child for them; it passes signals
-on, and ends as the child does. Killed, it takes the child with it.
+directory, environment, standard streams, network and mounts over to a server, which forks a child for them; it passes
+signals on, and ends as the child does. Killed, it takes the child with it.
 """
 
 from __future__ import annotations
@@ -25,13 +25,14 @@ import json, os, signal, socket, sys
 server = socket.socket(socket.AF_UNIX)
 server.connect({address!r})
 request = json.dumps([sys.argv[1:], os.getcwd(), dict(os.environ)]).encode()
-network = os.open("/proc/self/ns/net", os.O_RDONLY)
-socket.send_fds(server, [len(request).to_bytes(8, "big")], [0, 1, 2, network])
+namespaces = [os.open("/proc/self/ns/" + name, os.O_RDONLY) for name in {namespaces!r}]
+socket.send_fds(server, [len(request).to_bytes(8, "big")], [0, 1, 2, *namespaces])
 server.sendall(request)
 for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
     signal.signal(number, lambda number, frame: server.send(bytes([number])))
 sys.exit(server.recv(1)[0])
 """
+_NAMESPACES = ("net", "mnt")
 _LIBC = ctypes.CDLL(None)
 _PR_SET_PDEATHSIG = 1
 
@@ -42,7 +43,8 @@ class WarmPython:
     def __enter__(self) -> WarmPython:
         self._folder = tempfile.TemporaryDirectory()
         address, self.python = Path(self._folder.name, "socket"), Path(self._folder.name, "python")
-        self.python.write_text(_CLIENT.format(python=sys.executable, address=str(address)))
+        client = _CLIENT.format(python=sys.executable, address=str(address), namespaces=_NAMESPACES)
+        self.python.write_text(client)
         self.python.chmod(0o755)
         with socket.socket(socket.AF_UNIX) as listener:
             listener.bind(str(address))
@@ -67,7 +69,7 @@ def _serve(listener: socket.socket) -> None:
         for ready in select.select([listener, *clients.values()], [], [], 0.01)[0]:
             if ready is listener:
                 client = listener.accept()[0]
-                size, streams, _, _ = socket.recv_fds(client, 8, 4)
+                size, streams, _, _ = socket.recv_fds(client, 8, 3 + len(_NAMESPACES))
                 request = client.recv(int.from_bytes(size, "big"), socket.MSG_WAITALL)
                 child = os.fork()
                 if child == 0:
@@ -92,10 +94,10 @@ def _run(streams: list[int], arguments: list[str], directory: str, environment: 
     status = 1
     try:
         _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        *standard, network = streams
-        if os.fstat(network).st_ino != os.stat("/proc/self/ns/net").st_ino and _LIBC.setns(network, 0):
-            raise OSError("the client's network cannot be entered")
-        for number, stream in enumerate(standard):
+        for name, namespace in zip(_NAMESPACES, streams[3:], strict=True):
+            if os.fstat(namespace).st_ino != os.stat(f"/proc/self/ns/{name}").st_ino and _LIBC.setns(namespace, 0):
+                raise OSError(f"the client's {name} namespace cannot be entered")
+        for number, stream in enumerate(streams[:3]):
             os.dup2(stream, number)
         sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w", buffering=1), open(2, "w", buffering=1)  # noqa: SIM115
         os.chdir(directory)
@@ -103,7 +105,10 @@ def _run(streams: list[int], arguments: list[str], directory: str, environment: 
         os.environ.update(environment)
         sys.argv = [argument for argument in arguments if argument != "-u"]
         sys.path[:0] = [str(Path(sys.argv[0]).parent), *filter(None, environment.get("PYTHONPATH", "").split(":"))]
-        if sys.argv[0] == "-":
+        if sys.argv[0] == "-m":
+            sys.argv = sys.argv[1:]
+            runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+        elif sys.argv[0] == "-":
             exec(compile(sys.stdin.read(), "<stdin>", "exec"), {"__name__": "__main__"})
         else:
             runpy.run_path(sys.argv[0], run_name="__main__")

@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 import pytest
+from held_runs import Hold
 from ranks import free_port
 from resumed_runs import RUN, compare, undisturbed
 from toy_runs import QUIET, ROOT
@@ -40,39 +41,6 @@ def start(launcher: list[str | Path], run_dir: Path, *overrides: str, **variable
         text=True,
         start_new_session=True,  # a terminal signals the whole group of what it has started
     )
-
-
-HELD = """
-import time
-from pathlib import Path
-from nemo_brain.rewards.toy import letter_fraction
-
-def held(prompts, outputs, **options):
-    while Path({step!r}).exists() and not Path({go!r}).exists():
-        time.sleep(0.02)
-    return letter_fraction(prompts, outputs, **options)
-"""
-
-
-class Hold:
-    """A run's reward that waits after step 8, the end of the second of three iterations, until ``release``.
-
-    What is done to the run meanwhile is done before its end, however slow or fast this machine is.
-    """
-
-    def __init__(self, directory: Path):
-        self._step, self._go = directory / "run" / "checkpoints" / "step_000000008", directory / "go"
-        file = directory / "held.py"
-        file.write_text(HELD.format(step=str(self._step), go=str(self._go)))
-        self.overrides = [f"reward.function={file}:held", "checkpoint.every_steps=1", "checkpoint.keep_last=9"]
-
-    def reached(self, process: subprocess.Popen) -> None:
-        while not self._step.exists():
-            assert process.poll() is None, process.stdout.read()
-            time.sleep(0.02)
-
-    def release(self) -> None:
-        self._go.touch()
 
 
 def workers(torchrun: subprocess.Popen) -> list[int]:
@@ -133,7 +101,7 @@ def test_ctrl_c_under_torchrun_saves_on_every_rank(tmp_path, warm_python):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     hold = Hold(tmp_path)
     process = start(torchrun, tmp_path / "run", *hold.overrides, PYTHON_EXEC=str(warm_python))
-    hold.reached(process)
+    hold.await_by(process)
     os.killpg(process.pid, signal.SIGINT)
     output, _ = process.communicate(timeout=120)
     assert output.count("stopped: signal SIGINT; the same command goes on") == 2, output
@@ -160,7 +128,7 @@ def test_torchrun_restarts_go_on_by_themselves(tmp_path, warm_python):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=2"]
     hold = Hold(tmp_path)
     process = start(torchrun, tmp_path / "run", *hold.overrides, PYTHON_EXEC=str(warm_python))
-    hold.reached(process)
+    hold.await_by(process)
     ranks = workers(process)
     assert len(ranks) == 2
     os.kill(ranks[1], signal.SIGKILL)
@@ -213,7 +181,7 @@ def test_a_node_that_is_lost_and_comes_back_changes_nothing(tmp_path, nodes, war
 
     first, second = agent(0), agent(1)
     try:
-        hold.reached(first)
+        hold.await_by(first)
         for pid in (second.pid, *workers(second)):
             os.kill(pid, signal.SIGKILL)
         second.communicate()
