@@ -1,13 +1,17 @@
 # syntax=docker/dockerfile:1
-# nemo_brain inside an NGC NeMo container, whose torch, NeMo, Megatron and Transformer Engine stay as they are.
+# nemo_brain inside an NGC NeMo container, whose torch and Transformer Engine stay as they are; so do NeMo and Megatron-core
+# in 26.02, the one image that holds versions that nemo_brain runs with. Over those of 25.11 it needs others:
 #
 #     docker build -t nemo_brain .
+#     docker build -t nemo_brain --build-arg NEMO_TAG=25.11 \
+#         --build-arg HOST_PACKAGES="nemo_toolkit==2.7.3 megatron-core==0.15.3" .
+#
 #     docker run --rm nemo_brain                                                   # the configuration and its help
 #     docker run --rm --gpus all --shm-size 8g -v "$PWD/runs:/workspace/nemo_brain/runs" nemo_brain \
 #         torchrun --nproc-per-node 8 examples/megatron_brain.py trainer.precision=bf16-mixed
 #
-# This file has been linted, not built: see docs/gpu.md.
-ARG NEMO_TAG=25.11
+# This file has been linted, not built: see docs/host.md.
+ARG NEMO_TAG=26.02
 FROM nvcr.io/nvidia/nemo:${NEMO_TAG}
 
 SHELL ["/bin/bash", "-o", "pipefail", "-c"]
@@ -25,6 +29,11 @@ RUN useradd --no-log-init --create-home --home-dir /home/brain --uid 10001 brain
     && install -d -o brain -m 1777 /workspace/nemo_brain /workspace/nemo_brain/runs \
     && chmod 1777 /home/brain
 
+# Exact versions of NeMo and Megatron-core to put over the image's. Empty: the image's own stay.
+ARG HOST_PACKAGES=""
+# hadolint ignore=DL3013,SC2086
+RUN if [ -n "${HOST_PACKAGES}" ]; then python -m pip install --no-cache-dir --no-deps ${HOST_PACKAGES}; fi
+
 WORKDIR /workspace/nemo_brain
 COPY . .
 
@@ -37,6 +46,11 @@ RUN python -m pip install --no-cache-dir --no-deps gguf==0.19.0 . \
     && cat /tmp/requirements \
     && ! grep 'not installed' /tmp/requirements \
     && rm /tmp/requirements
+
+# What Python really imports, printed with its files. The build ends where that is not the host which was asked for,
+# cannot work, or comes from other files than the installed ones (/opt/NeMo, /opt/Megatron-LM).
+# hadolint ignore=SC2086
+RUN python -m nemo_brain.host.versions ${HOST_PACKAGES:-nemo_toolkit==2.7.* megatron-core==0.16.*}
 
 USER 10001
 CMD ["python", "examples/megatron_brain.py", "--help"]

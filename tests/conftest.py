@@ -41,8 +41,10 @@ def _undrawn(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Every test has one tier: that of its marker, otherwise what it calls."""
+    """Every test has one tier: that of its marker, otherwise what it calls; those of the host are of compatibility."""
     for item in items:
+        if item.path.parent.name == "host":
+            item.add_marker("compatibility")
         tier = tiers.tier(item)
         item.add_marker(tier)
         if tier == "gpu" and not torch.cuda.is_available():

@@ -153,6 +153,7 @@ def results(request, saved, tmp_path_factory):
     return run_ranks(computed, request.param, models, LAYOUTS[request.param], target), target
 
 
+@pytest.mark.compatibility
 @pytest.mark.parametrize("name", CONFIGS)
 def test_packed_rows_equal_transformers(results, saved, name):
     expected = saved[name][1]

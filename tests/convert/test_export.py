@@ -118,6 +118,7 @@ def test_the_models_own_dtype_is_written(tmp_path):
     assert model.dtype == torch.bfloat16
 
 
+@pytest.mark.compatibility
 @pytest.mark.parametrize(
     ("changes", "layout", "act"),
     [

@@ -66,6 +66,7 @@ def compare(run_dir: Path, target: Path) -> None:
         assert file.read_bytes() == (run_dir / "model" / file.name).read_bytes(), file.name
 
 
+@pytest.mark.compatibility
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_converted_checkpoint_is_the_export_bit_for_bit(layout, tmp_path, finished, capsys):
     directory, (ranks, overrides) = finished, LAYOUTS[layout]

@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 import pytest
-from layouts import PP2, TP2, VIRTUAL
+from layouts import PP2, TP2, VIRTUAL, cases
 from ranks import Ranks, run_ranks
 from resumed_runs import STEPS, compare, failure, records, train, undisturbed, written
 
@@ -37,9 +37,10 @@ SAME = {
 }
 
 
-@pytest.mark.parametrize(("ranks", "overrides"), SAME.values(), ids=SAME)
-def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path, ranks, overrides):
+@pytest.mark.parametrize("name", cases(SAME, "TP2", "DP2 distributed optimizer, async"))
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path, name):
     """Told to stop in the middle of iterations and at the end of one; every number of the rest is the same."""
+    ranks, overrides = SAME[name]
     expected, files = undisturbed(*(o for o in overrides if "checkpoint" not in o), ranks=ranks)
     # After steps 3, 4 (an iteration's last) and 8.
     for stop, by in ((3, signal.SIGTERM), (1, signal.SIGINT), (4, signal.SIGUSR1)):
@@ -76,7 +77,7 @@ OTHER = {
 }
 
 
-@pytest.mark.parametrize("name", OTHER)
+@pytest.mark.parametrize("name", cases(OTHER, "TP2 to PP2 with 2 virtual stages"))
 def test_a_run_goes_on_in_another_layout(tmp_path, name):
     """In the middle of an iteration. fp32, sums in another order."""
     ranks, overrides, other_ranks, other_overrides = OTHER[name]
@@ -90,9 +91,10 @@ KILLED = {"one process": (1, [], 11), "PP2": (2, [PP2], 7), "PP2, async": (2, [P
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("ranks", "overrides", "points"), KILLED.values(), ids=KILLED)
-def test_kill_9_anywhere_costs_at_most_the_work_since_the_last_checkpoint(tmp_path, ranks, overrides, points):
+@pytest.mark.parametrize("name", cases(KILLED, "PP2"))
+def test_kill_9_anywhere_costs_at_most_the_work_since_the_last_checkpoint(tmp_path, name):
     """SIGKILL for one rank or all, at random moments of sampling, scoring, training and saving."""
+    ranks, overrides, points = KILLED[name]
     expected, files = undisturbed(*(o for o in overrides if "checkpoint" not in o), ranks=ranks)
     seed = int(os.environ.get("KILL_SEED", time.time_ns() % 10**6))
     print(f"KILL_SEED={seed}")

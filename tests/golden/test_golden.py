@@ -47,6 +47,7 @@ def found(tmp_path_factory) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.compatibility
 @pytest.mark.parametrize("name", RUNS)
 def test_the_metrics_are_those_on_file(name, found):
     compare(read(found / f"{name}.jsonl"), read(GOLDEN / f"{name}.jsonl"))

@@ -1,4 +1,4 @@
-"""What decays; steps that are not finite change nothing; schedules and settings on going on."""
+"""What decays, what a gradient that is not finite leaves alone, and what schedules and settings are on going on."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import warnings
@@ -17,6 +18,7 @@ from packaging.version import Version
 from nemo_brain.host import versions
 from nemo_brain.host.versions import Package
 
+ROOT = Path(__file__).resolve().parents[2]
 CHECK = [sys.executable, "-m", "nemo_brain.host.versions"]
 
 
@@ -113,7 +115,7 @@ def test_the_check_of_a_container_fails_where_a_checkout_stands_before_the_insta
     core.mkdir(parents=True)
     (core / "__init__.py").write_text("raise AssertionError('imported')\n")
     (core / "package_info.py").write_text("__version__ = '0.15.0+dev'\n")
-    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{Path(versions.__file__).parents[2]}"}
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
     done = subprocess.run([*CHECK, *wanted], capture_output=True, text=True, env=environment)
     assert done.returncode == 1
     assert f"megatron-core 0.15.0 {core}/__init__.py" in done.stdout
@@ -125,7 +127,21 @@ def test_a_training_asks_before_it_imports_nemo(tmp_path):
     (tmp_path / "nemo").mkdir()
     (tmp_path / "nemo" / "__init__.py").write_text("raise AssertionError('imported')\n")
     (tmp_path / "nemo" / "package_info.py").write_text("__version__ = '3.0.0'\n")
-    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{Path(versions.__file__).parents[2]}"}
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
     code = "import nemo_brain.training.brain.run"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert done.returncode == 1 and "ImportError: nemo_toolkit 3.0.0" in done.stderr
+
+
+def test_containers_are_built_with_hosts_that_were_tried():
+    text = (ROOT / "Dockerfile").read_text()
+    (of_the_image,) = re.findall(r"HOST_PACKAGES:-(.*)}", text)
+    (over_an_image,) = re.findall(r'HOST_PACKAGES="(.+)"', text)
+    for wanted in (of_the_image, over_an_image):
+        requirements = [Requirement(word) for word in wanted.split()]
+        found = [package(it.name, str(it.specifier).removeprefix("==").replace("*", "0")) for it in requirements]
+        assert {package.name for package in found} == {"nemo_toolkit", "megatron-core"}
+        assert versions.unlike(found, requirements) == []
+        assert not any(package.broken or package.untried for package in found)
+    pinned = (ROOT / "constraints-cpu.txt").read_text().replace("nemo-toolkit", "nemo_toolkit")
+    assert all(f"\n{pin}\n" in pinned for pin in over_an_image.split())

@@ -7,7 +7,7 @@ import functools
 
 import pytest
 import torch
-from layouts import PP2, SP, TP2, VIRTUAL
+from layouts import PP2, SP, TP2, VIRTUAL, cases
 from parity import LEARNED, RUN, compare
 from ranks import run_ranks
 from toy_runs import recorded_run
@@ -64,7 +64,11 @@ def reference(*overrides: str) -> dict:
     return result
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+# One of each kind.
+KINDS = ("TP2", "PP2", "DP2", "DP2, distributed optimizer", "TP2, sequence parallel", "PP2, 2 virtual stages")
+
+
+@pytest.mark.parametrize("layout", cases(LAYOUTS, *KINDS))
 def test_layout_equals_one_process(layout):
     world_size, overrides = LAYOUTS[layout]
     compare(reference(*RUN), run_ranks(recorded_run, world_size, *RUN, *overrides))
