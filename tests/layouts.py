@@ -1,4 +1,4 @@
-"""Overrides of parallel layouts, the metrics that are times, and which cases other versions of the host have to pass."""
+"""Overrides of parallel layouts, what another host has to run, and the metrics that are times."""
 
 from __future__ import annotations
 
