@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from nemo_brain.core.groups import Group, Output
 from nemo_brain.data.prompts import split_holdout
-from nemo_brain.data.records import Source
+from nemo_brain.data.records import made_source
 from nemo_brain.data.stop import Stop
 
 
@@ -74,9 +74,9 @@ def read_examples(
         load: reads a source, as ``load_preferences`` and ``load_demonstrations`` do.
     """
 
-    def read(source: Source, key: str) -> list[T]:
+    def read(source: Any, key: str) -> list[T]:
         loaded = load(
-            source,
+            made_source(source, key),
             tokenizer=tokenizer,
             stop=stop,
             template=data.template,

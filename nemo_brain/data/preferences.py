@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,6 +85,29 @@ def load_preferences(
         pairs.append(Preference(Group(parsed, outputs), margin, conversation_of(prompt)))
         cut_prompts += parsed.truncated
     return ExampleSet(pairs, cut_prompts, cut_outputs)
+
+
+def prompts(source: Source) -> Iterator[dict[str, Any]]:
+    """The prompts of preference pairs, the chosen answers as their references: ``data.train._target_`` of BRAIn.
+
+    Args:
+        source: as in ``load_preferences``. Pairs that it refuses are left out, and prompts that come again.
+    """
+    seen = set()
+    for record in read_records(source, "source"):
+        try:
+            prompt, (chosen, _) = _split(record, chat=False, cut=True)
+        except ValueError:
+            continue
+        if (key := repr(prompt)) not in seen:
+            seen.add(key)
+            yield {"messages" if isinstance(prompt, list) else "prompt": prompt, "reference": chosen.strip()}
+
+
+def demonstrations(source: Source) -> Iterator[dict[str, Any]]:
+    """The same of textual pairs, as prompts with completions: ``data.train._target_`` of fine-tuning."""
+    for found in prompts(source):
+        yield {"prompt": found["prompt"], "completion": f" {found['reference']}"}
 
 
 def _split(record: Record, chat: bool, cut: bool) -> tuple[str | Conversation, list[str]]:

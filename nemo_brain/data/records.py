@@ -10,7 +10,9 @@ import zlib
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, BinaryIO, cast
+from typing import IO, Any, BinaryIO, cast
+
+from hydra.utils import instantiate
 
 from nemo_brain.core.packages import PREFIX, package_file
 
@@ -66,6 +68,17 @@ class Record:
                     f"use the model's tokenizer, or leave {name} out so that the text is tokenised",
                 )
         return value
+
+
+def made_source(source: Any, key: str) -> Any:
+    """A source as it is, or what the callable returns that a ``_target_`` names. ValueError: it failed."""
+    if not isinstance(source, Mapping):
+        return source
+    try:
+        return instantiate(source, _convert_="all")
+    except Exception as error:  # Hydra wraps what the target raises
+        cause = " ".join(str(error.__cause__ or error).split())
+        raise ValueError(f"{key}: _target_={source.get('_target_')} failed: {cause}") from error
 
 
 def read_records(source: Source, key: str) -> Iterator[Record]:

@@ -33,7 +33,7 @@ def wheel(tmp_path_factory) -> Path:
 def test_it_holds_every_file_of_the_package_and_the_configurations(wheel):
     files = {path.relative_to(ROOT) for path in (ROOT / "nemo_brain").rglob("*") if path.is_file()}
     wanted = {str(path) for path in files if "__pycache__" not in path.parts}
-    wanted |= {f"nemo_brain/conf/{path.name}" for path in (ROOT / "conf").glob("*.yaml")}
+    wanted |= {f"nemo_brain/{path.relative_to(ROOT)}" for path in (ROOT / "conf").rglob("*.yaml")}
     held = {name for name in zipfile.ZipFile(wheel).namelist() if not name.partition("/")[0].endswith(".dist-info")}
     assert held == wanted
 

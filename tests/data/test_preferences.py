@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nemo_brain.data.examples import split_conversations
-from nemo_brain.data.preferences import load_preferences
+from nemo_brain.data.preferences import demonstrations, load_preferences, prompts
 from nemo_brain.data.tokenizers import byte_tokenizer
 from nemo_brain.report.preferences import preference_metrics
 
@@ -353,3 +353,25 @@ def test_metrics_by_hand():
     assert [(b["pairs"], b["accuracy"]) for b in bins] == [(1, 0.5), (2, 0.5), (1, 1.0)]
     assert [b["confidence"] for b in bins] == pytest.approx([0.5, 0.8, 27 / 28])
     assert record["eval/calibration_error"] == pytest.approx((0 + 2 * 0.3 + 1 / 28) / 4)
+
+
+def test_prompts_and_demonstrations_of_pairs(tmp_path):
+    """What refuses to be a pair is left out, and so is a prompt that comes again."""
+    turn = "\n\nHuman: hi\n\nAssistant:"
+    lines = [
+        {"chosen": f"{turn} yes", "rejected": f"{turn} no"},
+        {"chosen": f"{turn} sure", "rejected": f"{turn} no"},
+        {"chosen": "a", "rejected": "b"},
+        {"prompt": "2+2?", "chosen": "4", "rejected": "5"},
+    ]
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert list(prompts(path)) == [{"prompt": turn, "reference": "yes"}, {"prompt": "2+2?", "reference": "4"}]
+    assert list(demonstrations(path)) == [
+        {"prompt": turn, "completion": " yes"},
+        {"prompt": "2+2?", "completion": " 4"},
+    ]
+    messages = [{"role": "user", "content": "hi"}]
+    answers = {name: [*messages, {"role": "assistant", "content": name}] for name in ("chosen", "rejected")}
+    path.write_text(json.dumps(answers) + "\n")
+    assert list(prompts(path)) == [{"messages": messages, "reference": "chosen"}]

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hydra.utils import instantiate
 from transformers import PreTrainedTokenizerFast
 
 from nemo_brain.config.brain import DataConfig
 from nemo_brain.config.evaluate import EvaluationDataConfig
 from nemo_brain.core.groups import Prompt, SampledGroup
 from nemo_brain.data.prompts import Prompts, load_prompts
+from nemo_brain.data.records import made_source
 from nemo_brain.data.rollouts import read_rollouts
 from nemo_brain.data.stop import Stop
 
@@ -76,14 +76,12 @@ def read_prompts(
     source: Any, key: str, data: DataConfig | EvaluationDataConfig, tokenizer: PreTrainedTokenizerFast
 ) -> Prompts:
     """The prompts of a file, of several, or of a target that Hydra makes. ValueError: as ``read_data``."""
-    if isinstance(source, Mapping):
-        try:
-            source = instantiate(source, _convert_="all")
-        except Exception as error:  # Hydra wraps what the target raises
-            cause = " ".join(str(error.__cause__ or error).split())
-            raise ValueError(f"{key}: _target_={source.get('_target_')} failed: {cause}") from error
     loaded = load_prompts(
-        source, key=key, tokenizer=tokenizer, template=data.template, max_prompt_tokens=data.max_prompt_tokens
+        made_source(source, key),
+        key=key,
+        tokenizer=tokenizer,
+        template=data.template,
+        max_prompt_tokens=data.max_prompt_tokens,
     )
     if loaded.truncated:
         some = "the first " if loaded.tokenised < len(loaded.prompts) else ""
