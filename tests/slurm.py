@@ -95,7 +95,8 @@ class Slurm:
         files = [f"--{name}-file={here}/munge.{name}" for name in ("key", "log", "pid", "seed")]
         self._start("munged", "--foreground", "--force", f"--socket={here}/munge.socket", *files)
         for holder in self._namespaces.values():
-            until(lambda: _network(holder.pid) != _network(os.getpid()), 10, lambda: "unshare did not")  # noqa: B023
+            until(lambda: _apart(holder.pid), 10, lambda: "no namespaces")  # noqa: B023
+        until((here / "munge.socket").exists, 10, self.log)
         first, second = (str(holder.pid) for holder in self._namespaces.values())
         cable = ["type", "veth", "peer", "cable0", "netns", second]
         subprocess.run(["ip", "link", "add", "cable0", "netns", first, *cable], check=True, env=self._environment)
@@ -124,6 +125,8 @@ class Slurm:
     def power_off(self, node: str) -> None:
         """Kills all that runs there."""
         holder = self._namespaces[node].pid
+        if not _apart(holder):
+            return  # it is this machine's own network still
         for pid in [int(name) for name in os.listdir("/proc") if name.isdecimal()]:
             with contextlib.suppress(OSError):
                 if pid != holder and _network(pid) == _network(holder):
@@ -157,6 +160,11 @@ class Slurm:
     def _start(self, *command: str) -> None:
         with (self._here / f"{len(self._daemons)}.log").open("w") as log:
             self._daemons.append(subprocess.Popen(command, env=self._environment, stdout=log, stderr=log))
+
+
+def _apart(pid: int) -> bool:
+    """Whether a process has a network of its own."""
+    return _network(pid) != _network(os.getpid())
 
 
 def _network(pid: int) -> int:
