@@ -1,4 +1,4 @@
-"""Overrides of parallel layouts, the metrics that are times, and which cases other versions of the host have to pass."""
+"""Overrides of parallel layouts, metrics that are times, and cases that other versions of the host have to pass too."""
 
 from __future__ import annotations
 
