@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import json
 import shutil
@@ -92,6 +93,8 @@ def read_command(words: Sequence[str]) -> None:
         assert all(f"\n{target}:" in (ROOT / "Makefile").read_text() for target in rest if "=" not in target), words
     elif program == "python" and rest[:2] == ["-m", "pytest"]:
         assert all((ROOT / word).exists() for word in rest if word.startswith("tests/")), words
+    elif program == "python" and rest[0] == "-m":
+        assert importlib.util.find_spec(rest[1]) is not None, words
     else:
         script = rest[0] if program == "python" else words[0]
         assert (ROOT / script).is_file(), f"{script}: nothing in the repository; say <!-- not run: ... --> before it"

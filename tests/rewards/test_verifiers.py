@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import textwrap
 import time
 from fractions import Fraction
 from pathlib import Path
@@ -101,10 +100,10 @@ def test_rewards_that_look_at_no_prompt_are_not_asked():
 
 def test_the_examples_of_the_page_can_be_made_and_all_verifiers_stand_in_its_table():
     section = PAGE.read_text().partition("## Verifiers")[2].partition("\n## ")[0]
-    examples = re.findall(r"(?m)^    reward:\n(?:    .+\n)+", section)
+    examples = re.findall(r"(?s)```yaml\n(reward:\n.*?)```", section)
     assert len(examples) == 5
     for example in examples:
-        reward = yaml.safe_load(textwrap.dedent(example))["reward"]
+        reward = yaml.safe_load(example)["reward"]
         make_reward(given_arguments(reward))
     for name in (REGEX, NUMBER, BOXED, SCHEMA, LENGTH, REPETITION, f"{ROOM}.code.CodeReward"):
         assert f"| `{name.removeprefix(ROOM + '.')}` |" in section

@@ -110,7 +110,7 @@ class CodeReward(Verifier):
             raise ValueError(
                 f"no sandbox can be made on this machine ({error}): allow this process user namespaces or "
                 "CAP_SYS_ADMIN (docker run --cap-add SYS_ADMIN, or a seccomp profile with unshare, mount, pivot_root), "
-                "serve the reward from a machine that has them (examples/serve_reward.py), or give up the isolation "
+                "serve the reward from a machine that has them (nemo-brain serve-reward), or give up the isolation "
                 "from network and files with reward.isolation=none"
             ) from error
         if done.output != b"42\n":
