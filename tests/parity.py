@@ -24,10 +24,10 @@ RUN = (
 )
 
 
-def compare(expected: dict, ranks: list[dict]) -> None:
+def compare(expected: dict, ranks: list[dict], records: int = 8) -> None:
     actual = ranks[0]
     assert texts(actual["samples"]) == texts(expected["samples"])
-    assert len(actual["metrics"]) == len(expected["metrics"]) == 8
+    assert len(actual["metrics"]) == len(expected["metrics"]) == records
     for ours, theirs in zip(actual["metrics"], expected["metrics"], strict=True):
         # The layouts differ in how many positions they compute, and the gap is rounding error itself.
         for name in theirs.keys() - {"tokens", "proposal_gap"}:

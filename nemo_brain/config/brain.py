@@ -109,8 +109,11 @@ class RolloutConfig:
         among={
             "always": "the policy as it stands at each iteration",
             "never": "the start model: for dpo_sft, dpo, ipo, hinge, slic, rpo, infonca, nca",
+            "kl_adaptive": "GDC's: the start model, then the policy of an earlier iteration, until the policy as it "
+            "stands is nearer to the target by an estimate of both KLs; a third set of weights",
         },
     )
+    refresh_every: int = key(1, "kl_adaptive: iterations from one such question to the next", at_least=1)
     rescore_proposal: bool = key(True, "log q' by the training kernels rather than the sampler's")
     rows_in_flight: int = key(256, "outputs sampled at a time by each data-parallel rank", at_least=1, resumable=True)
     save: bool = key(False, "rollouts.jsonl, which data.rollouts reads", resumable=True)
@@ -206,6 +209,7 @@ def check(cfg: DictConfig) -> Config:
     _check_group_size(config.rollout, objective_class(config.objective).smallest_group)
     check_common(config)
     _check_adapters(config.model, config.prior)
+    _check_refresh(config.rollout, config.model, config.prior)
     _check_truncation(config.rollout)
     if config.rollout.remote is not None:
         _check_remote(config.rollout.remote, config.rollout, config.trainer)
@@ -244,6 +248,21 @@ def _check_adapters(model: PolicyConfig, prior: PriorConfig) -> None:
         raise ValueError("model.export_to and model.export_adapter_to are one directory: name two")
 
 
+def _check_refresh(rollout: RolloutConfig, model: PolicyConfig, prior: PriorConfig) -> None:
+    if rollout.refresh != "kl_adaptive":
+        return
+    if model.peft is not None or prior.placement != "resident":
+        raise ValueError(
+            "rollout.refresh=kl_adaptive keeps the proposal as a third set of weights beside policy and prior: it "
+            "needs prior.placement=resident and model.peft=null"
+        )
+    if not rollout.rescore_proposal:
+        raise ValueError(
+            "rollout.refresh=kl_adaptive compares log-probs of policy and proposal by the same kernels: set "
+            "rollout.rescore_proposal=true"
+        )
+
+
 def _truncates(rollout: RolloutConfig) -> bool:
     return rollout.top_k > 0 or rollout.top_p < 1
 
@@ -280,6 +299,11 @@ def _check_remote(remote: RemoteConfig, rollout: RolloutConfig, trainer: Trainer
         raise ValueError(
             f"{name}.export_to (where each iteration's policy is written) and {name}.reload (how the server loads it) "
             "go together: set both, or neither"
+        )
+    if rollout.refresh == "kl_adaptive":
+        raise ValueError(
+            "rollout.refresh=kl_adaptive keeps its proposal on the training ranks, which sample from it: set "
+            f"{name}=null"
         )
     if rollout.refresh == "never" and remote.reload is not None:
         raise ValueError(

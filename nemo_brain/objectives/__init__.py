@@ -1,6 +1,13 @@
 """Objectives on groups of outputs: what plug-ins and callers use; each objective has a file of its own."""
 
-from nemo_brain.objectives.base import LogWeights, Objective, ObjectiveInputs, ObjectiveOutput, coefficients
+from nemo_brain.objectives.base import (
+    LogWeights,
+    Objective,
+    ObjectiveInputs,
+    ObjectiveOutput,
+    coefficients,
+    target_divergences,
+)
 from nemo_brain.objectives.brain import Brain
 from nemo_brain.objectives.dpg import DPG, SNIS, GDCPlusPlus
 from nemo_brain.objectives.dpo_sft import DPOSft
@@ -40,4 +47,5 @@ __all__ = [
     "coefficients",
     "make_objective",
     "register",
+    "target_divergences",
 ]

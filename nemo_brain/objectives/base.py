@@ -296,6 +296,27 @@ def kl_divergence(log_alpha_hat_GN: torch.Tensor, log_beta_hat_GN: torch.Tensor)
     return kl_G + (-kl_G.detach()).clamp_min(0.0)
 
 
+def target_divergences(
+    alpha_GN: torch.Tensor, log_ratios_GN: torch.Tensor, mask_GN: torch.Tensor
+) -> tuple[float, float]:
+    """Estimates of KL(target || proposal) and of KL(target || policy) in nats, means over the groups.
+
+    By self-normalised importance weights: E_target[f] is sum alpha_hat f, and target / proposal is n alpha_hat.
+
+    Args:
+        alpha_GN: the target's self-normalised weights against the proposal.
+        log_ratios_GN: log q - log q'.
+        mask_GN: bool, the outputs that count; a group without any is left out.
+    """
+    counted_G = mask_GN.sum(-1) > 0
+    alpha_GN, mask_GN = alpha_GN[counted_G].double(), mask_GN[counted_G]
+    if not len(alpha_GN):
+        return math.nan, math.nan
+    excess_G = torch.special.xlogy(alpha_GN, alpha_GN).sum(-1) + mask_GN.sum(-1).double().log()
+    gained_G = (alpha_GN * log_ratios_GN[counted_G].double().masked_fill(~mask_GN, 0.0)).sum(-1)
+    return excess_G.mean().item(), (excess_G - gained_G).mean().item()
+
+
 def effective_sample_size(weights_GN: torch.Tensor) -> torch.Tensor:
     """1 / sum w^2 [G] of normalised weights; 0 where all are zero."""
     squares_G = weights_GN.square().sum(-1)

@@ -65,8 +65,9 @@ def written(kind: str, directory: Path, *overrides: str) -> dict[str, set[str]]:
 def test_the_page_names_what_a_training_writes_and_nothing_else(kind, tmp_path):
     (found,) = run_ranks(written, 1, kind, tmp_path)
     if kind == "brain":  # in place of another
-        (more,) = run_ranks(written, 1, kind, tmp_path / "never", "rollout.refresh=never")
-        found["iteration"] |= more["iteration"]
+        for refresh in ("never", "kl_adaptive"):
+            (more,) = run_ranks(written, 1, kind, tmp_path / refresh, f"rollout.refresh={refresh}")
+            found["iteration"] |= more["iteration"]
     expected = told(SECTIONS[kind])
     expected["step"] |= told("Every step")["step"]
     assert {kind: sorted(names) for kind, names in found.items()} == {k: sorted(n) for k, n in expected.items()}

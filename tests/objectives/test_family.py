@@ -14,7 +14,7 @@ import pytest
 import torch
 from scipy import stats
 
-from nemo_brain.objectives import make_objective
+from nemo_brain.objectives import make_objective, target_divergences
 
 NAMES = ("policy_logprobs_GN", "prior_logprobs_GN", "proposal_logprobs_GN", "rewards_GN")
 CLOSE = {"rtol": 1e-11, "atol": 1e-12}  # roundings of float64 log-probs of 40 nats
@@ -602,3 +602,24 @@ def test_a_hinge_ends_where_every_pair_has_its_margin(world, name, options, marg
     gained_K = ratio_K if margin else ratio_K + prior_K
     # The loss of a pair is what it lacks, weighted with its probability, at least 1e-5 here.
     assert (gained_K[rewards_K.argsort()].diff() > (margin or 1.5) - 0.1).all()
+
+
+def test_divergences_of_the_target_are_estimated_by_its_weights(world):
+    """From all outputs as a group, each once, from a uniform proposal they are exact."""
+    prior_K, rewards_K = world
+    uniform_K = torch.full((6,), -math.log(6), dtype=torch.float64)
+    target_K, policy_K = ((prior_K + scale * rewards_K).log_softmax(-1) for scale in (1 / 0.7, 0.5))
+    out = make_objective("brain", gamma=0.7)(
+        policy_K[None],
+        prior_logprobs_GN=prior_K[None],
+        proposal_logprobs_GN=uniform_K[None],
+        rewards_GN=rewards_K[None],
+    )
+    found = target_divergences(out.alpha_GN, (policy_K - uniform_K)[None], torch.ones(1, 6, dtype=torch.bool))
+    exact = [(target_K.exp() * (target_K - other_K)).sum().item() for other_K in (uniform_K, policy_K)]
+    assert found == pytest.approx(exact)
+    # A group whose outputs are all masked says nothing; masked outputs of others are left out.
+    mask_GN = torch.tensor([[True] * 6, [False] * 6])
+    alpha_GN = torch.cat([out.alpha_GN, torch.zeros(1, 6)])
+    ratios_GN = torch.cat([(policy_K - uniform_K)[None], torch.full((1, 6), math.nan)])
+    assert target_divergences(alpha_GN, ratios_GN, mask_GN) == pytest.approx(exact)

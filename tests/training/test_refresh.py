@@ -1,5 +1,5 @@
-"""Proposals that are not refreshed: the start model samples, its log-probs are the proposal's, in every layout and
-wherever the prior is."""
+"""Proposals that are not refreshed at each iteration: the start model's, or the policy's of an earlier iteration; their
+log-probs are the proposal's, in every layout, wherever the prior is, and after a resume."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import resumed_runs
-from layouts import PP2, TP2
+from layouts import PP2, TP2, VIRTUAL
 from parity import RUN, compare
 from ranks import run_ranks
 from small_runs import records, train
@@ -96,12 +96,68 @@ def test_a_run_that_goes_on_is_the_undisturbed_one(tmp_path, step):
     assert resumed_runs.written(tmp_path) == files
 
 
+ADAPTIVE = ("rollout.refresh=kl_adaptive", "objective.name=gdc++", "rollout.outputs_per_prompt=8")
+
+
+@pytest.fixture(scope="module")
+def adaptive(tmp_path_factory) -> Path:
+    run_dir = tmp_path_factory.mktemp("adaptive")
+    train(run_dir, "trainer.max_iterations=6", "rollout.save=true", *ADAPTIVE)
+    return run_dir
+
+
+def test_the_proposal_is_refreshed_where_the_policy_is_nearer_to_the_target(adaptive):
+    """What it then is, its log-probs say: on the outputs of an iteration they are the policy's of the one before, where
+    that was nearer, and the prior's before the first time."""
+    groups = [json.loads(line) for line in (adaptive / "rollouts.jsonl").read_text().splitlines()]
+    iterations = records(adaptive, "iteration")
+    nearer = [record["kl_target_policy"] < record["kl_target_proposal"] for record in iterations]
+    assert not nearer[0] and any(nearer[1:]), "the policy is the prior at first"
+    assert iterations[0]["kl_target_policy"] == iterations[0]["kl_target_proposal"] > 0
+    moved = False
+    for iteration, record in enumerate(iterations):
+        scored = [o for g in groups if g["iteration"] == iteration for o in g["outputs"]]
+        of_prior = [o["proposal_logprob"] == pytest.approx(o["prior_logprob"], abs=1e-4) for o in scored]
+        assert all(of_prior) if not moved else not all(of_prior)
+        assert record["proposal_gap"] < 1e-4  # rescored by the very weights that sampled
+        moved = moved or nearer[iteration]
+
+
+def test_where_it_is_asked_less_often_it_changes_less_often(adaptive, tmp_path):
+    train(tmp_path, "trainer.max_iterations=6", *ADAPTIVE, "rollout.refresh_every=4")
+    asked = ["kl_target_policy" in record for record in records(tmp_path, "iteration")]
+    assert asked == [True, False, False, False, True, False]
+
+
+@pytest.mark.parametrize("layout", [[TP2], [PP2], [PP2, VIRTUAL], []], ids=["TP2", "PP2", "PP2, virtual stages", "DP2"])
+def test_an_adaptive_proposal_is_the_same_in_every_layout(layout):
+    # Four iterations, so that a refreshed one samples.
+    several = (*RUN, *ADAPTIVE, "rollout.prompts_per_iteration=4", "trainer.max_iterations=4")
+    one, two = (run_ranks(recorded_run, ranks, *several, *(layout * (ranks - 1))) for ranks in (1, 2))
+    compare(one[0], two, records=11)
+
+
+@pytest.mark.parametrize("step, other", [(7, []), (9, []), (9, [TP2])], ids=["in 7", "in 9", "in 9, on as TP2"])
+def test_an_adaptive_run_that_goes_on_has_the_proposal_that_it_had(tmp_path, step, other):
+    options = (*ADAPTIVE, "optim.sched=null", "optim.lr=1e-3", "seed=2")
+    expected, _ = resumed_runs.undisturbed(*options)
+    kinds = [r for r in expected if r["kind"] == "iteration"]
+    assert kinds[1]["kl_target_policy"] < kinds[1]["kl_target_proposal"], "the third iteration has another proposal"
+    assert run_ranks(resumed_runs.train, 1, str(tmp_path), *options, stop_after=step) == ["signal SIGTERM"]
+    ranks = 1 + len(other)
+    assert run_ranks(resumed_runs.train, ranks, str(tmp_path), *options, *other) == ["finished"] * ranks
+    resumed_runs.compare(tmp_path, expected, tolerance=1e-5 if other else 0)
+
+
 REMOTE = "rollout.remote={url: 'http://127.0.0.1:1', model: policy%s}"
 
 
 @pytest.mark.parametrize(
     "overrides, message",
     [
+        (["rollout.refresh=kl_adaptive", "prior.placement=offload"], "it needs prior.placement=resident"),
+        (["rollout.refresh=kl_adaptive", "rollout.rescore_proposal=false"], "set rollout.rescore_proposal=true"),
+        (["rollout.refresh=kl_adaptive", REMOTE % ""], r"set rollout\.remote=null"),
         (["rollout.refresh=sometimes"], "rollout.refresh must be .*always.*never"),
         (
             ["rollout.refresh=never", "data.train=null", "data.rollouts=x.jsonl"],

@@ -19,7 +19,7 @@ from nemo_brain.data.order import prompts_of_iteration, shuffled, visits
 from nemo_brain.data.rollouts import write_rollout
 from nemo_brain.data.stop import Stop
 from nemo_brain.durability.guards import nonfinite_rewards, warn_of_collapse, write_groups
-from nemo_brain.objectives import Objective
+from nemo_brain.objectives import Objective, target_divergences
 from nemo_brain.report.evaluate import evaluate, rollout_metrics
 from nemo_brain.report.progress import progress
 from nemo_brain.report.run_dir import writing
@@ -129,7 +129,20 @@ class BRAInLoop:
         if self.offline:
             self._remember(iteration, scored)
         self.frame.state.record = {**record, **self._record(iteration, scored, gap), "train_seconds": 0.0}
+        if self.config.rollout.refresh == "kl_adaptive" and iteration % self.config.rollout.refresh_every == 0:
+            self._refresh_proposal(iteration, scored)
         return scored
+
+    def _refresh_proposal(self, iteration: int, groups: Sequence[ScoredGroup]) -> None:
+        """q' <- q for the outputs to come, where by these the policy is nearer to the target than the proposal is."""
+        scores = Scores.of(groups, keep_truncated=self.config.rollout.truncated == "keep")
+        policy_GN = output_matrix(groups, "policy_logprobs")
+        out = self.objective(policy_GN, **vars(scores))
+        proposal, policy = target_divergences(out.alpha_GN, policy_GN - scores.proposal_logprobs_GN, scores.mask_GN)
+        self.frame.state.record |= {"kl_target_proposal": proposal, "kl_target_policy": policy}
+        if policy < proposal:
+            self.worker.strategy.refresh_proposal()
+            self.frame.state.refreshed = iteration
 
     def _batches(self, iteration: int, groups: Sequence[ScoredGroup]) -> Iterator[tuple[TrainStep, bool]]:
         """The batches of the iteration's steps that are still to be made, and whether each is its last."""

@@ -5,11 +5,16 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from megatron.core import dist_checkpointing
 
 from nemo_brain.model.lora import switched_off
+from nemo_brain.model.parameters import unwrap
+
+_PROPOSAL = "proposal."  # what precedes its tensors in a checkpoint
 
 
 class Prior(Protocol):
@@ -29,6 +34,26 @@ class ResidentPrior:
     def chunks(self, policy: Sequence[torch.nn.Module]) -> Iterator[Sequence[torch.nn.Module]]:
         """The chunks to score with."""
         yield self._chunks
+
+    @torch.no_grad()
+    def take(self, policy: Sequence[torch.nn.Module]) -> None:
+        """Takes the policy's weights: it is a proposal then, and no prior."""
+        for mine, theirs in zip(self._chunks, policy, strict=True):
+            pairs = zip(unwrap(mine).parameters(), unwrap(theirs).parameters(), strict=True)
+            for own, parameter in pairs:
+                own.copy_(parameter)
+
+    def sharded_state(self) -> dict[str, Any]:
+        """Its tensors, chunk by chunk, as Megatron's distributed checkpoints have them, apart from the policy's."""
+        chunks = [unwrap(chunk) for chunk in self._chunks]
+        return {str(number): chunk.sharded_state_dict(prefix=_PROPOSAL) for number, chunk in enumerate(chunks)}
+
+    def load(self, weights: Path) -> None:
+        """Takes what ``sharded_state`` gave a checkpoint. A collective of all ranks."""
+        found = dist_checkpointing.load({"proposal": self.sharded_state()}, str(weights))["proposal"]
+        for number, chunk in enumerate(self._chunks):
+            state = {name.removeprefix(_PROPOSAL): value for name, value in found[str(number)].items()}
+            unwrap(chunk).load_state_dict(state)
 
 
 class OffloadedPrior:

@@ -92,7 +92,7 @@ class RolloutWorker:
         seed: of the draws.
         run_dir: where the groups of an iteration go that fails.
         skip_nonfinite: rewards that are not finite are taken.
-        from_prior: the proposal is the prior (``rollout.refresh=never``), not the policy.
+        refresh: what the proposal is, see ``rollout.refresh``.
     """
 
     def __init__(
@@ -106,7 +106,7 @@ class RolloutWorker:
         seed: int,
         run_dir: Path,
         skip_nonfinite: bool,
-        from_prior: bool = False,
+        refresh: str = "always",
     ):
         self.strategy = strategy
         self.reward_model: Any = reward  # which of the two it is, says ``collective``
@@ -116,7 +116,7 @@ class RolloutWorker:
         self._seed = seed
         self._run_dir = run_dir
         self._skip_nonfinite = skip_nonfinite
-        self._from_prior = from_prior
+        self._refresh = refresh
         self._collective = getattr(reward, "collective", False)
 
     def setup(self) -> None:
@@ -150,7 +150,7 @@ class RolloutWorker:
             ValueError, OSError: the inference server did not take it; on every rank.
             Interrupted: the run was asked to end; on every rank.
         """
-        if self.remote is not None and not self._from_prior:
+        if self.remote is not None and self._refresh == "always":
             self.remote.refresh(self.strategy, step, options, self.interruption)
 
     def sample(self, prompts: Sequence[Prompt], options: SamplingOptions, iteration: int, description: str) -> Sampling:
@@ -227,10 +227,10 @@ class RolloutWorker:
             The scored groups, and with ``temperature`` the mean over outputs of |log q' - the sampler's log q'|.
         """
         wanted = () if temperature is None else (1.0,) if temperature == 1.0 else (1.0, temperature)
-        # The prior's own outputs are rescored by the prior, those of the policy by the policy.
-        by_prior = self._from_prior and not validation and not untrained
-        of_policy: tuple[float, ...] = (1.0,) if by_prior else wanted
-        of_prior: tuple[float, ...] = wanted if by_prior and wanted else (1.0,)
+        # Outputs are rescored by what they were sampled from.
+        by = self._sampled_by(validation, untrained)
+        of_policy: tuple[float, ...] = wanted if by == "policy" else (1.0,)
+        of_prior: tuple[float, ...] = wanted if by == "prior" and wanted else (1.0,)
         if not of_policy and any(group.policy_logprobs is None for group in groups):
             of_policy = (1.0,)
         # The prior does not change: what it has scored once, a server's outputs or groups that come again, it has not
@@ -238,7 +238,8 @@ class RolloutWorker:
         prior: Any = [group.prior_logprobs if of_prior == (1.0,) else None for group in groups]
         same = untrained and len(of_policy) > 0
         unknown = [] if same else [group for group, known in zip(groups, prior, strict=True) if known is None]
-        positions = sum(map(self._positions, groups if of_policy else ())) + sum(map(self._positions, unknown))
+        own = groups if by == "proposal" and wanted else []
+        positions = sum(map(self._positions, [*(groups if of_policy else ()), *unknown, *own]))
         with progress(positions // self._replicas.size(), "scoring", "tokens") as bar:
             policy_EGN: Any = None
             prior_EGN: Any = None
@@ -247,6 +248,9 @@ class RolloutWorker:
             if unknown:
                 with self.strategy.prior() as logprobs:
                     prior_EGN = logprobs(unknown, bar.update, of_prior)
+            if own:
+                with self.strategy.proposal() as logprobs:
+                    own_EGN = logprobs(groups, bar.update, wanted[-1:])
         policy: Any = (
             [group.policy_logprobs for group in groups] if policy_EGN is None else _rows(groups, policy_EGN[0])
         )
@@ -256,10 +260,10 @@ class RolloutWorker:
             found = iter(_rows(unknown, prior_EGN[0]))
             prior = [known or next(found) for known in prior]
         proposal = [group.proposal_logprobs or log_p for group, log_p in zip(groups, prior, strict=True)]
-        if wanted and by_prior:
+        if wanted and by == "prior":
             proposal = prior if of_prior == (1.0,) else _rows(groups, prior_EGN[-1])
         elif wanted:
-            proposal = _rows(groups, policy_EGN[-1])
+            proposal = _rows(groups, policy_EGN[-1] if by == "policy" else own_EGN[-1])
         scored = [
             ScoredGroup(
                 group.prompt,
@@ -273,15 +277,21 @@ class RolloutWorker:
         ]
         return scored, _gap(groups, scored) if wanted else None
 
+    def _sampled_by(self, validation: bool, untrained: bool) -> str:
+        """Whose outputs they are: the ``policy``'s, the ``prior``'s, or those of the ``proposal``'s own weights."""
+        if validation or untrained or self._refresh == "always":
+            return "policy"
+        return "proposal" if self.strategy.proposal_moved else "prior"
+
     def _sampled(
         self, share: Any, options: SamplingOptions, iteration: int, on_outputs: Callable[[int], None]
     ) -> Iterator[tuple[int, Any]]:
         arguments = (share, options, self._seed, iteration, on_outputs, self._stop)
         proposal = iteration != VALIDATION
-        if self.remote is not None and (proposal or not self._from_prior):
+        if self.remote is not None and (proposal or self._refresh == "always"):
             return self.remote.sample(self.strategy, *arguments)
-        if self._from_prior and proposal:
-            return self.strategy.sample_prior(*arguments)
+        if proposal and self._refresh != "always":
+            return self.strategy.sample_frozen(*arguments)
         return self.strategy.sample(*arguments)
 
     def _stop(self) -> bool:

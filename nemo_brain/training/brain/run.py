@@ -90,6 +90,7 @@ def _parts(config: Config) -> Parts[BRAInGPTModel, BRAInState]:
         make_ddp(config.ddp, config.optim),
         config.seed,
         prior_placement=config.prior.placement,
+        own_proposal=config.rollout.refresh == "kl_adaptive",
     )
     data = read_data(
         config.data,
@@ -123,7 +124,7 @@ def _parts(config: Config) -> Parts[BRAInGPTModel, BRAInState]:
             seed=config.seed,
             run_dir=frame.run_dir,
             skip_nonfinite=config.train.on_nonfinite == "skip",
-            from_prior=config.rollout.refresh == "never",
+            refresh=config.rollout.refresh,
         )
         return BRAInLoop(config, frame, worker, objective, data, stop)
 

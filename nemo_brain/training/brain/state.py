@@ -15,7 +15,8 @@ from nemo_brain.training.frame import State
 class BRAInState(State):
     """rollout: the scored groups of the iteration under way, with its record so far; [] between iterations. start: the
     start model's held-out groups, and what the prompts' reference answers earn. validated: iterations before the last
-    validation. objective: its own state is part of the run's."""
+    validation. refreshed: the iteration whose policy a kl_adaptive proposal is; 0: the start model. objective: its own
+    state is part of the run's."""
 
     objective: Objective = field(kw_only=True)
     rollout: list[ScoredGroup] = field(default_factory=list)
@@ -23,6 +24,7 @@ class BRAInState(State):
     start: list[ScoredGroup] = field(default_factory=list)
     reference_rewards: list[float | None] | None = None
     validated: int = 0
+    refreshed: int = 0
 
     def as_json(self) -> dict[str, Any]:
         groups = {"rollout": as_json(self.rollout), "start": as_json(self.start)}

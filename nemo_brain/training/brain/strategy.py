@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ import lightning.pytorch as pl
 import torch
 
 from nemo_brain.core.groups import Group, Prompt, SampledGroup, ScoredGroup
+from nemo_brain.durability.checkpoint import read_json
 from nemo_brain.sampling.sampler import SamplingOptions
 from nemo_brain.training.brain.passes import BRAInPasses, Scores, StepResult
 from nemo_brain.training.brain.prior import AdapterOffPrior, OffloadedPrior, Prior, ResidentPrior
@@ -33,12 +35,16 @@ class BRAInStrategy(PackedStrategy):
 
     Args:
         prior_placement: ``resident``, ``offload`` or, for a model with adapters, ``adapter_off``: see ``prior``.
+        own_proposal: the proposal has weights of its own, beside a resident prior; at first they are the prior's.
         **options: PackedStrategy's own.
     """
 
-    def __init__(self, *, prior_placement: str, **options: Any):
+    def __init__(self, *, prior_placement: str, own_proposal: bool = False, **options: Any):
         super().__init__(**options)
         self._prior_placement = prior_placement
+        self._own_proposal = own_proposal
+        self._proposal: ResidentPrior | None = None
+        self.proposal_moved = False
         self._passes: BRAInPasses | None = None
         self._prior: Prior | None = None
 
@@ -53,6 +59,8 @@ class BRAInStrategy(PackedStrategy):
             self._prior = OffloadedPrior(self.chunks)
         else:
             self._prior = ResidentPrior(self.build_frozen_chunks(model.config, model.weights))
+        if self._own_proposal:
+            self._proposal = ResidentPrior(self.build_frozen_chunks(model.config, model.weights))
 
     @property
     def passes(self) -> BRAInPasses:
@@ -69,24 +77,59 @@ class BRAInStrategy(PackedStrategy):
         """log q of the policy as it stands, by the training kernels: [E, G, N], the same on every rank."""
         return self.passes.logprobs(self.chunks, groups, temperatures, on_tokens)
 
+    def refresh_proposal(self) -> None:
+        """From now on the proposal's own weights are the policy's as they stand."""
+        assert self._proposal is not None
+        self.wait_for_param_gather()
+        self._proposal.take(self.chunks)
+        self.proposal_moved = True
+
+    @contextlib.contextmanager
+    def proposal(self) -> Iterator[Callable[..., torch.Tensor]]:
+        """As ``prior``, of the proposal's own weights."""
+        assert self._proposal is not None
+        with self._proposal.chunks(self.chunks) as chunks:
+            yield functools.partial(self._frozen_logprobs, chunks, False)
+
     @contextlib.contextmanager
     def prior(self, alone: bool = False) -> Iterator[Callable[..., torch.Tensor]]:
         """While the context lasts: ``f(groups, on_tokens, temperatures)`` is log p by the training kernels, [E, G, N],
         at temperature 1 unless others are given; the same on every rank, or with ``alone`` on those of this
         model-parallel group, whose own groups they are."""
         with self._prior_chunks() as chunks:
-            yield lambda groups, on_tokens, temperatures=(1.0,): self.passes.logprobs(
-                chunks, groups, temperatures, on_tokens, alone
-            )
+            yield functools.partial(self._frozen_logprobs, chunks, alone)
 
-    def sample_prior(
+    def _frozen_logprobs(
+        self, chunks: Any, alone: bool, groups: Any, on_tokens: Any, temperatures: tuple[float, ...] = (1.0,)
+    ) -> torch.Tensor:
+        return self.passes.logprobs(chunks, groups, temperatures, on_tokens, alone)
+
+    def sample_frozen(
         self, prompts: Sequence[Prompt], options: SamplingOptions, *arguments: Any
     ) -> Iterator[tuple[int, SampledGroup]]:
-        """As ``sample``, from the prior."""
-        with self._prior_chunks() as chunks:
+        """As ``sample``, from the proposal's own weights, or where there are none from the prior."""
+        frozen = self._prior_chunks() if self._proposal is None else self._proposal.chunks(self.chunks)
+        with frozen as chunks:
             yield from self.sampler(chunks, options).sample(prompts, *arguments)
 
     def _prior_chunks(self) -> AbstractContextManager[Sequence[torch.nn.Module]]:
         assert self._prior is not None, "the strategy has not been set up"
         self.wait_for_param_gather()
         return self._prior.chunks(self.chunks)
+
+    # Checkpoints: the proposal's own weights are a part of them, once they are not the prior's any more.
+
+    def save_checkpoint(self, checkpoint: dict, *args: Any, **kwargs: Any) -> None:
+        """NeMo's, with the proposal."""
+        if self._proposal is not None and self.proposal_moved:
+            checkpoint["proposal"] = self._proposal.sharded_state()
+        super().save_checkpoint(checkpoint, *args, **kwargs)
+
+    def load_checkpoint(self, checkpoint_path: Any, selective_restore: bool = False) -> dict:
+        """PackedStrategy's, with the proposal."""
+        checkpoint = super().load_checkpoint(checkpoint_path, selective_restore)
+        path = self.resumed_from
+        if self._proposal is not None and path is not None and read_json(path / "state.json")["state"]["refreshed"]:
+            self._proposal.load(path / "weights")
+            self.proposal_moved = True
+        return checkpoint
