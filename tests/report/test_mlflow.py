@@ -133,11 +133,11 @@ def server(tmp_path, client):
 
 def test_a_server_gets_it_while_the_training_goes_on(tmp_path, server):
     logger = logger_of(tmp_path, server.uri)
-    server.delay = 0.2
+    server.delay = 0.5
     started = time.monotonic()
     for step in range(5):
         logger.log_metrics({"loss": 1.0}, step)
-    assert time.monotonic() - started < 0.2
+    assert time.monotonic() - started < 2  # less than the server takes
     logger.finish("finished")
     assert [batch["metrics"][0]["step"] for batch in server.batches] == [0, 1, 2, 3, 4]
 
@@ -146,7 +146,7 @@ def test_a_server_that_is_not_there_is_an_error_before_the_training(tmp_path, cl
     started = time.monotonic()
     with pytest.raises(ValueError, match=r"logger\.mlflow: http://127\.0\.0\.1:9 cannot be logged to .*mlflow=null"):
         logger_of(tmp_path, "http://127.0.0.1:9")
-    assert time.monotonic() - started < 30
+    assert time.monotonic() - started < 60
     assert not (tmp_path / ours.RUN_FILE).exists()
 
 
@@ -159,7 +159,7 @@ def test_a_server_that_goes_away_is_a_warning_and_keeps_nobody_waiting(tmp_path,
         for step in range(5):
             writer.write("step", step, {"loss": 1.0})
         writer.finish("finished")
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 20
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 5
 
 

@@ -30,7 +30,7 @@ PR_CAPBSET_DROP, CAP_SYS_ADMIN = 24, 21
 
 
 def made(**arguments):
-    return make_reward({**TARGET, "wall_seconds": 4.0, "cpu_seconds": 1, **arguments})
+    return make_reward({**TARGET, "wall_seconds": 15.0, "cpu_seconds": 1, **arguments})
 
 
 def fenced(program: str) -> str:
@@ -137,9 +137,9 @@ def test_programs_run_side_by_side():
     """Each sleeps; their scores are in their order."""
     reward = made(workers=8)
     started = time.monotonic()
-    programs = [f"import time\ntime.sleep(1)\ndef f(x):\n    return {1 + index % 2}" for index in range(8)]
+    programs = [f"import time\ntime.sleep(3)\ndef f(x):\n    return {1 + index % 2}" for index in range(8)]
     assert score(reward, programs, ["assert f(0) == 1"]) == [1.0, 0.0] * 4
-    assert time.monotonic() - started < 6  # one after another they take 8
+    assert time.monotonic() - started < 20  # one after another they take 24
 
 
 def test_a_program_gives_the_same_each_time(sandbox):
@@ -178,7 +178,7 @@ FORGERIES = {
 def test_a_program_passes_no_assertion_that(sandbox, what):
     started = time.monotonic()
     assert score(sandbox, [FORGERIES[what]], NEXT) == [0.0]
-    assert time.monotonic() - started < 8
+    assert time.monotonic() - started < 60
 
 
 def test_it_passes_no_input_either(sandbox):
