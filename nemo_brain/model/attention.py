@@ -1,7 +1,7 @@
 """Attention over packed rows of groups.
 
-Shapes: S positions of a row, P of a prefix, N outputs of a group, H query heads and K key-value heads of this tensor-parallel rank, D
-head width.
+Shapes: S positions of a row, P of a prefix, N outputs of a group, H query heads and K key-value heads of this
+tensor-parallel rank, D head width.
 
 ``GroupAttention`` is the core attention of every layer. What a row looks like reaches it through Megatron's
 ``attention_mask`` argument: the row's ``layout`` tensor in training and scoring (see groups.py; a tensor, so that it
@@ -78,7 +78,7 @@ def _cascade(
     grouped = q_HSD.shape[0] != k_KSD.shape[0]
     sdpa: Any = functools.partial(scaled_dot_product_attention, scale=scale, enable_gqa=grouped)
     outs = []
-    # Split at once: the parts' gradients then are put together at once, where each slice's would be added to all others.
+    # Split at once, so that the parts' gradients are put together at once: those of slices would be added one by one.
     sizes = [size for _, prefix, segments in blocks for size in (prefix, sum(segments))]
     parts = zip(*(tensor.split(sizes, dim=1) for tensor in (q_HSD, k_KSD, v_KSD)), strict=True)
     for _, prefix, segments in blocks:

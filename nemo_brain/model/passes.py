@@ -118,7 +118,9 @@ class GroupPasses:
         stages = parallel_state.get_pipeline_model_parallel_group()
         if parallel_state.is_pipeline_last_stage(ignore_virtual=True):
             members = [chunk for batch in _mine(planned) for chunk in batch]
-            places = torch.tensor([chunk.group * outputs + i for chunk in members for i in chunk.outputs], dtype=torch.long)
+            places = torch.tensor(
+                [chunk.group * outputs + i for chunk in members for i in chunk.outputs], dtype=torch.long
+            )
             # All at once, and without waiting for them.
             places = places.to(self.device, non_blocking=True)
             matrix_EGN.flatten(1).index_copy_(1, places, torch.cat(list(results), dim=1))

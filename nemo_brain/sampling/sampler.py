@@ -32,6 +32,7 @@ from nemo_brain.sampling.draws import draw_tokens, gather, truncate, uniforms
 from nemo_brain.sampling.kv_cache import KVCache, vacate
 
 _STOP_TICKS = 16  # between two questions whether to stop
+_STEPS = {"cpu": 1, "cuda": 16}  # tokens of every row between two looks at them
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,9 @@ class SamplingOptions:
     log q' is then that law's.
 
     How: ``rows_in_flight`` outputs at a time (at least one group's, for each lane), of which new prompts bring at most
-    ``prefill_tokens`` positions into one pass (or one prompt).
+    ``prefill_tokens`` positions into one pass (or one prompt). ``steps``: tokens that every row gets before the host
+    looks at any, where no prompt joins and there is no pipeline (None: 16 with CUDA, 1 otherwise); what rows get after
+    their end is left out.
     """
 
     outputs: int
@@ -51,6 +54,7 @@ class SamplingOptions:
     top_p: float = 1.0
     rows_in_flight: int = 256
     prefill_tokens: int = 4096
+    steps: int | None = None
 
     @property
     def truncated(self) -> bool:
@@ -83,7 +87,7 @@ class _Pass:
     """One way through the pipeline, of the new groups' prompts and then the last token of every row, packed.
 
     ``select_T``: the positions that need logits. ``stage``: the virtual pipeline stage that the pass is at; ``hidden``:
-    what it got there.
+    what it got there. ``steps``: how often the rows get a token, see ``_Decode``.
     """
 
     lane: _Lane
@@ -91,6 +95,7 @@ class _Pass:
     tokens_1S: torch.Tensor
     positions_1S: torch.Tensor
     select_T: torch.Tensor
+    steps: int
     stage: int = 0
     hidden: torch.Tensor | None = None
 
@@ -106,8 +111,8 @@ class _Lane:
         self.rows: list[_Row] = []
         self.current: _Pass | None = None
 
-    def begin(self, admitted: list[_Group], outputs: int, multiple: int) -> None:
-        """Prepares a pass, if there is anything for one."""
+    def begin(self, admitted: list[_Group], outputs: int, multiple: int, steps: int) -> None:
+        """Prepares a pass, if there is anything for one; of ``steps`` tokens if no prompt comes with it."""
         if not admitted and not self.rows:
             return
         lengths = [len(group.prompt.token_ids) for group in admitted]
@@ -117,10 +122,13 @@ class _Lane:
         tokens += [row.tokens[-1] for row in self.rows]
         positions += [len(row.group.prompt.token_ids) + len(row.tokens) - 1 for row in self.rows]
         padding = [0] * (-len(tokens) % multiple)
-        self.cache.plan(lengths, outputs)
-        device = self.cache.device
-        tokens_1S, positions_1S = (torch.tensor([part + padding], device=device) for part in (tokens, positions))
-        self.current = _Pass(self, admitted, tokens_1S, positions_1S, torch.tensor(select, device=device))
+        steps = 1 if admitted else steps
+        self.cache.plan(lengths, outputs, steps)
+        tokens_1S, positions_1S, select_T = (
+            torch.tensor(part).to(self.cache.device, non_blocking=True)
+            for part in ([tokens + padding], [positions + padding], select)
+        )
+        self.current = _Pass(self, admitted, tokens_1S, positions_1S, select_T, steps)
 
     def end(self, new_rows: list[_Row]) -> None:
         """The pass has gone through all stages: the new rows take part from now on."""
@@ -220,7 +228,8 @@ class Sampler:
             # Passes of lane i start at ticks i, i + size, ...: so two lanes never meet on a rank.
             lane = lanes[tick % self._size]
             if lane.current is None:
-                lane.begin(self._admit(lane, waiting, rows), self.options.outputs, self.config.row_multiple)
+                admitted = self._admit(lane, waiting, rows)
+                lane.begin(admitted, self.options.outputs, self.config.row_multiple, self._steps_of(lane))
             yield self._tick(lanes, seed, iteration)
             tick += 1
 
@@ -235,8 +244,17 @@ class Sampler:
             admitted.append(waiting.popleft())
         return admitted
 
+    def _steps_of(self, lane: _Lane) -> int:
+        """How many tokens the lane's rows get at once: no more than one of them may still get."""
+        if self._size > 1 or not lane.rows:
+            return 1
+        steps = self.options.steps or _STEPS[torch.device(self.device).type]
+        return min(steps, max(self.options.max_new_tokens - len(row.tokens) for row in lane.rows))
+
     def _tick(self, lanes: list[_Lane], seed: int, iteration: int) -> list[_Row]:
         running = [lane.current for lane in lanes if lane.current is not None]
+        if running and running[0].steps > 1:
+            return self._decode(running[0], seed, iteration)
         mine = next((pass_ for pass_ in running if pass_.stage % self._size == self._rank), None)
         out = None
         if mine is not None:
@@ -285,28 +303,32 @@ class Sampler:
                 # The prompts' logits come first; each serves all of its group's rows.
                 news = torch.arange(len(pass_.new)).repeat_interleave(options.outputs)
                 places = torch.cat([torch.arange(len(lane.rows)) + len(pass_.new), news])
-                logits = logits.index_select(0, places.to(self.device))
-            uniforms_R = torch.tensor([row.draws[len(row.tokens)] for row in rows], dtype=torch.float64)
-            drawn_3R = self._draw(logits, uniforms_R.to(self.device))
+                logits = logits.index_select(0, places.to(self.device, non_blocking=True))
+            drawn_3R = self._draw(logits, self._uniforms(rows, 1)[0])
         if self._size > 1:
             dist.broadcast(drawn_3R, dist.get_process_group_ranks(self._pipeline)[-1], group=self._pipeline)
         lane.end(new_rows)
-        ended = []
-        for place, (row, token, sampled, plain) in enumerate(zip(rows, *drawn_3R.tolist(), strict=True)):
-            if token < 0:  # every rank has it
-                raise ValueError(
-                    f"the model's logits are not finite (NaN, or infinite) after {len(row.tokens)} tokens of output "
-                    f"{row.output} to the prompt {row.group.prompt.id!r}: its weights are damaged, or have diverged "
-                    "(look at model.restore_from, or lower optim.lr)"
-                )
-            row.tokens.append(int(token))
-            row.proposal_logprob += sampled
-            row.policy_logprob += plain
-            if len(row.tokens) == options.max_new_tokens or options.stop.ended(self.tokenizer, row.tokens):
-                ended.append(place)
-        lane.drop(ended)
-        return [rows[place] for place in ended]
+        return self._take(lane, drawn_3R[None])
 
+    def _decode(self, pass_: _Pass, seed: int, iteration: int) -> list[_Row]:
+        """As many tokens for each of the lane's rows as the pass has steps, without a look at any of them meanwhile.
+
+        All steps are the same operations on the same tensors, whose addresses and shapes stay: with CUDA they are
+        captured in a graph, whose replays need one launch each.
+        """
+        lane, rows = pass_.lane, pass_.lane.rows
+        uniforms_KR = self._uniforms(rows, pass_.steps)
+        drawn_K3R = torch.empty(pass_.steps, 3, len(rows), dtype=torch.float64, device=self.device)
+        step_1 = torch.zeros(1, dtype=torch.int64, device=self.device)
+
+        def step() -> None:
+            logits_RV = pass_.logits(self.chunks[0]) 
+            drawn_3R = self._draw(logits_RV, uniforms_KR.index_select(0, step_1)[0])
+            drawn_K3R.index_copy_(0, step_1, drawn_3R[None])
+            pass_.tokens_1S[0, : len(rows)] = drawn_3R[0].clamp(min=0).long()
+            pass_.positions_1S[0, : len(rows)] += 1
+            step_1.add_(1)
+            lane.cache.advance()
     def _draw(self, logits_RV: torch.Tensor, uniforms_R: torch.Tensor) -> torch.Tensor:
         """Tokens, and their log-probs under the sampled law and under the model at temperature 1: [3, R] float64."""
         options, group, vocab_size = self.options, self._tensor_parallel, self.config.vocab_size
