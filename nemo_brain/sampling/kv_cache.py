@@ -164,17 +164,16 @@ class _Rows:
         self._slots = int(counts.max())
         self._slot_of_row = _tensor(group_of_row * self._slots + slots, device)
         self._places, self._lengths = torch.arange(self.tokens, device=device), _tensor(length_of_row, device)
-        self._no = torch.zeros((), dtype=torch.bool, device=device)
         self._longest_prompt, self._longest_output = int(prompt_lengths.max()), int(length_of_row.max()) + steps
         prompts = _tensor(prompt_lengths[group_of_row], device)
-        own_RT = torch.arange(self._longest_output, device=device) > self._lengths[:, None]
+        self._steps_T = torch.arange(self._longest_output, device=device)
+        own_RT = self._steps_T > self._lengths[:, None]
         absent_RT = torch.cat([torch.arange(self._longest_prompt, device=device) >= prompts[:, None], own_RT], dim=1)
-        self._absent_R11T = absent_RT[:, None, None]
+        self._absent_R11T, self._absent_own_RT = absent_RT[:, None, None], absent_RT[:, self._longest_prompt :]
 
     def advance(self) -> None:
         self._lengths += 1
-        # Each row sees the position that it now writes.
-        self._absent_R11T[:, 0, 0].index_put_((self._places, self._longest_prompt + self._lengths), self._no)
+        torch.gt(self._steps_T, self._lengths[:, None], out=self._absent_own_RT)
 
     def attend(
         self,

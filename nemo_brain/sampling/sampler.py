@@ -87,7 +87,7 @@ class _Pass:
     """One way through the pipeline, of the new groups' prompts and then the last token of every row, packed.
 
     ``select_T``: the positions that need logits. ``stage``: the virtual pipeline stage that the pass is at; ``hidden``:
-    what it got there. ``steps``: how often the rows get a token, see ``_Decode``.
+    what it got there. ``steps``: how often the rows get a token, see ``Sampler._decode``.
     """
 
     lane: _Lane
@@ -254,7 +254,7 @@ class Sampler:
     def _tick(self, lanes: list[_Lane], seed: int, iteration: int) -> list[_Row]:
         running = [lane.current for lane in lanes if lane.current is not None]
         if running and running[0].steps > 1:
-            return self._decode(running[0], seed, iteration)
+            return self._decode(running[0])
         mine = next((pass_ for pass_ in running if pass_.stage % self._size == self._rank), None)
         out = None
         if mine is not None:
@@ -310,25 +310,56 @@ class Sampler:
         lane.end(new_rows)
         return self._take(lane, drawn_3R[None])
 
-    def _decode(self, pass_: _Pass, seed: int, iteration: int) -> list[_Row]:
-        """As many tokens for each of the lane's rows as the pass has steps, without a look at any of them meanwhile.
-
-        All steps are the same operations on the same tensors, whose addresses and shapes stay: with CUDA they are
-        captured in a graph, whose replays need one launch each.
-        """
+    def _decode(self, pass_: _Pass) -> list[_Row]:
+        """As many tokens for each of the lane's rows as the pass has steps, and no look at any of them meanwhile."""
         lane, rows = pass_.lane, pass_.lane.rows
         uniforms_KR = self._uniforms(rows, pass_.steps)
         drawn_K3R = torch.empty(pass_.steps, 3, len(rows), dtype=torch.float64, device=self.device)
-        step_1 = torch.zeros(1, dtype=torch.int64, device=self.device)
+        k_1 = torch.zeros(1, dtype=torch.int64, device=self.device)
+        tokens_R, positions_R = pass_.tokens_1S[0, : len(rows)], pass_.positions_1S[0, : len(rows)]
 
         def step() -> None:
-            logits_RV = pass_.logits(self.chunks[0]) 
-            drawn_3R = self._draw(logits_RV, uniforms_KR.index_select(0, step_1)[0])
-            drawn_K3R.index_copy_(0, step_1, drawn_3R[None])
-            pass_.tokens_1S[0, : len(rows)] = drawn_3R[0].clamp(min=0).long()
-            pass_.positions_1S[0, : len(rows)] += 1
-            step_1.add_(1)
+            logits_RV = self.chunks[0](pass_.tokens_1S, pass_.positions_1S, lane.cache, pass_.select_T)
+            drawn_3R = self._draw(logits_RV, uniforms_KR.index_select(0, k_1)[0])
+            drawn_K3R.index_copy_(0, k_1, drawn_3R[None])
+            tokens_R.copy_(drawn_3R[0].clamp(min=0))
+            # Rows that go on after their end may come to the end of the model's positions.
+            positions_R.add_(1).clamp_(max=self.config.seq_length - 1)
+            k_1.add_(1)
             lane.cache.advance()
+
+        _repeat(step, pass_.steps)
+        lane.end([])
+        return self._take(lane, drawn_K3R)
+
+    def _uniforms(self, rows: Sequence[_Row], steps: int) -> torch.Tensor:
+        """The rows' next draws [steps, R] float64, the last one again where there are no more."""
+        last = self.options.max_new_tokens - 1
+        draws = [[row.draws[min(len(row.tokens) + k, last)] for row in rows] for k in range(steps)]
+        return torch.tensor(draws, dtype=torch.float64).to(self.device, non_blocking=True)
+
+    def _take(self, lane: _Lane, drawn_K3R: torch.Tensor) -> list[_Row]:
+        """The rows' next tokens, each row's up to its end. Takes the rows that have ended out, and returns them."""
+        ended = []
+        for place, (row, drawn_3K) in enumerate(zip(lane.rows, drawn_K3R.permute(2, 1, 0).tolist(), strict=True)):
+            for token, sampled, plain in zip(*drawn_3K, strict=True):
+                if token < 0:  # every rank has it
+                    raise ValueError(
+                        f"the model's logits are not finite (NaN, or infinite) after {len(row.tokens)} tokens of "
+                        f"output {row.output} to the prompt {row.group.prompt.id!r}: its weights are damaged, or have "
+                        "diverged (look at model.restore_from, or lower optim.lr)"
+                    )
+                row.tokens.append(int(token))
+                row.proposal_logprob += sampled
+                row.policy_logprob += plain
+                full = len(row.tokens) == self.options.max_new_tokens
+                if full or self.options.stop.ended(self.tokenizer, row.tokens):
+                    ended.append(place)
+                    break
+        rows = [lane.rows[place] for place in ended]
+        lane.drop(ended)
+        return rows
+
     def _draw(self, logits_RV: torch.Tensor, uniforms_R: torch.Tensor) -> torch.Tensor:
         """Tokens, and their log-probs under the sampled law and under the model at temperature 1: [3, R] float64."""
         options, group, vocab_size = self.options, self._tensor_parallel, self.config.vocab_size
@@ -351,3 +382,26 @@ class Sampler:
             proposal_logprobs=[row.proposal_logprob for row in rows],
             policy_logprobs=[row.policy_logprob for row in rows],
         )
+
+
+def _repeat(step: Callable[[], None], times: int) -> None:
+    """Calls ``step``, which always does the same to the same tensors and reads nothing.
+
+    With CUDA the second call is recorded in a graph instead, and the graph replayed: one launch each.
+    """
+    if not torch.cuda.is_available() or times < 3:
+        for _ in range(times):
+            step()
+        return
+    step()  # what is made at the first use must not be made in the graph
+    graph, stream, current = torch.cuda.CUDAGraph(), torch.cuda.Stream(), torch.cuda.current_stream()
+    stream.wait_stream(current)
+    with torch.cuda.stream(stream):
+        graph.capture_begin()
+        step()
+        graph.capture_end()
+    current.wait_stream(stream)
+    for _ in range(times - 1):
+        graph.replay()
+    # The graph owns the memory of its intermediate results, and has to outlive them.
+    current.synchronize()

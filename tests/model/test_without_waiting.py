@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from devices import noted_waits
 from ranks import run_ranks
 from small_models import small_config, start
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from nemo_brain.core.groups import Output, Prompt, ScoredGroup
 from nemo_brain.model import attention
@@ -24,37 +23,6 @@ from nemo_brain.training.reward_model.passes import PreferencePasses, _Preferenc
 from nemo_brain.training.sft.passes import CompletionPasses, _CompletionLoss
 
 OPTIONS = {"tau": 1.0, "beta": 0.1, "eta": 1.0}
-
-
-class Constructions(TorchFunctionMode):
-    """Collects the tensors that are made on the device of numbers of the host, which waits; dispatch never sees it."""
-
-    def __init__(self, found: list[str]):
-        super().__init__()
-        self.found = found
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        name = getattr(function, "__name__", "")
-        self.found += [name] * (name in ("tensor", "as_tensor", "new_tensor") and out.device.type == "meta")
-        return out
-
-
-class Copies(TorchDispatchMode):
-    """Collects the operations that copy from the host to the device and wait for it."""
-
-    def __init__(self, found: list[str]):
-        super().__init__()
-        self.found = found
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        name = function.name()
-        copied = name.startswith(("aten::_to_copy", "aten::copy_"))
-        if copied and args[name.startswith("aten::copy_")].device.type == "cpu" and out.device.type == "meta":
-            waits = not (kwargs or {}).get("non_blocking", False) and not (args[2:] and args[2] is True)
-            self.found += [name] * waits
-        return out
 
 
 def varlen(q_SHD, k_MKD, v_MKD, sequences, scale):
@@ -91,8 +59,7 @@ def run_on_meta(make, kernel: bool = False, recompute: bool = False) -> list[str
     # No buffer to Megatron, which takes it to the device with the first row, once.
     chunk.rotary_pos_emb.inv_freq = chunk.rotary_pos_emb.inv_freq.to("meta")
     passes.device = torch.device("meta")
-    waits: list[str] = []
-    with Constructions(waits), Copies(waits):
+    with noted_waits() as waits:
         planned = passes._plan(groups, split=False)
         assert len(planned.ranks[0]) == 2
         results = passes._run([chunk], planned, groups, (1.0,), finish)
