@@ -171,6 +171,7 @@ class Sampler:
         self._last_stage = len(chunks) * self._size - 1
         tensor_parallel = parallel_state.get_tensor_model_parallel_group()
         self._tensor_parallel = tensor_parallel if tensor_parallel.size() > 1 else None
+        self._graph: torch.cuda.CUDAGraph | None = None
 
     @torch.no_grad()
     def sample(
@@ -214,6 +215,7 @@ class Sampler:
                     if len(rows) == self.options.outputs:
                         yield row.group.index, self._sampled(row.group.prompt, [rows[i] for i in range(len(rows))])
         finally:
+            self._graph = None  # and its memory
             for chunk, mode in zip(self.chunks, modes, strict=True):
                 chunk.train(mode)
 
@@ -328,9 +330,31 @@ class Sampler:
             k_1.add_(1)
             lane.cache.advance()
 
-        _repeat(step, pass_.steps)
+        self._repeat(step, pass_.steps)
         lane.end([])
         return self._take(lane, drawn_K3R)
+
+    def _repeat(self, step: Callable[[], None], times: int) -> None:
+        """Calls ``step``, which always does the same to the same tensors and reads nothing of them.
+
+        With CUDA the second call is recorded in a graph instead, which is replayed: one launch for each step.
+        """
+        if not torch.cuda.is_available() or times < 3:
+            for _ in range(times):
+                step()
+            return
+        step()  # what is made at the first use must not be made in the graph
+        graph, stream, current = torch.cuda.CUDAGraph(), torch.cuda.Stream(), torch.cuda.current_stream()
+        stream.wait_stream(current)
+        with torch.cuda.stream(stream):
+            # Memory of the last graph's. Other threads, a reward's for one, may go on using the device.
+            graph.capture_begin(None if self._graph is None else self._graph.pool(), "thread_local")
+            step()
+            graph.capture_end()
+        current.wait_stream(stream)
+        self._graph = graph
+        for _ in range(times - 1):
+            graph.replay()
 
     def _uniforms(self, rows: Sequence[_Row], steps: int) -> torch.Tensor:
         """The rows' next draws [steps, R] float64, the last one again where there are no more."""
@@ -382,26 +406,3 @@ class Sampler:
             proposal_logprobs=[row.proposal_logprob for row in rows],
             policy_logprobs=[row.policy_logprob for row in rows],
         )
-
-
-def _repeat(step: Callable[[], None], times: int) -> None:
-    """Calls ``step``, which always does the same to the same tensors and reads nothing.
-
-    With CUDA the second call is recorded in a graph instead, and the graph replayed: one launch each.
-    """
-    if not torch.cuda.is_available() or times < 3:
-        for _ in range(times):
-            step()
-        return
-    step()  # what is made at the first use must not be made in the graph
-    graph, stream, current = torch.cuda.CUDAGraph(), torch.cuda.Stream(), torch.cuda.current_stream()
-    stream.wait_stream(current)
-    with torch.cuda.stream(stream):
-        graph.capture_begin()
-        step()
-        graph.capture_end()
-    current.wait_stream(stream)
-    for _ in range(times - 1):
-        graph.replay()
-    # The graph owns the memory of its intermediate results, and has to outlive them.
-    current.synchronize()
