@@ -1,5 +1,5 @@
-"""Megatron's optimizer: made with each of its versions, leaves out steps whose gradient is not finite, and goes on with
-the configuration's settings."""
+"""Megatron's optimizer: made with each of its versions, fused without further packages, leaves out steps whose gradient
+is not finite, and goes on with the configuration's settings."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from collections.abc import Iterator, Sequence
 from types import MethodType
 from typing import Any
 
+import torch
 from megatron.core import optimizer as megatron_optimizer
-from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer import MegatronOptimizer, clip_grads
+from megatron.core.utils import local_multi_tensor_l2_norm, local_multi_tensor_scale
 from nemo.lightning.megatron_parallel import MegatronParallel
 from nemo.lightning.pytorch.optim import MegatronOptimizerModule
 from torch.optim import Optimizer
@@ -31,9 +33,51 @@ class OptimizerModule(MegatronOptimizerModule):
 
         megatron_optimizer.get_megatron_optimizer = without_defaults
         try:
-            return super().optimizers(model)
+            made = super().optimizers(model)
         finally:
             megatron_optimizer.get_megatron_optimizer = make
+        clip_in_few_calls()
+        if torch.cuda.is_available():
+            fuse(made)
+        return made
+
+
+def fuse(optimizers: Sequence[Any]) -> None:
+    """Steps by torch's fused kernel where torch's Adam is what Megatron has: without Transformer Engine and Apex.
+
+    Args:
+        optimizers: NeMo's ``McoreDistributedOptimizer``s.
+    """
+    for adam in _torch_adams(optimizers):
+        for group in adam.param_groups:
+            group["fused"] = True
+
+
+def _torch_adams(optimizers: Sequence[Any]) -> list[Any]:
+    inner = [chained.optimizer for optimizer in optimizers for chained in optimizer.mcore_optimizer.chained_optimizers]
+    return [adam for adam in inner if isinstance(adam, (torch.optim.Adam, torch.optim.AdamW))]
+
+
+def clip_in_few_calls() -> None:
+    """The gradients' norm and their scaling, without Transformer Engine and Apex, for all tensors at once.
+
+    Megatron's substitutes read one number from the device per tensor, and scale tensor by tensor. The same numbers.
+    """
+    if clip_grads.l2_norm_impl is local_multi_tensor_l2_norm:
+        clip_grads.l2_norm_impl = _l2_norm
+    if clip_grads.multi_tensor_scale_impl is local_multi_tensor_scale:
+        clip_grads.multi_tensor_scale_impl = _scale
+
+
+def _l2_norm(chunk_size: int, noop_flag: torch.Tensor, tensor_lists: list, per_tensor: bool) -> tuple:
+    norms = torch.stack(torch._foreach_norm(tensor_lists[0], 2, torch.float32))
+    return torch.linalg.vector_norm(norms).view(1), None
+
+
+def _scale(chunk_size: int, noop_flag: torch.Tensor, tensor_lists: list, scale: float) -> None:
+    sources, targets = tensor_lists
+    assert sources is targets  # a gradient is clipped where it is
+    torch._foreach_mul_(targets, scale)
 
 
 class OptimizerGuard:
@@ -88,6 +132,12 @@ def keeping_settings(optimizers: Sequence[Any]) -> Iterator[None]:
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     for group, settings in zip(groups, before, strict=True):
         group.update(settings)
+    for adam in _torch_adams(optimizers):
+        for group in adam.param_groups:
+            for parameter in group["params"] if group["fused"] else ():
+                # The fused kernel counts steps on the device, another one on the host: the checkpoint's may be either.
+                if "step" in (state := adam.state[parameter]):
+                    state["step"] = state["step"].to(parameter.device, torch.float32)
 
 
 def move_schedules(configs: Sequence[Any], steps: int) -> list[dict[str, int]]:

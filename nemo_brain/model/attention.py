@@ -1,7 +1,7 @@
 """Attention over packed rows of groups.
 
-Shapes: S positions of a row, N outputs of a group, H query heads and K key-value heads of this tensor-parallel rank, D
-head width.
+Shapes: S positions of a row, P of a prefix, N outputs of a group, H query heads and K key-value heads of this
+tensor-parallel rank, D head width.
 
 ``GroupAttention`` is the core attention of every layer. What a row looks like reaches it through Megatron's
 ``attention_mask`` argument: the row's ``layout`` tensor in training and scoring (see groups.py; a tensor, so that it
@@ -78,21 +78,24 @@ def _cascade(
     grouped = q_HSD.shape[0] != k_KSD.shape[0]
     sdpa: Any = functools.partial(scaled_dot_product_attention, scale=scale, enable_gqa=grouped)
     outs = []
-    for start, prefix, segments in blocks:
-        middle, end = start + prefix, start + prefix + sum(segments)
+    # Split at once, so that the parts' gradients are put together at once: those of slices would be added one by one.
+    sizes = [size for _, prefix, segments in blocks for size in (prefix, sum(segments))]
+    parts = zip(*(tensor.split(sizes, dim=1) for tensor in (q_HSD, k_KSD, v_KSD)), strict=True)
+    for _, prefix, segments in blocks:
+        (q_HPD, k_KPD, v_KPD), own = next(parts), next(parts)
         if prefix:
             # Queries, keys and values of the prefix: lower-right and upper-left causality coincide.
-            outs.append(sdpa(*(tensor[None, :, start:middle] for tensor in (q_HSD, k_KSD, v_KSD)), is_causal=True)[0])
+            outs.append(sdpa(q_HPD[None], k_KPD[None], v_KPD[None], is_causal=True)[0])
         if not segments:
             continue
         # The segments become a batch: [N, heads, longest, D], shorter ones padded with a repeat of any valid position,
         # whose result is dropped and whose keys the causal mask hides from the valid ones.
         gather, scatter = _segment_plan(segments, q_HSD.device)
-        q_N, k_N, v_N = (_batch(tensor[:, middle:end], gather, segments) for tensor in (q_HSD, k_KSD, v_KSD))
+        q_N, k_N, v_N = (_batch(tensor, gather, segments) for tensor in own)
         if prefix:
             shape = (len(segments), -1, -1, -1)
-            k_N = torch.cat([k_KSD[None, :, start:middle].expand(shape), k_N], dim=2)
-            v_N = torch.cat([v_KSD[None, :, start:middle].expand(shape), v_N], dim=2)
+            k_N = torch.cat([k_KPD[None].expand(shape), k_N], dim=2)
+            v_N = torch.cat([v_KPD[None].expand(shape), v_N], dim=2)
             out = sdpa(q_N, k_N, v_N, attn_mask=_segment_mask(max(segments), prefix, q_HSD.device))
         else:
             out = sdpa(q_N, k_N, v_N, is_causal=True)
@@ -132,7 +135,7 @@ def _segment_plan(segments: tuple[int, ...], device: torch.device) -> Any:
     steps = torch.arange(longest)
     gather = (starts[:, None] + steps).clamp(max=int(lengths.sum()) - 1).flatten()
     scatter = torch.cat([index * longest + steps[:length] for index, length in enumerate(segments)])
-    return gather.to(device), scatter.to(device)
+    return gather.to(device, non_blocking=True), scatter.to(device, non_blocking=True)
 
 
 # As many as the layers of one micro-batch use by turns, each a byte for every pair of positions.

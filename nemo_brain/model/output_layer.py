@@ -89,7 +89,7 @@ class _LinearLogProbs(torch.autograd.Function):
         sums_ET = max_T.new_zeros(len(scales), len(targets_T))  # of exp(scale * (logit - max_T))
         target_T = torch.zeros_like(max_T)  # the target's logit ...
         mine_T = torch.zeros_like(max_T)  # ... on the rank that has it
-        scale_E1 = max_T.new_tensor(scales)[:, None]
+        scale_E1 = torch.cat([max_T.new_full((1, 1), scale) for scale in scales])  # a copy from the host would wait
         logits_TC = exps_TC = None
         for part in chunks:
             logits_TC = exps_TC = None  # one chunk's at a time

@@ -117,11 +117,13 @@ class GroupPasses:
         matrix_EGN = torch.zeros(temperatures, len(groups), outputs, dtype=torch.float64, device=self.device)
         stages = parallel_state.get_pipeline_model_parallel_group()
         if parallel_state.is_pipeline_last_stage(ignore_virtual=True):
-            for members, logprobs_EK in zip(_mine(planned), results, strict=True):
-                rows = [(chunk.group, index) for chunk in members for index in chunk.outputs]
-                if rows:
-                    g, i = zip(*rows, strict=True)
-                    matrix_EGN[:, list(g), list(i)] = logprobs_EK
+            members = [chunk for batch in _mine(planned) for chunk in batch]
+            places = torch.tensor(
+                [chunk.group * outputs + i for chunk in members for i in chunk.outputs], dtype=torch.long
+            )
+            # All at once, and without waiting for them.
+            places = places.to(self.device, non_blocking=True)
+            matrix_EGN.flatten(1).index_copy_(1, places, torch.cat(list(results), dim=1))
             if len(planned.ranks) > 1:
                 dist.all_reduce(matrix_EGN, group=parallel_state.get_data_parallel_group())
         if stages.size() > 1:

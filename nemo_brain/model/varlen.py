@@ -58,9 +58,10 @@ def sequences(blocks: tuple[tuple[int, int, tuple[int, ...]], ...], device: torc
             begin += length
 
     def ends(lengths: list[int]) -> torch.Tensor:
-        return torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32)
+        return torch.tensor([0, *lengths]).cumsum(0).int().to(device, non_blocking=True)
 
-    return Sequences(torch.tensor(places, device=device), ends(queries), ends(keys), max(queries), max(keys))
+    keys_M = torch.tensor(places).to(device, non_blocking=True)
+    return Sequences(keys_M, ends(queries), ends(keys), max(queries), max(keys))
 
 
 def varlen_attention(

@@ -37,14 +37,15 @@ class ObjectiveInputs:
     lengths_GN: torch.Tensor | None = None
     prompt_ids: Sequence[str] | None = None
 
-    def of_groups(self, chosen_G: torch.Tensor) -> ObjectiveInputs:
-        """Those of some groups (bool)."""
+    def of_groups(self, groups: Sequence[int]) -> ObjectiveInputs:
+        """Those of some groups."""
+        index = _index(groups, self.kept_GN.device)
         parts: dict[str, Any] = {
-            name: None if value is None else value[chosen_G] for name, value in vars(self).items() if name[-3:] == "_GN"
+            name: None if value is None else value.index_select(0, index)
+            for name, value in vars(self).items()
+            if name[-3:] == "_GN"
         }
-        ids = self.prompt_ids
-        if ids is not None:
-            ids = [name for name, chosen in zip(ids, chosen_G.tolist(), strict=True) if chosen]
+        ids = None if self.prompt_ids is None else [self.prompt_ids[g] for g in groups]
         return ObjectiveInputs(**parts, prompt_ids=ids)
 
     def mean(self, values_GN: torch.Tensor) -> torch.Tensor:
@@ -68,9 +69,10 @@ class LogWeights:
     log_alpha_hat_GN: torch.Tensor
     log_beta_hat_GN: torch.Tensor
 
-    def of_groups(self, chosen_G: torch.Tensor) -> LogWeights:
-        """Those of some groups (bool)."""
-        return LogWeights(*(matrix_GN[chosen_G] for matrix_GN in vars(self).values()))
+    def of_groups(self, groups: Sequence[int]) -> LogWeights:
+        """Those of some groups."""
+        index = _index(groups, self.log_alpha_GN.device)
+        return LogWeights(*(matrix_GN.index_select(0, index) for matrix_GN in vars(self).values()))
 
 
 @dataclass(frozen=True)
@@ -156,6 +158,8 @@ class Objective:
                 over tokens, nats), float32 or float64. Only the first receives a gradient, in its own dtype.
             rewards_GN: rewards, any float dtype.
             mask_GN: bool, True for outputs that count (default: all). The others may hold anything, NaN included.
+                It and the scores may lie on the host while log q is on a device: nothing then waits for the device,
+                unless the objective itself does.
             lengths_GN, prompt_ids: the outputs' numbers of tokens and the prompts' names, for objectives that use them.
 
         Raises:
@@ -177,7 +181,7 @@ class Objective:
             if not differentiable:
                 policy_GN.requires_grad_()
             weights = self._weights(inputs)
-            loss_G = self._loss(inputs, weights)
+            loss_G = self._loss(inputs, weights, self._large_enough(kept_GN if mask_GN is None else mask_GN))
             (coefficients_GN,) = torch.autograd.grad(loss_G.sum(), policy_GN, retain_graph=differentiable)
             coefficients_GN = coefficients_GN.masked_fill(~kept_GN, 0.0)
 
@@ -214,9 +218,10 @@ class Objective:
         with torch.no_grad():
             inputs = _inputs(policy_logprobs_GN, mask_GN, prompt_ids, **scores)
             logprobs_GN = inputs.policy_logprobs_GN + inputs.prior_logprobs_GN + inputs.proposal_logprobs_GN
-            usable_G = self._large_enough(inputs) & (logprobs_GN + inputs.rewards_GN).isfinite().all(-1)
-            if usable_G.any():
-                self.update(inputs.of_groups(usable_G), self._weights(inputs).of_groups(usable_G))
+            finite = (logprobs_GN + inputs.rewards_GN).isfinite().all(-1).tolist()
+            usable = [g for g in self._large_enough(inputs.kept_GN) if finite[g]]
+            if usable:
+                self.update(inputs.of_groups(usable), self._weights(inputs).of_groups(usable))
 
     def _weights(self, inputs: ObjectiveInputs) -> LogWeights:
         masked_GN = ~inputs.kept_GN
@@ -229,18 +234,19 @@ class Objective:
             masked_log_softmax(log_beta_GN, inputs.kept_GN),
         )
 
-    def _loss(self, inputs: ObjectiveInputs, weights: LogWeights) -> torch.Tensor:
-        chosen_G = self._large_enough(inputs)
-        loss_G = self.loss(inputs.of_groups(chosen_G), weights.of_groups(chosen_G))
-        expected = (int(chosen_G.sum()),)
+    def _loss(self, inputs: ObjectiveInputs, weights: LogWeights, groups: Sequence[int]) -> torch.Tensor:
+        loss_G = self.loss(inputs.of_groups(groups), weights.of_groups(groups))
+        expected = (len(groups),)
         if loss_G.shape != expected:
             raise ValueError(
                 f"{type(self).__name__}.loss is {list(loss_G.shape)}; it must be [G], here {list(expected)}"
             )
-        return torch.zeros_like(chosen_G, dtype=torch.float64).masked_scatter(chosen_G, loss_G)
+        all_G = loss_G.new_zeros(len(inputs.kept_GN), dtype=torch.float64)
+        return all_G.index_copy(0, _index(groups, all_G.device), loss_G.double())
 
-    def _large_enough(self, inputs: ObjectiveInputs) -> torch.Tensor:
-        return inputs.kept_GN.sum(-1) >= self.smallest_group
+    def _large_enough(self, mask_GN: torch.Tensor) -> list[int]:
+        """The groups with enough outputs; read where the mask lies."""
+        return [g for g, count in enumerate(mask_GN.sum(-1).tolist()) if count >= self.smallest_group]
 
 
 def coefficients(
@@ -268,15 +274,24 @@ def _inputs(
             raise ValueError(f"{name} is {list(matrix_GN.shape)}; policy_logprobs_GN is {list(shape)}, to be [G, N]")
     if prompt_ids is not None and len(prompt_ids) != shape[0]:
         raise ValueError(f"prompt_ids names {len(prompt_ids)} prompts; policy_logprobs_GN has {shape[0]} groups")
-    kept_GN = torch.ones(shape, dtype=torch.bool, device=policy_logprobs_GN.device)
-    if mask_GN is not None:
-        kept_GN &= mask_GN.bool()
+    device = policy_logprobs_GN.device
+    if mask_GN is None:
+        kept_GN = torch.ones(shape, dtype=torch.bool, device=device)
+    else:
+        kept_GN = mask_GN.bool().to(device, non_blocking=True)
     policy_GN = policy_logprobs_GN.to(torch.float64).masked_fill(~kept_GN, 0.0)
     constants_GN: dict[str, Any] = {
-        name: None if matrix_GN is None else matrix_GN.detach().to(torch.float64).masked_fill(~kept_GN, 0.0)
+        name: None
+        if matrix_GN is None
+        else matrix_GN.detach().to(device, torch.float64, non_blocking=True).masked_fill(~kept_GN, 0.0)
         for name, matrix_GN in matrices_GN.items()
     }
     return ObjectiveInputs(policy_GN, kept_GN=kept_GN, prompt_ids=prompt_ids, **constants_GN)
+
+
+def _index(groups: Sequence[int], device: torch.device) -> torch.Tensor:
+    """An index of the groups that lies on the device, without waiting for it."""
+    return torch.tensor(groups, dtype=torch.int64).to(device, non_blocking=True)
 
 
 def masked_log_softmax(log_weights_GN: torch.Tensor, kept_GN: torch.Tensor) -> torch.Tensor:

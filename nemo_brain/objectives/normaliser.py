@@ -44,13 +44,12 @@ class Normaliser:
         """[G]. ValueError: the prompts are not known."""
         if self._kind == "known":
             values = [self._value(name) for name in _names(inputs)]
-            return torch.tensor(values, dtype=torch.float64, device=log_alpha_GN.device)
+            return torch.tensor(values, dtype=torch.float64).to(log_alpha_GN.device, non_blocking=True)
         log_sum_G, count_G = _log_sum(inputs, log_alpha_GN), inputs.kept_GN.sum(-1)
         if self._kind == "prompt":
             before = [self._seen.get(name, (-math.inf, 0)) for name in _names(inputs)]
-            log_before_G, count_before_G = torch.tensor(before, dtype=torch.float64, device=log_alpha_GN.device).unbind(
-                -1
-            )
+            before_G2 = torch.tensor(before, dtype=torch.float64).to(log_alpha_GN.device, non_blocking=True)
+            log_before_G, count_before_G = before_G2.unbind(-1)
             log_sum_G, count_G = torch.logaddexp(log_sum_G, log_before_G), count_G + count_before_G
         return log_sum_G - count_G.double().log()
 

@@ -12,7 +12,9 @@ import torch
 import torch.distributed as dist
 
 _BLOCK = 512  # columns (W) whose probabilities are added up before any of them is looked at
-_CHUNK_BYTES = 2**22  # of logits that are exponentiated at a time: no copy of all of them exists
+# Of logits that are exponentiated at a time, so that no copy of all of them exists: what a CPU's caches hold; on a card
+# so much that the number of launches does not grow with the rows, below a thousand of them.
+_CHUNK_BYTES = {"cpu": 2**22, "cuda": 2**29}
 
 
 def uniforms(seed: int, iteration: int, prompt_id: str, output: int, positions: int) -> np.ndarray:
@@ -86,7 +88,7 @@ def _block_sums(logits_RV: torch.Tensor, peak_R: torch.Tensor, temperature: floa
     rows, columns = logits_RV.shape
     whole = columns // _BLOCK * _BLOCK
     sums_RB = peak_R.new_empty(rows, -(-columns // _BLOCK))
-    chunk = max(1, _CHUNK_BYTES // (4 * columns))
+    chunk = max(1, _CHUNK_BYTES["cpu" if logits_RV.device.type == "cpu" else "cuda"] // (4 * columns))
     for begin in range(0, rows, chunk):
         part = slice(begin, begin + chunk)
         weights = _weights(logits_RV[part], peak_R[part], temperature)

@@ -18,7 +18,7 @@ import torch
 
 from nemo_brain.model.attention import packed_attention
 
-_BLOCK = 64  # positions, rows or groups by which the buffers grow
+_BLOCK = 64  # positions, rows or groups by which the buffers grow at least; otherwise by half
 
 
 def vacate(count: int, leaving: Sequence[int]) -> tuple[list[int], list[int]]:
@@ -45,10 +45,13 @@ class KVCache:
         self._output: dict[int, list[torch.Tensor]] = {}  # by layer: keys and values, at least [R, K, T, D]
         self._pass = _Pass([], (0, 0), (0, 0))
 
-    def plan(self, prompt_lengths: Sequence[int] = (), outputs: int = 0) -> None:
+    def plan(self, prompt_lengths: Sequence[int] = (), outputs: int = 0, steps: int = 1) -> None:
         """The next pass: these prompts one after another, then one token of every row, then padding if need be.
 
         Each of the prompts becomes a group with ``outputs`` rows behind the others, which hold nothing yet.
+
+        With ``steps`` above 1 so many passes follow, of one token of every row each and without prompts. They are the
+        same operations on the same tensors: the host does nothing between them but call ``advance``.
         """
         parts: list[_Prompts | _Rows] = []
         new = np.array(prompt_lengths, dtype=np.int64)
@@ -56,10 +59,10 @@ class KVCache:
         if len(new):
             parts.append(_Prompts(groups, new, self.device))
         if len(self.group_of_row):
-            parts.append(_Rows(self.prompt_lengths, self.group_of_row, self.length_of_row, self.device))
+            parts.append(_Rows(self.prompt_lengths, self.group_of_row, self.length_of_row, steps, self.device))
         self.prompt_lengths = np.concatenate([self.prompt_lengths, new])
         self.group_of_row = np.concatenate([self.group_of_row, groups.repeat(outputs)])
-        self.length_of_row = np.concatenate([self.length_of_row + 1, np.zeros(len(new) * outputs, dtype=np.int64)])
+        self.length_of_row = np.concatenate([self.length_of_row + steps, np.zeros(len(new) * outputs, dtype=np.int64)])
         prompt_size, output_size = (
             (len(lengths), int(lengths.max(initial=0))) for lengths in (self.prompt_lengths, self.length_of_row)
         )
@@ -81,6 +84,12 @@ class KVCache:
         if padding:
             outs.append(q_HSD.new_zeros(len(q_HSD), padding, q_HSD.shape[2]))
         return torch.cat(outs, dim=1)
+
+    def advance(self) -> None:
+        """Between two of the passes that ``plan`` has planned together."""
+        (rows,) = self._pass.parts
+        assert isinstance(rows, _Rows)
+        rows.advance()
 
     def drop(self, rows: Sequence[int]) -> None:
         """Takes rows out, and the groups that have none left; others move as ``vacate`` says."""
@@ -132,13 +141,17 @@ class _Prompts:
 
 
 class _Rows:
-    """The part of a pass that brings one token of every row; the arguments say what the cache holds before it."""
+    """The part of a pass that brings one token of every row; the arguments say what the cache holds before it.
+
+    Its attention spans what the cache holds after the last of ``steps`` passes; what is not there yet is masked.
+    """
 
     def __init__(
         self,
         prompt_lengths: np.ndarray,
         group_of_row: np.ndarray,
         length_of_row: np.ndarray,
+        steps: int,
         device: torch.device | str,
     ):
         self.tokens = len(group_of_row)
@@ -151,15 +164,16 @@ class _Rows:
         self._slots = int(counts.max())
         self._slot_of_row = _tensor(group_of_row * self._slots + slots, device)
         self._places, self._lengths = torch.arange(self.tokens, device=device), _tensor(length_of_row, device)
-        self._longest_prompt, self._longest_output = int(prompt_lengths.max()), int(length_of_row.max()) + 1
+        self._longest_prompt, self._longest_output = int(prompt_lengths.max()), int(length_of_row.max()) + steps
         prompts = _tensor(prompt_lengths[group_of_row], device)
-        self._absent_R11T = torch.cat(
-            [
-                torch.arange(self._longest_prompt, device=device) >= prompts[:, None],
-                torch.arange(self._longest_output, device=device) > self._lengths[:, None],
-            ],
-            dim=1,
-        )[:, None, None]
+        self._steps_T = torch.arange(self._longest_output, device=device)
+        own_RT = self._steps_T > self._lengths[:, None]
+        absent_RT = torch.cat([torch.arange(self._longest_prompt, device=device) >= prompts[:, None], own_RT], dim=1)
+        self._absent_R11T, self._absent_own_RT = absent_RT[:, None, None], absent_RT[:, self._longest_prompt :]
+
+    def advance(self) -> None:
+        self._lengths += 1
+        torch.gt(self._steps_T, self._lengths[:, None], out=self._absent_own_RT)
 
     def attend(
         self,
@@ -218,6 +232,11 @@ def _move(buffers: dict[int, list[torch.Tensor]], places: list[int], movers: lis
                 buffer[places] = buffer[movers]
 
 
+def _size(need: int, old: int) -> int:
+    """Enough, and so much more than before that what is copied in all stays a multiple of what there is in the end."""
+    return old if need <= old else -(-max(need, old + old // 2) // _BLOCK) * _BLOCK
+
+
 def _grown(
     buffers: dict[int, list[torch.Tensor]], layer: int, rows: int, positions: int, new_KSD: torch.Tensor
 ) -> list:
@@ -226,7 +245,7 @@ def _grown(
     pair = buffers.get(layer)
     held = (0, 0) if pair is None else (pair[0].shape[0], pair[0].shape[2])
     if rows > held[0] or positions > held[1]:
-        sizes = [max(old, -(-need // _BLOCK) * _BLOCK) for need, old in zip((rows, positions), held, strict=True)]
+        sizes = [_size(need, old) for need, old in zip((rows, positions), held, strict=True)]
         grown = [new_KSD.new_zeros(sizes[0], len(new_KSD), sizes[1], new_KSD.shape[2]) for _ in range(2)]
         for new, old in zip(grown, pair or (), strict=False):
             new[: held[0], :, : held[1]] = old

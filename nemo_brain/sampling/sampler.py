@@ -32,6 +32,7 @@ from nemo_brain.sampling.draws import draw_tokens, gather, truncate, uniforms
 from nemo_brain.sampling.kv_cache import KVCache, vacate
 
 _STOP_TICKS = 16  # between two questions whether to stop
+_STEPS = {"cpu": 1, "cuda": 16}  # tokens of every row between two looks at them
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,9 @@ class SamplingOptions:
     log q' is then that law's.
 
     How: ``rows_in_flight`` outputs at a time (at least one group's, for each lane), of which new prompts bring at most
-    ``prefill_tokens`` positions into one pass (or one prompt).
+    ``prefill_tokens`` positions into one pass (or one prompt). ``steps``: tokens that every row gets before the host
+    looks at any, where no prompt joins and there is no pipeline (None: 16 with CUDA, 1 otherwise); what rows get after
+    their end is left out.
     """
 
     outputs: int
@@ -51,6 +54,7 @@ class SamplingOptions:
     top_p: float = 1.0
     rows_in_flight: int = 256
     prefill_tokens: int = 4096
+    steps: int | None = None
 
     @property
     def truncated(self) -> bool:
@@ -83,7 +87,7 @@ class _Pass:
     """One way through the pipeline, of the new groups' prompts and then the last token of every row, packed.
 
     ``select_T``: the positions that need logits. ``stage``: the virtual pipeline stage that the pass is at; ``hidden``:
-    what it got there.
+    what it got there. ``steps``: how often the rows get a token, see ``Sampler._decode``.
     """
 
     lane: _Lane
@@ -91,6 +95,7 @@ class _Pass:
     tokens_1S: torch.Tensor
     positions_1S: torch.Tensor
     select_T: torch.Tensor
+    steps: int
     stage: int = 0
     hidden: torch.Tensor | None = None
 
@@ -106,8 +111,8 @@ class _Lane:
         self.rows: list[_Row] = []
         self.current: _Pass | None = None
 
-    def begin(self, admitted: list[_Group], outputs: int, multiple: int) -> None:
-        """Prepares a pass, if there is anything for one."""
+    def begin(self, admitted: list[_Group], outputs: int, multiple: int, steps: int) -> None:
+        """Prepares a pass, if there is anything for one; of ``steps`` tokens if no prompt comes with it."""
         if not admitted and not self.rows:
             return
         lengths = [len(group.prompt.token_ids) for group in admitted]
@@ -117,10 +122,13 @@ class _Lane:
         tokens += [row.tokens[-1] for row in self.rows]
         positions += [len(row.group.prompt.token_ids) + len(row.tokens) - 1 for row in self.rows]
         padding = [0] * (-len(tokens) % multiple)
-        self.cache.plan(lengths, outputs)
-        device = self.cache.device
-        tokens_1S, positions_1S = (torch.tensor([part + padding], device=device) for part in (tokens, positions))
-        self.current = _Pass(self, admitted, tokens_1S, positions_1S, torch.tensor(select, device=device))
+        steps = 1 if admitted else steps
+        self.cache.plan(lengths, outputs, steps)
+        tokens_1S, positions_1S, select_T = (
+            torch.tensor(part).to(self.cache.device, non_blocking=True)
+            for part in ([tokens + padding], [positions + padding], select)
+        )
+        self.current = _Pass(self, admitted, tokens_1S, positions_1S, select_T, steps)
 
     def end(self, new_rows: list[_Row]) -> None:
         """The pass has gone through all stages: the new rows take part from now on."""
@@ -163,6 +171,7 @@ class Sampler:
         self._last_stage = len(chunks) * self._size - 1
         tensor_parallel = parallel_state.get_tensor_model_parallel_group()
         self._tensor_parallel = tensor_parallel if tensor_parallel.size() > 1 else None
+        self._graph: torch.cuda.CUDAGraph | None = None
 
     @torch.no_grad()
     def sample(
@@ -206,6 +215,7 @@ class Sampler:
                     if len(rows) == self.options.outputs:
                         yield row.group.index, self._sampled(row.group.prompt, [rows[i] for i in range(len(rows))])
         finally:
+            self._graph = None  # and its memory
             for chunk, mode in zip(self.chunks, modes, strict=True):
                 chunk.train(mode)
 
@@ -220,7 +230,8 @@ class Sampler:
             # Passes of lane i start at ticks i, i + size, ...: so two lanes never meet on a rank.
             lane = lanes[tick % self._size]
             if lane.current is None:
-                lane.begin(self._admit(lane, waiting, rows), self.options.outputs, self.config.row_multiple)
+                admitted = self._admit(lane, waiting, rows)
+                lane.begin(admitted, self.options.outputs, self.config.row_multiple, self._steps_of(lane))
             yield self._tick(lanes, seed, iteration)
             tick += 1
 
@@ -235,8 +246,17 @@ class Sampler:
             admitted.append(waiting.popleft())
         return admitted
 
+    def _steps_of(self, lane: _Lane) -> int:
+        """How many tokens the lane's rows get at once: no more than one of them may still get."""
+        if self._size > 1 or not lane.rows:
+            return 1
+        steps = self.options.steps or _STEPS[torch.device(self.device).type]
+        return min(steps, max(self.options.max_new_tokens - len(row.tokens) for row in lane.rows))
+
     def _tick(self, lanes: list[_Lane], seed: int, iteration: int) -> list[_Row]:
         running = [lane.current for lane in lanes if lane.current is not None]
+        if running and running[0].steps > 1:
+            return self._decode(running[0])
         mine = next((pass_ for pass_ in running if pass_.stage % self._size == self._rank), None)
         out = None
         if mine is not None:
@@ -285,27 +305,84 @@ class Sampler:
                 # The prompts' logits come first; each serves all of its group's rows.
                 news = torch.arange(len(pass_.new)).repeat_interleave(options.outputs)
                 places = torch.cat([torch.arange(len(lane.rows)) + len(pass_.new), news])
-                logits = logits.index_select(0, places.to(self.device))
-            uniforms_R = torch.tensor([row.draws[len(row.tokens)] for row in rows], dtype=torch.float64)
-            drawn_3R = self._draw(logits, uniforms_R.to(self.device))
+                logits = logits.index_select(0, places.to(self.device, non_blocking=True))
+            drawn_3R = self._draw(logits, self._uniforms(rows, 1)[0])
         if self._size > 1:
             dist.broadcast(drawn_3R, dist.get_process_group_ranks(self._pipeline)[-1], group=self._pipeline)
         lane.end(new_rows)
+        return self._take(lane, drawn_3R[None])
+
+    def _decode(self, pass_: _Pass) -> list[_Row]:
+        """As many tokens for each of the lane's rows as the pass has steps, and no look at any of them meanwhile."""
+        lane, rows = pass_.lane, pass_.lane.rows
+        uniforms_KR = self._uniforms(rows, pass_.steps)
+        drawn_K3R = torch.empty(pass_.steps, 3, len(rows), dtype=torch.float64, device=self.device)
+        k_1 = torch.zeros(1, dtype=torch.int64, device=self.device)
+        tokens_R, positions_R = pass_.tokens_1S[0, : len(rows)], pass_.positions_1S[0, : len(rows)]
+
+        def step() -> None:
+            logits_RV = self.chunks[0](pass_.tokens_1S, pass_.positions_1S, lane.cache, pass_.select_T)
+            drawn_3R = self._draw(logits_RV, uniforms_KR.index_select(0, k_1)[0])
+            drawn_K3R.index_copy_(0, k_1, drawn_3R[None])
+            tokens_R.copy_(drawn_3R[0].clamp(min=0))
+            # Rows that go on after their end may come to the end of the model's positions.
+            positions_R.add_(1).clamp_(max=self.config.seq_length - 1)
+            k_1.add_(1)
+            lane.cache.advance()
+
+        self._repeat(step, pass_.steps)
+        lane.end([])
+        return self._take(lane, drawn_K3R)
+
+    def _repeat(self, step: Callable[[], None], times: int) -> None:
+        """Calls ``step``, which always does the same to the same tensors and reads nothing of them.
+
+        With CUDA the second call is recorded in a graph instead, which is replayed: one launch for each step.
+        """
+        if not torch.cuda.is_available() or times < 3:
+            for _ in range(times):
+                step()
+            return
+        step()  # what is made at the first use must not be made in the graph
+        graph, stream, current = torch.cuda.CUDAGraph(), torch.cuda.Stream(), torch.cuda.current_stream()
+        stream.wait_stream(current)
+        with torch.cuda.stream(stream):
+            # Memory of the last graph's. Other threads, a reward's for one, may go on using the device.
+            graph.capture_begin(None if self._graph is None else self._graph.pool(), "thread_local")
+            step()
+            graph.capture_end()
+        current.wait_stream(stream)
+        self._graph = graph
+        for _ in range(times - 1):
+            graph.replay()
+
+    def _uniforms(self, rows: Sequence[_Row], steps: int) -> torch.Tensor:
+        """The rows' next draws [steps, R] float64, the last one again where there are no more."""
+        last = self.options.max_new_tokens - 1
+        draws = [[row.draws[min(len(row.tokens) + k, last)] for row in rows] for k in range(steps)]
+        return torch.tensor(draws, dtype=torch.float64).to(self.device, non_blocking=True)
+
+    def _take(self, lane: _Lane, drawn_K3R: torch.Tensor) -> list[_Row]:
+        """The rows' next tokens, each row's up to its end. Takes the rows that have ended out, and returns them."""
         ended = []
-        for place, (row, token, sampled, plain) in enumerate(zip(rows, *drawn_3R.tolist(), strict=True)):
-            if token < 0:  # every rank has it
-                raise ValueError(
-                    f"the model's logits are not finite (NaN, or infinite) after {len(row.tokens)} tokens of output "
-                    f"{row.output} to the prompt {row.group.prompt.id!r}: its weights are damaged, or have diverged "
-                    "(look at model.restore_from, or lower optim.lr)"
-                )
-            row.tokens.append(int(token))
-            row.proposal_logprob += sampled
-            row.policy_logprob += plain
-            if len(row.tokens) == options.max_new_tokens or options.stop.ended(self.tokenizer, row.tokens):
-                ended.append(place)
+        for place, (row, drawn_3K) in enumerate(zip(lane.rows, drawn_K3R.permute(2, 1, 0).tolist(), strict=True)):
+            for token, sampled, plain in zip(*drawn_3K, strict=True):
+                if token < 0:  # every rank has it
+                    raise ValueError(
+                        f"the model's logits are not finite (NaN, or infinite) after {len(row.tokens)} tokens of "
+                        f"output {row.output} to the prompt {row.group.prompt.id!r}: its weights are damaged, or have "
+                        "diverged (look at model.restore_from, or lower optim.lr)"
+                    )
+                row.tokens.append(int(token))
+                row.proposal_logprob += sampled
+                row.policy_logprob += plain
+                full = len(row.tokens) == self.options.max_new_tokens
+                if full or self.options.stop.ended(self.tokenizer, row.tokens):
+                    ended.append(place)
+                    break
+        rows = [lane.rows[place] for place in ended]
         lane.drop(ended)
-        return [rows[place] for place in ended]
+        return rows
 
     def _draw(self, logits_RV: torch.Tensor, uniforms_R: torch.Tensor) -> torch.Tensor:
         """Tokens, and their log-probs under the sampled law and under the model at temperature 1: [3, R] float64."""

@@ -10,13 +10,15 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import torch.distributed as dist
+from megatron.core.optimizer import clip_grads
+from megatron.core.utils import local_multi_tensor_l2_norm, local_multi_tensor_scale
 from nemo.lightning.pytorch import optim as nemo_optim
 from ranks import run_ranks
 from small_models import fill_gradients, start, trainable, weights_and_states
 from small_runs import SMALL
 from toy_runs import toy_config
 
-from nemo_brain.host.optimizer import OptimizerGuard, move_schedules
+from nemo_brain.host.optimizer import OptimizerGuard, clip_in_few_calls, fuse, keeping_settings, move_schedules
 from nemo_brain.training.brain.run import run
 
 
@@ -92,6 +94,67 @@ def unguarded() -> bool:
 
 def test_megatron_alone_lets_it_into_the_weights():
     assert run_ranks(unguarded, 1) == [False]
+
+
+def stepped(fused: bool, distributed: bool) -> torch.Tensor:
+    """Weights and states after steps with gradients of several sizes, some of which are clipped."""
+    start()
+    wrapped, optimizer = trainable(distributed)
+    if fused:
+        fuse([optimizer])
+        groups = optimizer.mcore_optimizer.param_groups
+        assert all(group["fused"] for group in groups), groups
+    generator = torch.Generator().manual_seed(3)
+    for scale in (1e-3, 1.0, 1e-6, 30.0):
+        for buffer in wrapped.buffers:
+            buffer.grad_data.copy_(scale * torch.randn(buffer.grad_data.shape, generator=generator))
+        optimizer.mcore_optimizer.step()
+    return weights_and_states(wrapped, optimizer)
+
+
+@pytest.mark.parametrize("distributed", [False, True], ids=["", "distributed"])
+def test_the_fused_step_is_the_unfused_one(distributed):
+    (fused,), (plain,) = (run_ranks(stepped, 1, fused, distributed) for fused in (True, False))
+    # The same formula, rounded in another order in each of four steps; eps of Adam is 1e-8, weights are of order 1.
+    torch.testing.assert_close(fused, plain, atol=1e-6, rtol=1e-5)
+    assert not torch.equal(fused, plain), "it is another kernel"
+
+
+def test_a_step_count_from_a_checkpoint_goes_to_where_the_fused_kernel_counts():
+    parameter = torch.nn.Parameter(torch.zeros(3, device="meta"))
+    adam = torch.optim.AdamW([parameter])
+    optimizer = SimpleNamespace(
+        mcore_optimizer=SimpleNamespace(chained_optimizers=[SimpleNamespace(optimizer=adam)]),
+        param_groups=adam.param_groups,
+    )
+    for fused, device in ((False, "cpu"), (True, "meta")):
+        if fused:
+            fuse([optimizer])
+        with keeping_settings([optimizer]):
+            adam.param_groups[0]["fused"] = None  # as the checkpoint has it
+            adam.state[parameter]["step"] = torch.tensor(7.0)
+        assert adam.param_groups[0]["fused"] is (True if fused else None)
+        assert adam.state[parameter]["step"].device.type == device
+
+
+def test_clipping_in_few_calls_gives_megatrons_numbers():
+    """Of its own substitutes, which read the device once per tensor."""
+    generator = torch.Generator().manual_seed(4)
+    gradients = [torch.randn(size, generator=generator) * 10**power for power, size in enumerate((1, 7, 4096, 100_000))]
+    flag = torch.zeros(1, dtype=torch.int32)
+    theirs, _ = local_multi_tensor_l2_norm(0, flag, [gradients], False)
+    scaled = [gradient.clone() for gradient in gradients]
+    local_multi_tensor_scale(0, flag, [scaled, scaled], 0.3)
+    clip_in_few_calls()
+    ours, _ = clip_grads.l2_norm_impl(0, flag, [gradients], False)
+    clip_grads.multi_tensor_scale_impl(0, flag, [gradients, gradients], 0.3)
+    assert torch.equal(ours, theirs) and all(map(torch.equal, gradients, scaled))
+    on_device = [gradient.to("meta") for gradient in gradients]  # a read would fail
+    norm, _ = clip_grads.l2_norm_impl(0, flag, [on_device], False)
+    clip_grads.multi_tensor_scale_impl(0, flag, [on_device, on_device], 0.3)
+    assert norm.device.type == "meta" and norm.shape == (1,)
+    with pytest.raises(RuntimeError):
+        local_multi_tensor_l2_norm(0, flag, [on_device], False)
 
 
 STEPS = 12

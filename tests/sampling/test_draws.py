@@ -8,6 +8,7 @@ import torch.distributed as dist
 from laws import SIGNIFICANT, chi_square
 from ranks import run_ranks
 from scipy import stats
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from nemo_brain.sampling.draws import draw_tokens, uniforms
 
@@ -100,6 +101,30 @@ def test_draw_tokens():
     law = small[0].double().softmax(-1).numpy()
     assert chi_square(one[0][5][0].numpy(), law) > SIGNIFICANT
     assert chi_square(one[0][5][0].numpy(), law**0.95 / (law**0.95).sum()) < SIGNIFICANT
+
+
+class Counted(TorchDispatchMode):
+    """Counts the operations that compute, each of which is at least one launch on a card."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += not function.is_view
+        return function(*args, **(kwargs or {}))
+
+
+def test_on_a_device_the_number_of_operations_does_not_grow_with_the_rows():
+    """And none of them reads the device: the meta device has nothing to read."""
+    counts = []
+    for device, rows in (("meta", 64), ("meta", 1024), ("cpu", 64)):
+        draws = torch.full((rows,), 0.5, dtype=torch.float64, device=device)
+        with Counted() as counted:
+            draw_tokens(torch.zeros(rows, 128_256, device=device), draws, 128_256)
+        counts.append(counted.count)
+    # On a CPU they go in chunks that its caches hold.
+    assert counts[0] == counts[1] < 70 < counts[2]
 
 
 def test_a_row_without_a_law_has_no_token_and_masked_columns_are_never_drawn():

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from devices import noted_waits
 from laws import SIGNIFICANT, chi_square
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
@@ -285,6 +286,58 @@ def refused(layouts: list[dict], options: list[SamplingOptions]) -> list[list[st
             said[-1].append(str(caught.value))
             assert all(chunk.training for chunk in chunks)
     return said
+
+
+def sampled_by_steps(layouts: list[dict]) -> list[list]:
+    """For each layout and a law of its own: the groups with each number of tokens at a time, two groups in flight."""
+    results = []
+    for layout, changes in zip(layouts, itertools.cycle([{"top_k": 9, "top_p": 0.9}, {"temperature": 1.4}, {}])):
+        chunks, config = build(GPT, VOCAB, **layout)
+        options = replace(OPTIONS, max_new_tokens=40, stop=Stop((5, 11, 17, 23)), rows_in_flight=8, **changes)
+        samplers = [Sampler(chunks, config, TOKENIZER, replace(options, steps=steps)) for steps in (1, 7, 500)]
+        results.append([in_order(sampler.sample(PROMPTS, 1, 2)) for sampler in samplers])
+    return results
+
+
+@pytest.mark.parametrize("layouts", [[{}, {}, {}], *(LAYOUTS[ranks] for ranks in LAYOUTS if ranks > 1)], ids=str)
+def test_several_tokens_at_a_time_are_the_same_tokens(layouts):
+    """Rows end in between, prompts join, all rows are past their end: whatever happens between two looks."""
+    ranks = max(layout.get("tensor", 1) * layout.get("stages", 1) for layout in layouts)
+    for one, *others in run_ranks(sampled_by_steps, ranks, layouts)[0]:
+        assert len({len(output.token_ids) for group in one for output in group.outputs}) > 5
+        for other in others:
+            assert tokens_of(other) == tokens_of(one)
+            for ours, theirs in zip(other, one, strict=True):
+                for name in ("proposal_logprobs", "policy_logprobs"):
+                    # fp32, of up to 40 tokens: keys of weight zero are added in another order.
+                    np.testing.assert_allclose(getattr(ours, name), getattr(theirs, name), rtol=0, atol=1e-4)
+
+
+def looks(steps: int, **changes) -> tuple[list[tuple[int, ...]], list[str]]:
+    """The shapes of what the host looks at while it samples on the meta device, and the copies there that waited."""
+    chunks, config = build(GPT, VOCAB)
+    (chunk,) = (chunk.to("meta") for chunk in chunks)
+    chunk.rotary_pos_emb.inv_freq = chunk.rotary_pos_emb.inv_freq.to("meta")  # Megatron does so once
+    sampler = Sampler([chunk], config, TOKENIZER, replace(OPTIONS, max_new_tokens=17, steps=steps, **changes))
+    sampler.device = torch.device("meta")
+    seen, take = [], sampler._take
+
+    def look(lane, drawn_K3R):
+        assert drawn_K3R.device.type == "meta"
+        seen.append(tuple(drawn_K3R.shape))
+        return take(lane, torch.ones(drawn_K3R.shape, dtype=torch.float64))
+
+    sampler._take = look
+    with noted_waits() as waits:
+        assert len(in_order(sampler.sample(PROMPTS[:2], 1, 2))) == 2
+    return seen, waits
+
+
+@pytest.mark.parametrize("changes", [{}, {"temperature": 1.4}, {"top_k": 9, "top_p": 0.9}])
+def test_the_host_looks_once_at_so_many_tokens_and_at_nothing_else(changes):
+    """17 tokens of 8 rows: the first comes with the prompts."""
+    assert run_ranks(looks, 1, 1, **changes) == [([(1, 3, 8)] * 17, [])]
+    assert run_ranks(looks, 1, 8, **changes) == [([(1, 3, 8), (8, 3, 8), (8, 3, 8)], [])]
 
 
 @pytest.mark.parametrize("ranks", LAYOUTS)

@@ -115,16 +115,18 @@ class _ObjectiveLoss:
     def __call__(self, batch: MicroBatch, logprobs_ET: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         logprobs_K = batch.output_sums(logprobs_ET[0].double())
         detached_K = logprobs_K.detach()
-        groups = [group for group, _ in batch.rows]
-        outputs = [output for _, output in batch.rows]
+        device, width = logprobs_K.device, self.scores.mask_GN.shape[1]
+        # Nothing here may wait for the device: what the host knows is sent, and nothing is read.
         if self.known_GN is not None:
-            coefficients_K = self.known_GN[groups, outputs]
+            groups, outputs = [group for group, _ in batch.rows], [output for _, output in batch.rows]
+            coefficients_K = self.known_GN[groups, outputs].to(device, non_blocking=True)
         else:
-            present = sorted(set(groups))
-            places = [present.index(group) for group in groups]
-            policy_GN = torch.zeros(len(present), self.scores.mask_GN.shape[1], dtype=torch.float64)
-            policy_GN[places, outputs] = detached_K.cpu()
+            present = sorted({group for group, _ in batch.rows})
+            place_of = {group: place for place, group in enumerate(present)}
+            places = torch.tensor([place_of[group] * width + output for group, output in batch.rows], dtype=torch.int64)
+            places_K = places.to(device, non_blocking=True)
+            policy_GN = detached_K.new_zeros(len(present) * width).index_copy(0, places_K, detached_K).view(-1, width)
             coefficients_GN, _ = coefficients(self.objective, policy_GN, **self.scores.rows(present))
-            coefficients_K = coefficients_GN[places, outputs]
-        loss = (coefficients_K.to(logprobs_K.device) * logprobs_K).sum() * self.scale
+            coefficients_K = coefficients_GN.flatten().index_select(0, places_K)
+        loss = (coefficients_K * logprobs_K).sum() * self.scale
         return loss, detached_K[None]

@@ -67,6 +67,6 @@ class _PreferenceLoss:
 
     def __call__(self, batch: MicroBatch, rewards_1K: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         rewards_P2 = rewards_1K[0].double().view(len(batch.rows) // 2, 2)
-        margins_P = self.margins_P[[pair for pair, _ in batch.rows[::2]]].to(rewards_P2.device)
+        margins_P = self.margins_P[[pair for pair, _ in batch.rows[::2]]].to(rewards_P2.device, non_blocking=True)
         losses_P = preference_losses(rewards_P2, margins_P, self.centering)
         return losses_P.sum() * self.scale, rewards_P2.detach().view(1, -1)
