@@ -84,6 +84,7 @@ setup(
             "import-linter",
             "jsonschema>=4.18",
             "math-verify>=0.9,<0.10",
+            "mlflow-skinny>=3,<4",
             "kubeflow-trainer-api",
             "kubernetes-validate",
             "mypy",
