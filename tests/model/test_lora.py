@@ -107,7 +107,7 @@ class _Frozen(pl.Callback):
         assert sum(p.numel() for group in optimizer.param_groups for p in group["params"]) == trained > 0
         policy = passes.logprobs(chunks, GROUPS)
         with strategy.prior() as score:
-            prior = score(GROUPS, lambda tokens: None)
+            (prior,) = score(GROUPS, lambda tokens: None)
         start = passes.logprobs(strategy.build_frozen_chunks(module.config, module.weights), GROUPS)[0]
         assert torch.equal(prior, start)
         assert torch.equal(passes.logprobs(chunks, GROUPS), policy), "the adapters are on again"
