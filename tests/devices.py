@@ -1,11 +1,13 @@
 """The meta device in a GPU's place: its tensors have no values, so whoever asks for one fails, as do ``.item()``,
-``.tolist()``, ``.cpu()``, boolean indexing and ``nonzero``. What goes there and waits is noted here."""
+``.tolist()``, ``.cpu()``, boolean indexing and ``nonzero``. Noted here: what goes there and waits; and the operations
+that are no views, each at least one launch on a card."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
 
+import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -46,4 +48,18 @@ class Copies(TorchDispatchMode):
         if copied and args[name.startswith("aten::copy_")].device.type == "cpu" and out.device.type == "meta":
             waits = not (kwargs or {}).get("non_blocking", False) and not (args[2:] and args[2] is True)
             self.found += [name] * waits
+        return out
+
+
+class Operations(TorchDispatchMode):
+    """The shapes of what this thread's operations give, views left out."""
+
+    def __init__(self):
+        super().__init__()
+        self.shapes: list[tuple[int, ...]] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if not function.is_view:
+            self.shapes.append(tuple(out.shape) if isinstance(out, torch.Tensor) else ())
         return out

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from devices import Operations
 from qkv import D, H, dense, draw
 
 from nemo_brain.model import attention
@@ -71,6 +72,20 @@ def test_values_and_gradients_equal_the_dense_mask(name, kv_heads, kernel):
         torch.testing.assert_close(ours, theirs, atol=1e-13, rtol=0)
         for a, b in zip(*(torch.autograd.grad((out * weight).sum(), inputs) for out in (ours, theirs)), strict=True):
             torch.testing.assert_close(a, b, atol=1e-12, rtol=0)
+
+
+def test_the_gradients_of_a_rows_parts_are_put_together_at_once():
+    """Not added one by one, each as large as the row."""
+    counts = []
+    for blocks in (2, 9):
+        layout = torch.tensor([[3, 2, 4, 1]] * blocks)
+        positions = int(layout.sum())
+        inputs = draw(positions, 2)
+        out = packed_attention(*inputs, layout)
+        with Operations() as operations:
+            torch.autograd.grad(out.sum(), inputs)
+        counts.append(sum(positions in shape for shape in operations.shapes))
+    assert counts[0] == counts[1]
 
 
 def test_other_masks_differ(kernel):
