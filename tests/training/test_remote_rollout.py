@@ -27,7 +27,7 @@ def server(tmp_path):
 
 
 def remote(server: CompletionServer, tmp_path, **changes) -> list[str]:
-    reload = "[{path: /collective_rpc, json: {method: reload_weights, kwargs: {weights_path: '{path}'}}},"
+    reload = "[{path: /collective_rpc, json: {method: nemo_brain_load, kwargs: {path: '{path}'}}},"
     reload += "{path: /reset_prefix_cache}]"
     keys = {
         "url": server.url,
@@ -53,9 +53,6 @@ def remote(server: CompletionServer, tmp_path, **changes) -> list[str]:
 )
 def test_a_server_samples_from_each_refreshed_policy(server, tmp_path, ranks, overrides):
     """What the server says of its outputs is what the policy of that iteration says: it got the new weights."""
-    server.loads = []
-    load = server.load
-    server.load = lambda path: server.loads.append(path) or load(path)
     result, *_ = run_ranks(recorded_run, ranks, *RUN, *remote(server, tmp_path), *overrides)
     # Before the first validation and after each iteration's steps; what is unchanged is not loaded again.
     assert len(server.loads) == 3
