@@ -182,7 +182,9 @@ class CompletionServer:
         elif handler.path == "/collective_rpc" and body["method"] in ("reload_weights", "nemo_brain_load"):
             (path,) = body["kwargs"].values()
             problem = self.reload(Path(path), body["method"])
-            _send(handler, 500, {"error": {"message": problem}}) if problem else _send(handler, 200, {"results": [None]})
+            _send(handler, 500, {"error": {"message": problem}}) if problem else _send(
+                handler, 200, {"results": [None]}
+            )
         elif handler.path == "/update_weight_version" and self.versions:
             self.version = body["new_version"]
             _send(handler, 200, {"success": True, "new_version": self.version})
