@@ -1,10 +1,10 @@
 """An inference server for tests: a transformers model behind /v1/completions, as vLLM, SGLang or TensorRT-LLM answers.
 
 It samples for real, request by request, from the seed that comes with the request. What vLLM 0.32 does that one would
-not expect, it does too: it keeps what it has computed of a prefix until /reset_prefix_cache, also after new weights have
-been loaded; reload_weights leaves a tied output layer as it was; a reload of a directory that it does not see destroys
-the model, though /health says nothing of it, and the next request ends it; started again it has its first weights; it
-ignores fields that it does not know; told to end, it no longer listens, and requests in flight hang.
+not expect, it does too: it keeps what it has computed of a prefix until /reset_prefix_cache, also after new weights
+have been loaded; reload_weights leaves a tied output layer as it was; a reload of a directory that it does not see
+destroys the model, though /health says nothing of it, and the next request ends it; started again it has its first
+weights; it ignores fields that it does not know; told to end, it no longer listens, and requests in flight hang.
 """
 
 from __future__ import annotations

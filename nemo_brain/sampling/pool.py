@@ -26,15 +26,16 @@ Answer = TypeVar("Answer")
 
 @dataclass
 class _Member:
-    """A server and what it has to do. problem: what is wrong with it while it is left out, otherwise None."""
+    """A server and what it has to do. problem: why it is left out, otherwise None; last: why it last was."""
 
     server: Server
     tokens: int = 0
     problem: str | None = None
+    last: str | None = None
     lost: asyncio.Event = field(default_factory=asyncio.Event)
 
     def leave(self, problem: str) -> None:
-        self.problem = problem
+        self.problem = self.last = problem
         self.lost.set()
         warnings.warn(f"rollout.remote: {self.server.url} is left out: {problem}", stacklevel=2)
 
@@ -98,8 +99,9 @@ class Pool:
         Raises:
             ValueError: ``request`` did, or no server was there for ``rollout.remote.timeout_seconds``.
         """
+        started = time.monotonic()
         while True:
-            member = await self._free(what)
+            member = await self._free(what, started)
             member.tokens += tokens
             try:
                 answered, lost = (asyncio.ensure_future(work) for work in (request(member.server), member.lost.wait()))
@@ -112,18 +114,18 @@ class Pool:
             finally:
                 member.tokens -= tokens
 
-    async def _free(self, what: str) -> _Member:
-        started = time.monotonic()
+    async def _free(self, what: str, started: float) -> _Member:
         limit = self._members[0].server.timeout_seconds
-        while not (there := [member for member in self._members if member.problem is None]):
+        while True:
             heartbeat()
             if time.monotonic() - started > limit:
                 raise ValueError(
-                    f"rollout.remote: {what}: no server for rollout.remote.timeout_seconds={limit:g}: "
+                    f"rollout.remote: {what}: no answer within rollout.remote.timeout_seconds={limit:g}: "
                     f"{self._problems()}"
                 )
+            if there := [member for member in self._members if member.problem is None]:
+                return min(there, key=lambda member: member.tokens)
             await asyncio.sleep(min(_WATCH_SECONDS, limit) / 10)
-        return min(there, key=lambda member: member.tokens)
 
     async def _watch(self, member: _Member) -> None:
         server, failures = member.server, 0
@@ -153,7 +155,7 @@ class Pool:
             member.join()
 
     def _problems(self) -> str:
-        return "; ".join(f"{member.server.url}: {member.problem}" for member in self._members)
+        return "; ".join(f"{member.server.url}: {member.problem or member.last}" for member in self._members)
 
 
 async def _together(work: Sequence[Awaitable[None]]) -> None:

@@ -32,6 +32,7 @@ from nemo_brain.core import http as http_client
 from nemo_brain.core.groups import Prompt, SampledGroup
 from nemo_brain.data.stop import Stop
 from nemo_brain.data.tokenizers import decode
+from nemo_brain.sampling import pool as pool_module
 from nemo_brain.sampling import remote as remote_module
 from nemo_brain.sampling.remote import RemoteSampler, request_seed
 from nemo_brain.sampling.sampler import SamplingOptions
@@ -52,8 +53,8 @@ def directory(tmp_path_factory) -> Path:
     return save_model(tmp_path_factory.mktemp("model"), VOCAB, END)
 
 
-def sampler(where: CompletionServer | str, options: SamplingOptions = OPTIONS, **config) -> RemoteSampler:
-    url = where if isinstance(where, str) else where.url
+def sampler(where: CompletionServer | str | list[str], options: SamplingOptions = OPTIONS, **config) -> RemoteSampler:
+    url = where.url if isinstance(where, CompletionServer) else where
     directory, version = config.pop("directory", None), config.pop("version", None)
     limits = {"timeout_seconds": 20.0, "request_timeout_seconds": 10.0, "concurrency": 8}
     remote = RemoteConfig(url=url, model="policy", **{**limits, **config})
@@ -480,6 +481,159 @@ def test_the_key_is_not_told_to_another_host(directory, tmp_path, monkeypatch):
             remote.refresh(reload=True)
 
 
+LOAD = [
+    {"path": "/collective_rpc", "json": {"method": "nemo_brain_load", "kwargs": {"path": "{path}"}}},
+    {"path": "/reset_prefix_cache"},
+]
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory) -> Path:
+    """Other weights than ``directory``'s."""
+    return save_model(tmp_path_factory.mktemp("policy"), VOCAB, END, seed=1)
+
+
+@pytest.fixture
+def short_watch(monkeypatch):
+    monkeypatch.setattr(pool_module, "_WATCH_SECONDS", 0.05)
+
+
+def are_of(groups: list[SampledGroup], directory: Path) -> bool:
+    """Whether the outputs' log-probs are this model's. fp32, six tokens; other weights are whole nats away."""
+    model = AutoModelForCausalLM.from_pretrained(directory)
+    return all(
+        abs(logprob - teacher_forced(model, group.prompt, output.token_ids)) < 1e-4
+        for group in groups
+        for output, logprob in zip(group.outputs, group.proposal_logprobs, strict=True)
+    )
+
+
+def test_what_a_server_serves_is_looked_at_before_it_is_changed(directory, policy):
+    with CompletionServer(directory) as server:
+        wrong = sampler(server, reload=LOAD, directory=policy, version="1")
+        wrong.config.model = "other"
+        with pytest.raises(ValueError, match=r"rollout\.remote\.model=other is not served; served: policy"):
+            wrong.refresh(reload=True)
+        server.context = 99
+        long = RemoteSampler(wrong.config, OPTIONS, TOKENIZER, VOCAB, 100, policy, "1")
+        long.config.model = "policy"
+        with pytest.raises(ValueError, match=r"the context of policy there is 99 tokens.* are 100: .*--max-model-len"):
+            long.refresh(reload=True)
+        gone = sampler(server, reload=LOAD, directory="/gone", version="1")
+        with pytest.raises(ValueError, match=r"reload\[0\].*this server sees no safetensors files in /gone"):
+            gone.refresh(reload=True)
+        assert not server.loads and server.version == "default"
+        assert are_of(sampled(sampler(server)), directory)
+
+
+def test_weights_are_loaded_again_only_where_the_server_has_others(directory, policy):
+    with CompletionServer(directory) as server:
+        ours = sampler(server, reload=LOAD, directory=policy, version="1")
+        ours.refresh(reload=True)
+        ours.refresh(reload=False)
+        assert len(server.loads) == 1 and server.version == "1"
+        server.kill()
+        server.restart()
+        assert server.version == "default"
+        ours.refresh(reload=False)
+        assert len(server.loads) == 2 and are_of(sampled(ours), policy)
+
+
+@pytest.mark.parametrize("versions", [True, False], ids=["it says which weights it has", "it does not"])
+@pytest.mark.parametrize("end", ["kill", "terminate"])
+def test_a_server_that_is_started_again_meanwhile_gets_the_weights_first(directory, policy, short_watch, end, versions):
+    """Requests that hang are given up when /health fails; the same outputs come as without it."""
+    with CompletionServer(directory) as server:
+        server.versions = versions
+        ours = sampler(server, reload=LOAD, directory=policy, version="1", request_timeout_seconds=300.0)
+        ours.refresh(reload=True)
+        expected = sampled(ours)
+        assert are_of(expected, policy)
+        begun = threading.Event()
+
+        def before(body) -> None:
+            if not begun.is_set() and server.answered > 20:
+                begun.set()
+                getattr(server, end)()
+                threading.Timer(0.5, server.restart).start()
+
+        server.before = before
+        started = time.monotonic()
+        assert sampled(ours) == expected
+        assert begun.is_set() and len(server.loads) == 2 and time.monotonic() - started < 20
+
+
+def test_weights_that_a_server_changes_on_its_own_are_seen_by_their_version(directory, policy, short_watch):
+    with CompletionServer(directory) as server:
+        ours = sampler(server, concurrency=1, reload=LOAD, directory=policy, version="1")
+        ours.refresh(reload=True)
+
+        def other(body) -> None:
+            if server.answered == 2 and len(server.loads) == 1:
+                server.version = "another run's"
+                time.sleep(0.5)
+
+        server.before = other
+        sampled(ours)
+        assert len(server.loads) == 2 and server.version == "1"
+
+        def always(body) -> None:
+            server.version = "another run's"
+            time.sleep(0.5)
+
+        server.before = always
+        with pytest.raises(ValueError, match=r"timeout_seconds=1\.5: .*its weights are \"another run's\", not '1'"):
+            sampled(sampler(server, reload=LOAD, directory=policy, version="1", timeout_seconds=1.5))
+
+
+def test_several_servers_share_the_work_and_a_lost_one_is_taken_back(directory, policy, short_watch):
+    with CompletionServer(directory) as first, CompletionServer(directory) as second:
+        ours = sampler([first.url, second.url], concurrency=2, reload=LOAD, directory=policy, version="1")
+        assert ours.refresh(reload=True) == [first.url, second.url]
+        expected = sampled(ours)
+        assert are_of(expected, policy) and min(len(first.bodies), len(second.bodies)) > 2
+        assert {body["seed"] for body in first.bodies}.isdisjoint(body["seed"] for body in second.bodies)
+
+        many = [Prompt(f"m{i}", "a", [97]) for i in range(12)]
+        lost = threading.Event()
+
+        def lose(body) -> None:
+            if not lost.is_set():
+                lost.set()
+                second.kill()
+                threading.Timer(0.3, second.restart).start()
+
+        second.before = lose
+        first.before = lambda body: time.sleep(0.05)
+        groups = sampled(ours, many)
+        assert len(groups) == 12 and are_of(groups, policy)
+        assert len(second.loads) == 2 and second.version == "1", "taken back, with the weights"
+
+        second.kill()
+        with pytest.warns(UserWarning, match=rf"{second.url} is left out: ConnectError"):
+            assert ours.refresh(reload=True) == [first.url]
+        first.kill()
+        with pytest.raises(ValueError, match=rf"none of the servers answers: {first.url}: Connect.*; {second.url}: "):
+            ours.refresh(reload=True)
+
+
+def test_a_slower_server_gets_less(directory):
+    with CompletionServer(directory) as slow, CompletionServer(directory) as fast:
+        slow.before = lambda body: time.sleep(0.3)
+        sampled(sampler([slow.url, fast.url], concurrency=2), [Prompt(f"m{i}", "a", [97]) for i in range(8)])
+        assert len(slow.bodies) < len(fast.bodies)
+
+
+def test_a_server_whose_model_a_reload_has_destroyed_is_not_waited_for_forever(directory, short_watch):
+    """vLLM's own reload of a directory that it does not see: /health says nothing, the next request ends it."""
+    with CompletionServer(directory) as server:
+        gone = sampler(server, reload=RELOAD, directory="/gone", version="1", timeout_seconds=1.5)
+        with pytest.raises(ValueError, match=r"reload\[0\].*Repo id must be in the form"):
+            gone.refresh(reload=True)
+        with pytest.raises(ValueError, match=r"within rollout\.remote\.timeout"):
+            sampled(gone)
+
+
 REMOTE = "rollout.remote={url:'http://127.0.0.1:8000',model:policy"
 
 
@@ -489,6 +643,10 @@ REMOTE = "rollout.remote={url:'http://127.0.0.1:8000',model:policy"
         (["rollout.remote={model:policy}"], r"rollout\.remote\.url has no value"),
         (["rollout.remote={url:localhost,model:m}"], r"rollout\.remote\.url must be an address like http"),
         ([REMOTE + ",server:tgi}"], r"rollout\.remote\.server must be one of vllm, sglang, trtllm, not 'tgi'"),
+        (["rollout.remote={url:[],model:m}"], r"rollout\.remote\.url must be an address like http.*or a list of them"),
+        (["rollout.remote={url:['http://a:1',b],model:m}"], r"rollout\.remote\.url must be an address like http"),
+        ([REMOTE + ",on_mismatch:skip}"], r"rollout\.remote\.on_mismatch must be one of redraw, keep, not 'skip'"),
+        (["rollout.max_proposal_gap=0"], r"rollout\.max_proposal_gap must be above 0"),
         ([REMOTE + ",concurrency:0}"], r"rollout\.remote\.concurrency must be at least 1"),
         ([REMOTE + ",timeout_seconds:0}"], r"rollout\.remote\.timeout_seconds must be above 0"),
         ([REMOTE + ",timeout:3}"], r"unknown configuration key rollout\.remote\.timeout"),
