@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from completion_server import END, VOCAB, CompletionServer, save_model
 from layouts import PP2, TP2
@@ -82,10 +84,19 @@ def test_a_server_that_has_the_weights_of_another_model_ends_the_run(server, tmp
     fails(match, server, tmp_path, "trainer.max_iterations=1", **unchanged)
 
 
+def start_model(tmp_path) -> Path:
+    """What the runs of this module start from, whose output layer is tied."""
+    export = f"model.export_to={tmp_path}/start"
+    run_ranks(recorded_run, 1, *RUN, export, "trainer.max_iterations=1", "optim.lr=1e-20", "data.holdout=0")
+    return tmp_path / "start"
+
+
 def test_a_reload_that_leaves_the_tied_output_layer_as_it_was_ends_the_run(tmp_path):
-    stale = "[{path: /collective_rpc, json: {method: reload_weights, kwargs: {weights_path: '{path}'}}}]"
-    with CompletionServer(save_model(tmp_path / "other", VOCAB, END, tied=True)) as server:
+    stale = "[{path: /collective_rpc, json: {method: reload_weights, kwargs: {weights_path: '{path}'}}},"
+    stale += "{path: /reset_prefix_cache}]"
+    with CompletionServer(start_model(tmp_path)) as server:
         fails(r"away from those of the policy .*a reload that left some as they were", server, tmp_path, reload=stale)
+        assert len(server.loads) == 2, "the start model's was right"
 
 
 def test_a_reload_that_does_not_reach_the_server_ends_the_run(server, tmp_path):
@@ -161,8 +172,7 @@ def test_a_server_samples_from_the_start_model_that_is_not_refreshed(server, tmp
     kept = remote(server, tmp_path, export_to="null", reload="null", logprobs="sampled")
     with pytest.raises(AssertionError, match=r"away from those of the start model.*it has other weights"):
         run_ranks(recorded_run, 1, *RUN, *kept, *start)
-    run_ranks(recorded_run, 1, *RUN, f"model.export_to={tmp_path}/start", "trainer.max_iterations=1", "optim.lr=1e-20")
-    with CompletionServer(tmp_path / "start", processed=True) as right:
+    with CompletionServer(start_model(tmp_path), processed=True) as right:
         kept = remote(right, tmp_path, export_to="null", reload="null", logprobs="sampled")
         result, *_ = run_ranks(recorded_run, 1, *RUN, *kept, *start)
         assert all(body["temperature"] == 0.8 for body in right.bodies)
@@ -173,7 +183,7 @@ def test_a_server_samples_from_the_start_model_that_is_not_refreshed(server, tmp
 def test_a_server_that_fails_ends_every_rank_with_its_error(server, tmp_path):
     """The second replica's requests are answered; its ranks must not wait for the first's in vain."""
 
-    server.fault = lambda attempt, body: 400 if body is server.bodies[4] else None
+    server.fault = lambda attempt, body: 400 if any(body is failed for failed in server.bodies[8:9]) else None
     with pytest.raises(AssertionError, match=r"ValueError: rollout\.remote: http.*prompt .*HTTP 400"):
         run_ranks(recorded_run, 4, *RUN, *remote(server, tmp_path), PP2, "data.holdout=0")
 
