@@ -104,7 +104,8 @@ class Pool:
             member = await self._free(what, started)
             member.tokens += tokens
             try:
-                answered, lost = (asyncio.ensure_future(work) for work in (request(member.server), member.lost.wait()))
+                answered = asyncio.ensure_future(request(member.server))
+                lost = asyncio.ensure_future(member.lost.wait())
                 try:
                     await asyncio.wait((answered, lost), return_when=asyncio.FIRST_COMPLETED)
                     if answered.done():
