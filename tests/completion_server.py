@@ -1,13 +1,17 @@
 """An inference server for tests: a transformers model behind /v1/completions, as vLLM, SGLang or TensorRT-LLM answers.
 
-It samples for real, request by request, from the seed that comes with the request. Like vLLM it keeps what it has
-computed of a prefix until /reset_prefix_cache, also after new weights have been loaded.
+It samples for real, request by request, from the seed that comes with the request. What vLLM 0.32 does that one would
+not expect, it does too: it keeps what it has computed of a prefix until /reset_prefix_cache, also after new weights
+have been loaded; reload_weights leaves a tied output layer as it was; a reload of a directory that it does not see
+destroys the model, though /health says nothing of it, and the next request ends it; started again it has its first
+weights; it ignores fields that it does not know; told to end, it no longer listens, and requests in flight hang.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import socket
 import threading
 import time
 from collections import Counter
@@ -29,7 +33,7 @@ COMMON |= {"include_stop_str_in_output", "add_special_tokens", "skip_special_tok
 NEUTRAL = {"min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0, "top_p": 1.0}
 
 
-def save_model(path: Path, vocab_size: int, end: int, seed: int = 0) -> Path:
+def save_model(path: Path, vocab_size: int, end: int, seed: int = 0, tied: bool = False) -> Path:
     """A random Llama; among many tokens the end token is made likely enough to be drawn."""
     torch.manual_seed(seed)
     config = LlamaConfig(
@@ -41,10 +45,10 @@ def save_model(path: Path, vocab_size: int, end: int, seed: int = 0) -> Path:
         eos_token_id=end,
         bos_token_id=None,
         initializer_range=0.5,
-        tie_word_embeddings=False,
+        tie_word_embeddings=tied,
     )
     model = LlamaForCausalLM(config)
-    if vocab_size > TINY:
+    if vocab_size > TINY and not tied:
         model.lm_head.weight.data[end] *= 2.5
     model.save_pretrained(path)
     return path
@@ -64,16 +68,44 @@ class CompletionServer:
         self.kind, self.key, self.processed, self.fault = kind, key, processed, fault
         self.bodies: list[dict] = []
         self.names = ["policy"]
+        self.context = 1000
+        self.versions = kind == "vllm"  # whether it can say which weights it has
         self.before: Callable[[dict], None] = lambda body: None  # called before a request is looked at
         self.answered = 0
+        self.loads: list[Path] = []
+        self._first = directory
+        self._port = 0
         self._attempts: Counter = Counter()
         self._lock = threading.Lock()
+        self._start()
+
+    def _start(self) -> None:
+        """With its first weights, nothing kept of earlier ones."""
+        self.version = "default"
+        self.ended = threading.Event()
+        self._connections: set[socket.socket] = set()
         self._cache: dict[tuple, torch.Tensor] = {}
-        self.load(directory)
+        self.load(self._first)
 
     def load(self, directory: Path) -> None:
         self.model = AutoModelForCausalLM.from_pretrained(directory).eval()
         self.end = self.model.config.eos_token_id
+
+    def reload(self, path: Path, method: str) -> str:
+        """Carries out a worker's method; returns what is wrong."""
+        with self._lock:
+            seen = path.is_dir()
+            if method == "nemo_brain_load" and not seen:
+                return f"this server sees no safetensors files in {path}"
+            if not seen:
+                self.model = None
+                return f"Repo id must be in the form 'repo_name' or 'namespace/repo_name': '{path}'"
+            head = None if self.model is None else self.model.get_output_embeddings().weight.detach().clone()
+            self.loads.append(path)
+            self.load(path)
+            if method == "reload_weights" and self.model.config.tie_word_embeddings:
+                self.model.get_output_embeddings().weight = torch.nn.Parameter(head)
+        return ""
 
     def __enter__(self) -> CompletionServer:
         outer = self
@@ -81,6 +113,10 @@ class CompletionServer:
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
             disable_nagle_algorithm = True  # or each answer waits 40 ms for the acknowledgement of its headers
+
+            def setup(self):
+                super().setup()
+                outer._connections.add(self.connection)
 
             def do_GET(self):
                 outer.get(self)
@@ -91,9 +127,15 @@ class CompletionServer:
             def log_message(self, *args):
                 pass
 
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.http.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self.http.server_port}"
+        class Listener(ThreadingHTTPServer):
+            daemon_threads = True
+
+            def handle_error(self, *args):
+                pass  # the other end has gone
+
+        self.http = Listener(("127.0.0.1", self._port), Handler)
+        self._port = self.http.server_port
+        self.url = f"http://127.0.0.1:{self._port}"
         threading.Thread(target=self.http.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
         return self
 
@@ -101,9 +143,33 @@ class CompletionServer:
         self.http.shutdown()
         self.http.server_close()
 
+    def terminate(self) -> None:
+        """As after SIGTERM: new connections are refused, requests in flight get no answer."""
+        self.ended.set()
+        self.__exit__()
+
+    def kill(self) -> None:
+        """As after SIGKILL: besides, all connections end."""
+        self.terminate()
+        for connection in list(self._connections):
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+
+    def restart(self) -> None:
+        """At the same address, after one of these."""
+        self._start()
+        self.__enter__()
+
     def get(self, handler) -> None:
-        if handler.path == "/v1/models":
-            _send(handler, 200, {"object": "list", "data": [{"id": name, "object": "model"} for name in self.names]})
+        models = [{"id": name, "object": "model", "max_model_len": self.context} for name in self.names]
+        if self.ended.is_set():
+            handler.close_connection = True
+        elif handler.path == "/v1/models":
+            _send(handler, 200, {"object": "list", "data": models})
+        elif handler.path == "/health":
+            _send(handler, 200, b"")
+        elif handler.path == "/weight_info" and self.versions:
+            _send(handler, 200, {"weight_version": self.version})
         else:
             _send(handler, 404, {"detail": "Not Found"})
 
@@ -113,18 +179,19 @@ class CompletionServer:
             _send(handler, 401, {"error": "Unauthorized", "got": handler.headers.get("authorization")})
         elif handler.path == "/v1/completions":
             self._complete(handler, body)
-        elif handler.path == "/collective_rpc" and body["method"] == "reload_weights":
-            path = Path(body["kwargs"]["weights_path"])
-            if path.is_dir():
-                with self._lock:
-                    self.load(path)
-                _send(handler, 200, {"results": [None]})
-            else:
-                _send(handler, 500, {"error": {"message": f"no such directory: {path}"}})
+        elif handler.path == "/collective_rpc" and body["method"] in ("reload_weights", "nemo_brain_load"):
+            (path,) = body["kwargs"].values()
+            problem = self.reload(Path(path), body["method"])
+            _send(handler, 500, {"error": {"message": problem}}) if problem else _send(
+                handler, 200, {"results": [None]}
+            )
+        elif handler.path == "/update_weight_version" and self.versions:
+            self.version = body["new_version"]
+            _send(handler, 200, {"success": True, "new_version": self.version})
         elif handler.path == "/reset_prefix_cache":
             with self._lock:
                 self._cache.clear()
-            _send(handler, 200, None)
+            _send(handler, 200, {"success": True})
         elif handler.path == "/update_weights_from_disk":
             _send(handler, 200, {"success": False, "message": "Failed to load the weights"})
         else:
@@ -136,6 +203,12 @@ class CompletionServer:
             self._attempts[body["seed"]] += 1
             attempt = self._attempts[body["seed"]]
         self.before(body)
+        if self.model is None:
+            self.kill()
+        if self.ended.is_set():
+            time.sleep(30)  # nobody answers any more
+            handler.close_connection = True
+            return
         fault = self.fault(attempt, body)
         if fault == "drop":
             handler.connection.close()
@@ -165,7 +238,7 @@ class CompletionServer:
             "trtllm": {"detokenize"},
             "sglang": {"return_token_ids"},
         }.get(self.kind, {"return_token_ids", "return_tokens_as_token_ids"})
-        if unknown := body.keys() - known:
+        if (unknown := body.keys() - known) and self.kind == "trtllm":
             return f"Extra inputs are not permitted: {unknown}"
         if missing := COMMON - body.keys():
             return f"a default of mine would apply to {missing}"

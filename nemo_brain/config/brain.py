@@ -63,7 +63,7 @@ class PriorConfig:
 class RemoteConfig:
     """An inference server that samples in place of the training ranks; ``rollout.remote=null``: none."""
 
-    url: str = key(MISSING, "http://HOST:PORT")
+    url: Any = key(MISSING, "http://HOST:PORT, or a list of them: each prompt goes to the one with the least to do")
     model: str = key(MISSING, "the policy's name there")
     server: str = key("vllm", "what serves", among={"vllm": "", "sglang": "", "trtllm": ""})
     logprobs: str = key(
@@ -72,17 +72,26 @@ class RemoteConfig:
         among={"model": "at temperature 1", "sampled": "of the sampled law"},
     )
     api_key_env: str | None = key(None, "the environment variable with the key that is sent; null: no key")
-    concurrency: int = key(64, "requests at a time, of all ranks together", at_least=1)
-    request_timeout_seconds: float = key(600.0, "of one attempt", above=0)
+    concurrency: int = key(64, "requests at a time to each server, by each data-parallel replica", at_least=1)
+    request_timeout_seconds: float = key(600.0, "of one attempt; ended early where /health fails", above=0)
     timeout_seconds: float = key(
         1200.0,
         "of a request with its repetitions; less than trainer.hang_timeout_minutes",
         above=0,
     )
+    on_mismatch: str = key(
+        "redraw",
+        "an output whose log-prob there is not ours",
+        among={"redraw": "asked for again", "keep": "with the server's log q'"},
+    )
     export_to: str | None = key(None, "a directory for each iteration's policy, which reload names")
     reload: list[dict[str, Any]] | None = key(
         None, "how the server loads it, step by step: {path or url: ..., method: POST, json: ...} | {command: [...]}"
     )
+
+    @property
+    def urls(self) -> list[str]:
+        return self.url if isinstance(self.url, list) else [self.url]
 
 
 @dataclass
@@ -115,6 +124,13 @@ class RolloutConfig:
     )
     refresh_every: int = key(1, "kl_adaptive: iterations from one such question to the next", at_least=1)
     rescore_proposal: bool = key(True, "log q' by the training kernels rather than the sampler's")
+    max_proposal_gap: float | None = key(
+        None,
+        "nats per token, |log q' by the training kernels - by the sampler's| on average: the run ends above it; null: "
+        "by trainer.precision: 1e-3 (32), 0.05 (bf16-mixed), 0.2 (with fp8)",
+        above=0,
+        resumable=True,
+    )
     rows_in_flight: int = key(256, "outputs sampled at a time by each data-parallel rank", at_least=1, resumable=True)
     save: bool = key(False, "rollouts.jsonl, which data.rollouts reads", resumable=True)
     remote: RemoteConfig | None = key(
@@ -191,6 +207,13 @@ class Config(TrainingConfig):
             "data.max_prompt_tokens": self.data.max_prompt_tokens,
             "rollout.max_new_tokens": self.rollout.max_new_tokens,
         }
+
+    @property
+    def max_proposal_gap(self) -> float:
+        """Nats per token. The defaults are 50 times what one saw in fp32 (two kernels' rounding), and in lower
+        precision what outputs of few tokens may show."""
+        given, trainer = self.rollout.max_proposal_gap, self.trainer
+        return given if given is not None else 0.2 if trainer.fp8 else 0.05 if trainer.bf16 else 1e-3
 
     @property
     def steps_per_iteration(self) -> int:
@@ -283,8 +306,8 @@ def _check_truncation(rollout: RolloutConfig) -> None:
 def _check_remote(remote: RemoteConfig, rollout: RolloutConfig, trainer: TrainerConfig) -> None:
     name = "rollout.remote"
     check_patience(f"{name}.timeout_seconds", remote.timeout_seconds, trainer)
-    if not re.fullmatch(r"https?://[^/\s?#]+[^\s?#]*", remote.url):
-        raise ValueError(f"{name}.url must be an address like http://HOST:PORT, not {remote.url!r}")
+    if not remote.urls or not all(re.fullmatch(r"https?://[^/\s?#]+[^\s?#]*", str(url)) for url in remote.urls):
+        raise ValueError(f"{name}.url must be an address like http://HOST:PORT, or a list of them, not {remote.url!r}")
     if (rollout.temperature != 1.0 or _truncates(rollout)) and remote.logprobs == "model":
         raise ValueError(
             f"{name}.logprobs=model says that the server gives the model's log-probs at temperature 1, but outputs are "

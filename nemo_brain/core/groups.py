@@ -51,11 +51,12 @@ class SampledGroup(Group):
     """A group and the log-probs of its outputs that come with it; None: whoever sampled it does not know them.
 
     A log-prob is the sum over an output's ``token_ids`` in nats. ``proposal_logprobs`` are log q' of the law that was
-    sampled (temperature included), ``policy_logprobs`` log q of the policy that sampled at temperature 1,
-    ``prior_logprobs`` log p.
+    sampled (temperature included) as the sampler gives them, ``rescored_logprobs`` the same by the training kernels,
+    ``policy_logprobs`` log q of the policy that sampled at temperature 1, ``prior_logprobs`` log p.
     """
 
     proposal_logprobs: list[float] | None = None
+    rescored_logprobs: list[float] | None = None
     policy_logprobs: list[float] | None = None
     prior_logprobs: list[float] | None = None
 

@@ -73,12 +73,12 @@ class HTTPClient:
         self._request_timeout_seconds = request_timeout_seconds
         self._key = "" if api_key_env is None else environment_key(f"{key}.api_key_env", api_key_env)
 
-    def client(self) -> httpx.AsyncClient:
-        """A pool of connections, for use within one event loop."""
+    def client(self, connections: int | None = None) -> httpx.AsyncClient:
+        """A pool of connections (None: ``concurrency``), for use within one event loop."""
         return httpx.AsyncClient(
             verify=_certificates(),
             timeout=httpx.Timeout(None, connect=_CONNECT_SECONDS),
-            limits=httpx.Limits(max_connections=self._concurrency),
+            limits=httpx.Limits(max_connections=connections or self._concurrency),
         )
 
     async def ask(

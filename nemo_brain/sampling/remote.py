@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import copy
 import hashlib
 import math
 import queue
@@ -32,6 +33,7 @@ from transformers import PreTrainedTokenizerFast
 from nemo_brain.config.brain import RemoteConfig
 from nemo_brain.core.groups import Output, Prompt, SampledGroup
 from nemo_brain.core.http import BadAnswer
+from nemo_brain.sampling.pool import Pool
 from nemo_brain.sampling.server import Server
 
 if TYPE_CHECKING:
@@ -45,6 +47,7 @@ _DIALECTS: dict[str, tuple[int, dict[str, Any]]] = {
 }
 _TOKEN_ID = re.compile(r"token_id:(\d+)")
 _POLL_SECONDS = 1.0
+_PROBE = -2  # the "iteration" of a probe's draws: the same whenever a server is looked at
 _ROUNDING = 1e-3  # a log-prob may exceed 0 by this: fp32, or bf16 on the server
 _IMPOSSIBLE = -9999.0  # how servers write minus infinity in JSON
 
@@ -62,73 +65,110 @@ class RemoteSampler:
         config: where and how to ask.
         options: what to sample; ``rows_in_flight`` is not used, ``config.concurrency`` is.
         tokenizer: turns ids into text.
-        vocab_size: the model's, without padding; the server may not return other ids.
+        vocab_size: the model's, without padding; the servers may not return other ids.
+        context: so many tokens a prompt and its output may have together.
+        directory: where the weights are that the servers are to have; None: those that they were started with.
+        version: their name.
 
     Raises:
         ValueError: the environment variable of the API key is not set.
     """
 
     def __init__(
-        self, config: RemoteConfig, options: SamplingOptions, tokenizer: PreTrainedTokenizerFast, vocab_size: int
+        self,
+        config: RemoteConfig,
+        options: SamplingOptions,
+        tokenizer: PreTrainedTokenizerFast,
+        vocab_size: int,
+        context: int = 0,
+        directory: str | Path | None = None,
+        version: str | None = None,
     ):
         self.config = config
         self.options = options
         self.tokenizer = tokenizer
         self.vocab_size = vocab_size
-        self._server = Server(config)
+        self._servers = [Server(config, url, context) for url in config.urls]
+        self._directory = None if directory is None else Path(directory).resolve()
+        self._version = version
 
-    def refresh(self, directory: str | Path | None = None) -> None:
-        """Makes the server load the model in ``directory`` (None: what it has), and waits until it serves it.
+    def refresh(self, reload: bool) -> list[str]:
+        """Sees to it that the servers have the weights, and waits until they serve them, for up to ``timeout_seconds``.
 
-        Carries out ``rollout.remote.reload``, then polls the server for up to ``timeout_seconds``.
+        Args:
+            reload: ``rollout.remote.reload`` is carried out, otherwise only where a server says that its weights are
+                other ones.
+
+        Returns:
+            The addresses of those that answer: all, or at least one of several.
 
         Raises:
-            ValueError: a step failed, or the server does not come back, or without ``rollout.remote.model``.
+            ValueError: a step failed, or a server does not come back, or without ``rollout.remote.model``, or with too
+                short a context.
         """
-
-        async def work() -> None:
-            async with self._server.client() as client:
-                if directory is not None:
-                    await self._server.reload(client, Path(directory).resolve())
-                await self._server.wait_until_served(client)
-
+        pool = self._pool()
         outcome: queue.SimpleQueue = queue.SimpleQueue()
-        with _in_background(work, outcome):
+        with _in_background(lambda: pool.bring(reload), outcome):
             if (error := outcome.get()) is not None:
                 raise error
+        return pool.urls
+
+    def probe(self, urls: Sequence[str], prompts: Sequence[Prompt], seed: int) -> dict[str, list[SampledGroup]]:
+        """Each server's output for each prompt, by its address: what its weights and its log-probs are to be seen from.
+
+        Raises:
+            ValueError: as ``sample``.
+        """
+        groups: dict[str, list[SampledGroup]] = {}
+        for server in self._servers:
+            if server.url in urls:
+                alone = copy.copy(self)
+                alone._servers = [server]
+                answers = alone.sample(prompts, seed, _PROBE, [[0]] * len(prompts))
+                found = dict(answer for answer in answers if answer is not None)
+                groups[server.url] = [found[p] for p in range(len(prompts))]
+        return groups
 
     def sample(
         self,
         prompts: Sequence[Prompt],
         seed: int,
         iteration: int,
+        numbers: Sequence[Sequence[int]] | None = None,
         on_outputs: Callable[[int], None] = lambda count: None,
+        reload: bool = False,
     ) -> Iterator[tuple[int, SampledGroup] | None]:
-        """n outputs for each prompt, as they are finished: pairs of a prompt's index and its group, or None where none
+        """Outputs for each prompt, as they are finished: pairs of a prompt's index and its group, or None where none
         was finished for a second.
 
         Requests go on in the background while the caller works on a group; closing the iterator cancels them. The
-        same seed, iteration and prompt id ask for the same draws, whatever the other prompts are. ``on_outputs`` is
+        same seed, iteration, prompt id and number ask for the same draw, whatever the others are. ``on_outputs`` is
         told how many outputs have come since its last call, in the caller's thread. ``proposal_logprobs`` are sums of
-        the server's log-probs, and ``policy_logprobs`` too where that law is the model's own (temperature 1, no
-        truncation).
+        the server's log-probs.
+
+        Args:
+            numbers: of each prompt's outputs; None: 0 to n - 1.
+            reload: the servers are given the weights anew first.
 
         Raises:
-            ValueError: the server gives no usable answer within the limits of the configuration; names the prompt.
+            ValueError: no usable answer within the limits of the configuration; names the prompt.
         """
-        n = self.options.outputs
-        jobs = iter([(p, i) for p in range(len(prompts)) for i in range(n)])
+        wanted = [range(self.options.outputs)] * len(prompts) if numbers is None else numbers
+        jobs = iter([(p, i) for p, outputs in enumerate(wanted) for i in outputs])
+        left = sum(map(len, wanted))
         finished: queue.SimpleQueue = queue.SimpleQueue()
 
-        async def worker(client: httpx.AsyncClient) -> None:
+        async def worker(pool: Pool, client: httpx.AsyncClient) -> None:
             for p, i in jobs:
-                finished.put((p, i, await self._output(client, prompts[p], i, seed, iteration)))
+                finished.put((p, i, await self._output(pool, client, prompts[p], i, seed, iteration)))
 
         async def work() -> None:
-            async with self._server.client() as client:
-                workers = [
-                    asyncio.create_task(worker(client)) for _ in range(min(self.config.concurrency, len(prompts) * n))
-                ]
+            pool = self._pool()
+            if reload:
+                await pool.bring(reload)
+            count = min(self.config.concurrency * len(self._servers), left)
+            async with self._servers[0].client(count) as client, pool.watched():
+                workers = [asyncio.create_task(worker(pool, client)) for _ in range(count)]
                 try:
                     await asyncio.gather(*workers)
                 finally:
@@ -136,10 +176,8 @@ class RemoteSampler:
                         task.cancel()
                     await asyncio.gather(*workers, return_exceptions=True)
 
-        plain = self.options.temperature == 1.0 and not self.options.truncated  # the law is the model's own
         answers: list[dict[int, tuple[Output, float]]] = [{} for _ in prompts]
         with _in_background(work, finished):
-            left = len(prompts) * n
             while left:
                 try:
                     item = finished.get(timeout=_POLL_SECONDS)
@@ -152,25 +190,25 @@ class RemoteSampler:
                 p, i, answer = item
                 answers[p][i] = answer
                 on_outputs(1)
-                if len(answers[p]) == n:
-                    outputs, logprobs = zip(*(answers[p].pop(index) for index in range(n)), strict=True)
-                    yield (
-                        p,
-                        SampledGroup(
-                            prompts[p],
-                            list(outputs),
-                            proposal_logprobs=list(logprobs),
-                            policy_logprobs=list(logprobs) if plain else None,
-                        ),
-                    )
+                if len(answers[p]) == len(wanted[p]):
+                    outputs, logprobs = zip(*(answers[p].pop(index) for index in wanted[p]), strict=True)
+                    yield p, SampledGroup(prompts[p], list(outputs), proposal_logprobs=list(logprobs))
+
+    def _pool(self) -> Pool:
+        return Pool(self._servers, self._directory, self._version)
 
     async def _output(
-        self, client: httpx.AsyncClient, prompt: Prompt, index: int, seed: int, iteration: int
+        self, pool: Pool, client: httpx.AsyncClient, prompt: Prompt, index: int, seed: int, iteration: int
     ) -> tuple[Output, float]:
         body = self._body(prompt, request_seed(seed, iteration, prompt.id, index))
         what = f"prompt {prompt.id!r}, output {index}"
-        return await self._server.ask(
-            client, "POST", "/v1/completions", what, lambda answer: self._read(answer, prompt), body
+        tokens = len(prompt.token_ids) + self.options.max_new_tokens
+        return await pool.ask(
+            what,
+            tokens,
+            lambda server: server.ask(
+                client, "POST", "/v1/completions", what, lambda answer: self._read(answer, prompt), body
+            ),
         )
 
     def _body(self, prompt: Prompt, seed: int) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The OpenAI-compatible inference server of ``rollout.remote``: what it serves, and new weights for it.
+"""One OpenAI-compatible inference server of ``rollout.remote``: what it serves, which weights it has, new ones for it.
 
 Errors are ValueErrors that name the server and what was asked of it; the API key never appears in them.
 """
@@ -6,6 +6,7 @@ Errors are ValueErrors that name the server and what was asked of it; the API ke
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -14,40 +15,103 @@ import httpx
 from nemo_brain.config.brain import RemoteConfig
 from nemo_brain.core.http import BadAnswer, HTTPClient, excerpt
 
+_PROBE_SECONDS = 10  # for answers that take no computing; a server that is late with them is not yet lost
+
 
 class Server(HTTPClient):
-    """The server of ``rollout.remote``.
+    """The server at one of ``rollout.remote.url``.
 
-    Raises ValueError when the environment variable of the API key is not set.
+    Args:
+        config: that section.
+        url: its address.
+        context: so many tokens a prompt and its output may have together.
+
+    Raises:
+        ValueError: the environment variable of the API key is not set.
     """
 
-    def __init__(self, config: RemoteConfig):
+    def __init__(self, config: RemoteConfig, url: str, context: int):
         super().__init__(
             "rollout.remote",
-            config.url.rstrip("/").removesuffix("/v1"),
+            url.rstrip("/").removesuffix("/v1"),
             api_key_env=config.api_key_env,
             concurrency=config.concurrency,
             request_timeout_seconds=config.request_timeout_seconds,
             timeout_seconds=config.timeout_seconds,
         )
         self.config = config
+        self._context = context
 
-    async def wait_until_served(self, client: httpx.AsyncClient) -> None:
-        """Returns once the server answers and serves ``rollout.remote.model``; ValueError if it serves others only."""
+    async def failure(self, client: httpx.AsyncClient) -> str | None:
+        """Why ``/health`` says that the server is gone; None: it does not, or the server has no ``/health``."""
+        try:
+            response = await client.get(self.url + "/health", headers=self._headers(), timeout=_PROBE_SECONDS)
+        except httpx.TimeoutException:
+            return None  # it may have much to do
+        except httpx.RequestError as error:
+            return f"{type(error).__name__}: {error}"
+        return f"HTTP {response.status_code}" if response.status_code >= 500 else None
 
-        def read(answer: Any) -> list[str]:
+    async def bring(
+        self, client: httpx.AsyncClient, directory: Path | None, version: str | None, *, reload: bool, doubt: bool
+    ) -> None:
+        """Sees to it that the server has the weights of this version, and serves them.
+
+        Args:
+            directory: with these weights; None: the server has them from its start.
+            version: their name, which a server that can keep one is told.
+            reload: whatever the server says.
+            doubt: also if the server cannot say which version it has.
+
+        Raises:
+            ValueError: a step of ``rollout.remote.reload`` failed, the server does not come back, or serves another
+                model or one of too short a context. These are looked at before anything is changed on it.
+        """
+        await self._check(client)
+        if directory is None:
+            return
+        found = await self.version(client)
+        if reload or (doubt if found is None else found != version):
+            await self._reload(client, directory)
+            await self._check(client)
+            if found is not None:
+                await self._tell_version(client, str(version))
+
+    async def version(self, client: httpx.AsyncClient) -> str | None:
+        """The name that the weights were given, as vLLM keeps it until it ends; None: the server keeps none."""
+        with contextlib.suppress(httpx.RequestError, ValueError, KeyError, TypeError):
+            response = await client.get(self.url + "/weight_info", headers=self._headers(), timeout=_PROBE_SECONDS)
+            if response.is_success:
+                return str(response.json()["weight_version"])
+        return None
+
+    async def _tell_version(self, client: httpx.AsyncClient, version: str) -> None:
+        await self._call(
+            client, "the version of its weights", {"path": "/update_weight_version", "json": {"new_version": version}}
+        )
+
+    async def _check(self, client: httpx.AsyncClient) -> None:
+        """Returns once the server answers and serves the model; ValueError if it serves none like it."""
+
+        def read(answer: Any) -> dict[str, int | None]:
             try:
-                return [model["id"] for model in answer["data"]]
-            except (KeyError, TypeError):
+                return {model["id"]: model.get("max_model_len") for model in answer["data"]}
+            except (KeyError, TypeError, AttributeError):
                 raise BadAnswer(f"no list of models: {str(answer)[:200]}") from None
 
-        names = await self.ask(client, "GET", "/v1/models", "its models (GET /v1/models)", read)
-        if self.config.model not in names:
+        lengths = await self.ask(client, "GET", "/v1/models", "its models (GET /v1/models)", read)
+        name = self.config.model
+        if name not in lengths:
+            raise self._error("its models", f"rollout.remote.model={name} is not served; served: {', '.join(lengths)}")
+        length = lengths[name]
+        if isinstance(length, int) and length < self._context:
             raise self._error(
-                "its models", f"rollout.remote.model={self.config.model} is not served; served: {', '.join(names)}"
+                "its models",
+                f"the context of {name} there is {length} tokens, and data.max_prompt_tokens + rollout.max_new_tokens "
+                f"are {self._context}: start it with a longer one (vLLM: --max-model-len)",
             )
 
-    async def reload(self, client: httpx.AsyncClient, directory: Path) -> None:
+    async def _reload(self, client: httpx.AsyncClient, directory: Path) -> None:
         """Carries out the steps of ``rollout.remote.reload`` in order. A step that fails is not repeated.
 
         Raises:
@@ -74,11 +138,7 @@ class Server(HTTPClient):
             raise self._error(name, f"{method} {url}: {problem}") from None
         except httpx.RequestError as error:
             raise self._error(name, f"{method} {url}: {type(error).__name__}: {error}") from None
-        refused = False
-        if response.headers.get("content-type", "").startswith("application/json") and response.content:
-            answer = response.json()
-            refused = isinstance(answer, dict) and answer.get("success") is False  # SGLang's way to say it
-        if refused or not response.is_success:
+        if not response.is_success or _refuses(response):
             raise self._error(name, f"{method} {url}: HTTP {response.status_code}: {excerpt(response)}")
 
     async def _run(self, name: str, command: list[str]) -> None:
@@ -100,6 +160,18 @@ class Server(HTTPClient):
         if process.returncode:
             last = output.decode(errors="replace").strip()[-500:]
             raise self._error(name, f"{command}: exit status {process.returncode}: {last}")
+
+
+def _refuses(response: httpx.Response) -> bool:
+    """Whether HTTP 200 is no success: ``{"success": false}`` (SGLang; vLLM's reset while requests are running), or an
+    error in place of a result."""
+    if not response.headers.get("content-type", "").startswith("application/json") or not response.content:
+        return False
+    try:
+        answer = response.json()
+    except ValueError:
+        return True
+    return isinstance(answer, dict) and (answer.get("success") is False or bool(answer.get("error")))
 
 
 def _filled_in(value: Any, path: str) -> Any:

@@ -8,6 +8,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import pytest
+from completion_server import END, VOCAB, CompletionServer, save_model
 from demonstrations import sft_config, write_demonstrations
 from models import chat_llama
 from ranks import run_ranks
@@ -68,6 +69,12 @@ def test_the_page_names_what_a_training_writes_and_nothing_else(kind, tmp_path):
         for refresh in ("never", "kl_adaptive"):
             (more,) = run_ranks(written, 1, kind, tmp_path / refresh, f"rollout.refresh={refresh}")
             found["iteration"] |= more["iteration"]
+        with CompletionServer(save_model(tmp_path / "served", VOCAB, END)) as server:
+            load = "{path: /collective_rpc, json: {method: nemo_brain_load, kwargs: {path: '{path}'}}}"
+            load += ", {path: /reset_prefix_cache}"
+            keys = f"url: {server.url}, model: policy, export_to: {tmp_path}/policy, reload: [{load}]"
+            (more,) = run_ranks(written, 1, kind, tmp_path / "remote", f"rollout.remote={{{keys}}}")
+        found["iteration"] |= more["iteration"]
     expected = told(SECTIONS[kind])
     expected["step"] |= told("Every step")["step"]
     assert {kind: sorted(names) for kind, names in found.items()} == {k: sorted(n) for k, n in expected.items()}

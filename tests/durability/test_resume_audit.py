@@ -49,6 +49,7 @@ SAME: dict[str, Any] = {
     "train.on_nonfinite": "skip",
     "train.min_ess": 3.0,
     "train.max_kl": 1e6,
+    "rollout.max_proposal_gap": 0.5,
     "rollout.save": "false",
     "ddp.overlap_grad_reduce": "false",
     "ddp.bucket_size": 1000,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from completion_server import END, VOCAB, CompletionServer, save_model
 from layouts import PP2, TP2
@@ -27,7 +29,7 @@ def server(tmp_path):
 
 
 def remote(server: CompletionServer, tmp_path, **changes) -> list[str]:
-    reload = "[{path: /collective_rpc, json: {method: reload_weights, kwargs: {weights_path: '{path}'}}},"
+    reload = "[{path: /collective_rpc, json: {method: nemo_brain_load, kwargs: {path: '{path}'}}},"
     reload += "{path: /reset_prefix_cache}]"
     keys = {
         "url": server.url,
@@ -53,12 +55,10 @@ def remote(server: CompletionServer, tmp_path, **changes) -> list[str]:
 )
 def test_a_server_samples_from_each_refreshed_policy(server, tmp_path, ranks, overrides):
     """What the server says of its outputs is what the policy of that iteration says: it got the new weights."""
-    server.loads = []
-    load = server.load
-    server.load = lambda path: server.loads.append(path) or load(path)
     result, *_ = run_ranks(recorded_run, ranks, *RUN, *remote(server, tmp_path), *overrides)
     # Before the first validation and after each iteration's steps; what is unchanged is not loaded again.
     assert len(server.loads) == 3
+    assert all(record["refresh_seconds"] > 0 for record in result["metrics"] if record["kind"] == "iteration")
     iterations = [record for record in result["metrics"] if record["kind"] == "iteration"]
     assert [record["iteration"] for record in iterations] == [0, 1]
     for record in iterations:
@@ -72,17 +72,118 @@ def test_a_server_samples_from_each_refreshed_policy(server, tmp_path, ranks, ov
     assert abs(final["eval/kl_to_prior"]) > 0.05
 
 
-def test_a_server_with_other_weights_is_seen_in_the_proposal_gap(server, tmp_path):
-    unchanged = remote(server, tmp_path, export_to="null", reload="null")
-    result, *_ = run_ranks(recorded_run, 1, *RUN, *unchanged, "trainer.max_iterations=1", "data.holdout=0")
+def fails(match: str, server: CompletionServer, tmp_path, *overrides: str, **keys) -> None:
+    """The run ends with this, and has trained on nothing since."""
+    with pytest.raises(AssertionError, match=match):
+        run_ranks(recorded_run, 1, *RUN, *remote(server, tmp_path, **keys), "data.holdout=0", *overrides)
+
+
+def test_a_server_that_has_the_weights_of_another_model_ends_the_run(server, tmp_path):
+    unchanged = {"export_to": "null", "reload": "null"}
+    match = r"away from those of the policy \(rollout\.max_proposal_gap is 0\.001\): it has other weights"
+    fails(match, server, tmp_path, "trainer.max_iterations=1", **unchanged)
+
+
+def start_model(tmp_path) -> Path:
+    """What the runs of this module start from, whose output layer is tied."""
+    export = f"model.export_to={tmp_path}/start"
+    run_ranks(recorded_run, 1, *RUN, export, "trainer.max_iterations=1", "optim.lr=1e-20", "data.holdout=0")
+    return tmp_path / "start"
+
+
+def test_a_reload_that_leaves_the_tied_output_layer_as_it_was_ends_the_run(tmp_path):
+    stale = "[{path: /collective_rpc, json: {method: reload_weights, kwargs: {weights_path: '{path}'}}},"
+    stale += "{path: /reset_prefix_cache}]"
+    with CompletionServer(start_model(tmp_path)) as server:
+        fails(r"away from those of the policy .*a reload that left some as they were", server, tmp_path, reload=stale)
+        assert len(server.loads) == 2, "the start model's was right"
+
+
+def test_a_reload_that_does_not_reach_the_server_ends_the_run(server, tmp_path):
+    """It gets the start model, and nothing after that."""
+    load = server.load
+    server.load = lambda path: load(path) if not server.loads[1:] else None
+    match = r"away from those of the policy .*: it has the start model's weights"
+    fails(match, server, tmp_path, "rollout.outputs_per_prompt=2", "rollout.prompts_per_iteration=4")
+
+
+def test_log_probs_at_temperature_1_for_those_of_the_sampled_law_end_the_run(server, tmp_path):
+    match = r"it gives the model's log-probs at temperature 1 .*--logprobs-mode processed_logprobs"
+    fails(match, server, tmp_path, "rollout.temperature=0.6", logprobs="sampled")
+
+
+def other_logprobs(choice: dict) -> None:
+    """Those of other tokens than the sampled."""
+    values = choice["logprobs"]["token_logprobs"]
+    choice["logprobs"]["token_logprobs"] = [value - 1.0 for value in values]
+
+
+def other_ids(choice: dict) -> None:
+    choice["token_ids"] = [(token + 1) % 200 for token in choice["token_ids"]]
+
+
+@pytest.mark.parametrize("change", [other_logprobs, other_ids])
+def test_outputs_whose_log_probs_are_not_the_policys_are_drawn_again(server, tmp_path, change):
+    def fault(attempt, body):
+        lies = len(server.bodies) in (7, 8, 20) and body["max_tokens"] == 8
+        return (lambda answer: change(answer["choices"][0])) if lies else None
+
+    server.fault = fault
+    once = ("trainer.max_iterations=1", "data.holdout=0", "rollout.max_new_tokens=8")
+    result, *_ = run_ranks(recorded_run, 1, *RUN, *remote(server, tmp_path), *once)
     (record,) = [record for record in result["metrics"] if record["kind"] == "iteration"]
-    assert record["proposal_gap"] > 1
+    assert record["proposal_gap"] < 1e-4
+    assert len({body["seed"] for body in server.bodies}) == 4 + 8 * 4 + 3, "a probe's, all, and three anew"
+
+
+def test_a_server_that_always_lies_ends_the_run(server, tmp_path):
+    """Of the outputs that are trained on: a probe's are as they should be."""
+    server.fault = lambda attempt, body: (
+        (lambda answer: other_logprobs(answer["choices"][0])) if len(server.bodies) > 4 else None
+    )
+    fails(r"4 outputs in a row whose log-probs are not those of the model", server, tmp_path)
+
+
+def test_outputs_of_another_law_are_kept_with_the_servers_log_probs(server, tmp_path):
+    """The server is lost after the probe and comes back with its first weights, which is what samples, as it says."""
+    server.versions = False
+
+    def stale(body) -> None:
+        if len(server.bodies) == 5:
+            server.load(server._first)
+            server._cache.clear()
+
+    server.before = stale
+    keep = remote(server, tmp_path, on_mismatch="keep", concurrency=1)
+    once = ("trainer.max_iterations=1", "data.holdout=0", "rollout.save=true")
+    result, *_ = run_ranks(recorded_run, 1, *RUN, *keep, *once)
+    (record,) = [record for record in result["metrics"] if record["kind"] == "iteration"]
+    assert record["proposal_gap"] < 1e-2 and len(server.loads) == 1
+    assert len(server.bodies) == 4 + 8 * 4, "nothing is drawn again"
+    # At the first iteration the policy is the prior: what differs is the law that has sampled.
+    assert record["kl_to_prior"] == pytest.approx(0, abs=1e-4)
+
+
+def test_a_server_samples_from_the_start_model_that_is_not_refreshed(server, tmp_path):
+    """Its outputs are held to the prior; the policy's own ranks sample for validations."""
+    never = ("rollout.refresh=never", "objective.name=infonca", "objective.gamma=null", "objective.tau=0.1")
+    never += ("objective.beta=1",)
+    start = ("rollout.temperature=0.8", *never)
+    kept = remote(server, tmp_path, export_to="null", reload="null", logprobs="sampled")
+    with pytest.raises(AssertionError, match=r"away from those of the start model.*it has other weights"):
+        run_ranks(recorded_run, 1, *RUN, *kept, *start)
+    with CompletionServer(start_model(tmp_path), processed=True) as right:
+        kept = remote(right, tmp_path, export_to="null", reload="null", logprobs="sampled")
+        result, *_ = run_ranks(recorded_run, 1, *RUN, *kept, *start)
+        assert all(body["temperature"] == 0.8 for body in right.bodies)
+    gaps = [record["proposal_gap"] for record in result["metrics"] if record["kind"] == "iteration"]
+    assert len(gaps) == 2 and max(gaps) < 1e-4
 
 
 def test_a_server_that_fails_ends_every_rank_with_its_error(server, tmp_path):
     """The second replica's requests are answered; its ranks must not wait for the first's in vain."""
 
-    server.fault = lambda attempt, body: 400 if body is server.bodies[4] else None
+    server.fault = lambda attempt, body: 400 if any(body is failed for failed in server.bodies[8:9]) else None
     with pytest.raises(AssertionError, match=r"ValueError: rollout\.remote: http.*prompt .*HTTP 400"):
         run_ranks(recorded_run, 4, *RUN, *remote(server, tmp_path), PP2, "data.holdout=0")
 

@@ -120,7 +120,8 @@ class BRAInLoop:
                 rewarded, temperature = self._offline_groups(iteration), None
             else:
                 prompts = self._prompts(iteration)
-                self.worker.refresh(self.frame.state.step, self._sampling)  # q' <- q
+                # q' <- q
+                record |= self.worker.refresh(self.frame.state.step, self._sampling, prompts, iteration)
                 sampled = self.worker.sample(prompts, self._sampling, iteration, f"iteration {iteration}: sampling")
                 rewarded = self.worker.reward(sampled)
                 temperature = self._sampling.temperature if self.config.rollout.rescore_proposal else None
@@ -237,7 +238,7 @@ class BRAInLoop:
         state = self.frame.state
         with self.frame.saved_if_interrupted():
             prompts = on_all_ranks(lambda: list(self.held_out))
-            self.worker.refresh(state.step, self._validation)
+            self.worker.refresh(state.step, self._validation, prompts, VALIDATION)
             rewarded = self.worker.reward(
                 self.worker.sample(prompts, self._validation, VALIDATION, "validation: sampling")
             )

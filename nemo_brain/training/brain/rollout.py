@@ -9,6 +9,8 @@ the replica's ranks.
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,6 +94,7 @@ class RolloutWorker:
         seed: of the draws.
         run_dir: where the groups of an iteration go that fails.
         skip_nonfinite: rewards that are not finite are taken.
+        max_gap: nats per token by which the sampler's log q' may differ from the training kernels', on average.
         refresh: what the proposal is, see ``rollout.refresh``.
     """
 
@@ -106,6 +109,7 @@ class RolloutWorker:
         seed: int,
         run_dir: Path,
         skip_nonfinite: bool,
+        max_gap: float = math.inf,
         refresh: str = "always",
     ):
         self.strategy = strategy
@@ -116,6 +120,7 @@ class RolloutWorker:
         self._seed = seed
         self._run_dir = run_dir
         self._skip_nonfinite = skip_nonfinite
+        self._max_gap = max_gap
         self._refresh = refresh
         self._collective = getattr(reward, "collective", False)
 
@@ -143,15 +148,24 @@ class RolloutWorker:
     def _first(self) -> bool:
         return self._members.rank() == 0
 
-    def refresh(self, step: int, options: SamplingOptions) -> None:
+    def refresh(
+        self, step: int, options: SamplingOptions, prompts: Sequence[Prompt], iteration: int
+    ) -> dict[str, float]:
         """q' <- q: from now on the policy as it stands, after ``step`` optimizer steps, is sampled from.
 
+        Returns:
+            What that took, where it takes anything.
+
         Raises:
-            ValueError, OSError: the inference server did not take it; on every rank.
+            ValueError, OSError: the inference server did not take it, or samples from another law; on every rank.
             Interrupted: the run was asked to end; on every rank.
         """
-        if self.remote is not None and self._refresh == "always":
-            self.remote.refresh(self.strategy, step, options, self.interruption)
+        if not self._by_server(iteration):
+            return {}
+        assert self.remote is not None
+        started = time.perf_counter()
+        self.remote.refresh(self.strategy, step, options, prompts, self.interruption)
+        return {"refresh_seconds": time.perf_counter() - started}
 
     def sample(self, prompts: Sequence[Prompt], options: SamplingOptions, iteration: int, description: str) -> Sampling:
         """Samples a group for each prompt of this replica's share, and begins to reward them.
@@ -224,9 +238,15 @@ class RolloutWorker:
             validation: the policy has sampled, whatever the proposal is.
 
         Returns:
-            The scored groups, and with ``temperature`` the mean over outputs of |log q' - the sampler's log q'|.
+            The scored groups, and where log q' is known of both kernels the mean over outputs of
+            |log q' - the sampler's log q'|.
+
+        Raises:
+            ValueError: that is more than ``max_gap`` per token.
         """
-        wanted = () if temperature is None else (1.0,) if temperature == 1.0 else (1.0, temperature)
+        # A server's outputs are rescored as they come.
+        rescored = all(group.rescored_logprobs is not None for group in groups)
+        wanted = () if temperature is None or rescored else (1.0,) if temperature == 1.0 else (1.0, temperature)
         # Outputs are rescored by what they were sampled from.
         by = self._sampled_by(validation, untrained)
         of_policy: tuple[float, ...] = wanted if by == "policy" else (1.0,)
@@ -236,7 +256,7 @@ class RolloutWorker:
         # The prior does not change: what it has scored once, a server's outputs or groups that come again, it has not
         # to score again.
         prior: Any = [group.prior_logprobs if of_prior == (1.0,) else None for group in groups]
-        same = untrained and len(of_policy) > 0
+        same = untrained and (len(of_policy) > 0 or (rescored and groups[0].policy_logprobs is not None))
         unknown = [] if same else [group for group, known in zip(groups, prior, strict=True) if known is None]
         own = groups if by == "proposal" and wanted else []
         positions = sum(map(self._positions, [*(groups if of_policy else ()), *unknown, *own]))
@@ -255,7 +275,7 @@ class RolloutWorker:
             [group.policy_logprobs for group in groups] if policy_EGN is None else _rows(groups, policy_EGN[0])
         )
         if same:
-            prior = _rows(groups, policy_EGN[0])
+            prior = policy
         elif unknown:
             found = iter(_rows(unknown, prior_EGN[0]))
             prior = [known or next(found) for known in prior]
@@ -264,6 +284,8 @@ class RolloutWorker:
             proposal = prior if of_prior == (1.0,) else _rows(groups, prior_EGN[-1])
         elif wanted:
             proposal = _rows(groups, policy_EGN[-1] if by == "policy" else own_EGN[-1])
+        elif rescored and temperature is not None:
+            proposal = [group.rescored_logprobs for group in groups]
         scored = [
             ScoredGroup(
                 group.prompt,
@@ -275,7 +297,27 @@ class RolloutWorker:
             )
             for g, group in enumerate(groups)
         ]
-        return scored, _gap(groups, scored) if wanted else None
+        if not (wanted or rescored):
+            return scored, None
+        ours_GN = output_matrix(groups, "rescored_logprobs") if rescored else output_matrix(scored, "proposal_logprobs")
+        return scored, self._gap(groups, (ours_GN - output_matrix(groups, "proposal_logprobs")).abs().sum().item())
+
+    def _gap(self, groups: Sequence[Group], total: float) -> float:
+        """The mean over outputs of |log q' by the training kernels - by the sampler's|, whose sum is ``total``.
+
+        Raises:
+            ValueError: it is too large.
+        """
+        outputs = [output for group in groups for output in group.outputs]
+        per_token = total / sum(len(output.token_ids) for output in outputs)
+        if not per_token <= self._max_gap:
+            raise ValueError(
+                f"the sampler's log q' differ from those of the training kernels by {per_token:.3g} nats per token on "
+                f"average, and rollout.max_proposal_gap is {self._max_gap:g}: it does not sample from the law that "
+                "rollout.rescore_proposal computes (a server: docs/remote_sampling.md), or in a lower precision; "
+                "nothing was trained on these outputs"
+            )
+        return total / len(outputs)
 
     def _sampled_by(self, validation: bool, untrained: bool) -> str:
         """Whose outputs they are: the ``policy``'s, the ``prior``'s, or those of the ``proposal``'s own weights."""
@@ -288,11 +330,16 @@ class RolloutWorker:
     ) -> Iterator[tuple[int, Any]]:
         arguments = (share, options, self._seed, iteration, on_outputs, self._stop)
         proposal = iteration != VALIDATION
-        if self.remote is not None and (proposal or self._refresh == "always"):
+        if self._by_server(iteration):
+            assert self.remote is not None
             return self.remote.sample(self.strategy, *arguments)
         if proposal and self._refresh != "always":
             return self.strategy.sample_frozen(*arguments)
         return self.strategy.sample(*arguments)
+
+    def _by_server(self, iteration: int) -> bool:
+        """Validations ask the policy, and not a server that keeps its first weights."""
+        return self.remote is not None and (iteration != VALIDATION or self.remote.follows)
 
     def _stop(self) -> bool:
         return self.interruption.agreed(group=self._members)[0]
@@ -363,9 +410,3 @@ class RolloutWorker:
 def _rows(groups: Sequence[Group], values_GN: torch.Tensor) -> list[list[float]]:
     """Each group's values; a group may have fewer outputs than others."""
     return [row[: len(group.outputs)] for group, row in zip(groups, values_GN.tolist(), strict=True)]
-
-
-def _gap(sampled: Sequence[Group], scored: Sequence[Group]) -> float:
-    """The mean over outputs of the distance between their proposal's log-probs, as they were sampled and as scored."""
-    ours_GN, theirs_GN = (output_matrix(groups, "proposal_logprobs") for groups in (scored, sampled))
-    return (ours_GN - theirs_GN).abs().sum().item() / sum(len(group.outputs) for group in sampled)

@@ -78,7 +78,7 @@ def _parts(config: Config) -> Parts[BRAInGPTModel, BRAInState]:
     if config.rollout.remote is not None:
         # As many positions as fill the pipeline are scored at a time.
         block = config.train.micro_batch_tokens * config.model.pipeline_model_parallel_size
-        remote = RemoteRollout(config.rollout.remote, gpt, weights, stop, config.layout, block)
+        remote = RemoteRollout(config, config.rollout.remote, gpt, weights, stop, block)
     lora = make_lora(config.model.peft, config.seed)
     model = BRAInGPTModel(gpt, weights, objective, lora, make_optimizer(config.optim, config.trainer))
     strategy = make_strategy(
@@ -124,6 +124,7 @@ def _parts(config: Config) -> Parts[BRAInGPTModel, BRAInState]:
             seed=config.seed,
             run_dir=frame.run_dir,
             skip_nonfinite=config.train.on_nonfinite == "skip",
+            max_gap=config.max_proposal_gap,
             refresh=config.rollout.refresh,
         )
         return BRAInLoop(config, frame, worker, objective, data, stop)

@@ -72,10 +72,15 @@ class BRAInStrategy(PackedStrategy):
         return self.passes.train(self.chunks, batch.groups, batch.scores, objective, batch.policy_logprobs_GN)
 
     def policy_logprobs(
-        self, groups: Sequence[Group], temperatures: tuple[float, ...], on_tokens: Callable[[int], None]
+        self,
+        groups: Sequence[Group],
+        temperatures: tuple[float, ...],
+        on_tokens: Callable[[int], None],
+        alone: bool = False,
     ) -> torch.Tensor:
-        """log q of the policy as it stands, by the training kernels: [E, G, N], the same on every rank."""
-        return self.passes.logprobs(self.chunks, groups, temperatures, on_tokens)
+        """log q of the policy as it stands, by the training kernels: [E, G, N], the same on every rank, or with
+        ``alone`` as ``prior`` has it; an overlapped gather of the weights has then ended."""
+        return self.passes.logprobs(self.chunks, groups, temperatures, on_tokens, alone)
 
     def refresh_proposal(self) -> None:
         """From now on the proposal's own weights are the policy's as they stand."""

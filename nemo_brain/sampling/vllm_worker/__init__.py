@@ -1,0 +1,1 @@
+"""The file for a vLLM server's path (docs/remote_sampling.md)."""
