@@ -30,6 +30,7 @@ TINY = 5  # tokens of a vocabulary whose every output can be counted
 COMMON = {"model", "prompt", "n", "max_tokens", "min_tokens", "seed", "temperature", "top_k", "top_p", "min_p"}
 COMMON |= {"repetition_penalty", "presence_penalty", "frequency_penalty", "stop", "stop_token_ids", "ignore_eos"}
 COMMON |= {"include_stop_str_in_output", "add_special_tokens", "skip_special_tokens", "logprobs", "echo", "stream"}
+_LOADING = threading.Lock()  # transformers builds models in a state that all threads share
 NEUTRAL = {"min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0, "top_p": 1.0}
 
 
@@ -88,7 +89,8 @@ class CompletionServer:
         self.load(self._first)
 
     def load(self, directory: Path) -> None:
-        self.model = AutoModelForCausalLM.from_pretrained(directory).eval()
+        with _LOADING:
+            self.model = AutoModelForCausalLM.from_pretrained(directory).eval()
         self.end = self.model.config.eos_token_id
 
     def reload(self, path: Path, method: str) -> str:
