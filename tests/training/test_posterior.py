@@ -81,7 +81,7 @@ class Laws(pl.Callback):
         groups = [Group(prompt, list(OUTPUTS)) for prompt in prompts]
         policy_EGN = strategy.policy_logprobs(groups, (1.0,), lambda tokens: None)
         with strategy.prior() as logprobs:
-            return logprobs(groups, lambda tokens: None), policy_EGN[0]
+            return logprobs(groups, lambda tokens: None)[0], policy_EGN[0]
 
 
 @dataclass
