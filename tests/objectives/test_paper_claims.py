@@ -207,3 +207,44 @@ def test_claim_6_constants_within_a_group_change_nothing(name, options, shifted)
     for field in ("loss_G", "coefficients_GN", "alpha_GN", "beta_GN"):
         # 300 + a number of order 1 is rounded at 3e-14, divided by gamma.
         torch.testing.assert_close(getattr(after, field), getattr(before, field), rtol=1e-12, atol=2e-13)
+
+
+def test_claim_1_the_estimate_is_biased_for_the_kl_of_the_posterior_and_less_so_with_more_outputs():
+    """The expected divergence of n outputs and its gradient rise with n towards KL(posterior, policy) and its gradient."""
+    known = problem(4, seed=1)
+    target_K = posterior(known["prior"], known["rewards"])
+    theta_K = 2 * torch.randn(4, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    kl = target_K.exp() @ (target_K - theta_K.log_softmax(-1))
+    kl_gradient_K = theta_K.softmax(-1) - target_K.exp()
+    theta_K.requires_grad_()
+    values, errors = [], []
+    for n in range(1, 8):
+        groups_GN = all_groups(4, n)
+        probabilities_G = known["proposal"][groups_GN].sum(-1).exp()
+        value = probabilities_G @ brain_on(groups_GN, theta_K.log_softmax(-1), **known).loss_G
+        (gradient_K,) = torch.autograd.grad(value, theta_K)
+        values.append(value.item())
+        errors.append(((gradient_K - kl_gradient_K).norm() / kl_gradient_K.norm()).item())
+    assert values[0] == 0.0 and values == sorted(values) and values[-1] < kl
+    assert errors == sorted(errors, reverse=True)
+    assert values[1] < 0.6 * kl and values[-1] > 0.8 * kl
+    assert errors[0] == 1.0 and errors[1] > 0.3 > errors[-1] > 0.01
+
+
+def test_claim_2_needs_two_outputs():
+    """With n = 1 both weights are 1: the divergence is zero for every policy."""
+    known = problem(5, seed=3)
+    policy_K = torch.randn(5, generator=torch.Generator().manual_seed(4), dtype=torch.float64).log_softmax(-1)
+    assert (policy_K - posterior(known["prior"], known["rewards"])).abs().max() > 0.5
+    out = brain_on(all_groups(5, 1), policy_K, **known)
+    assert out.loss_G.eq(0).all() and out.coefficients_GN.eq(0).all()
+
+
+def test_claim_2_needs_a_proposal_with_support():
+    """Where the proposal never gives an output, only ratios of the others matter: another policy has divergence zero."""
+    known = problem(5, seed=3)
+    target_K = posterior(known["prior"], known["rewards"])
+    groups_GN = all_groups(4, 3)  # the fifth output never comes
+    policy_K = (target_K + 3 * torch.eye(5, dtype=torch.float64)[4]).log_softmax(-1)
+    assert (policy_K.exp() - target_K.exp()).abs().sum() > 0.3
+    assert brain_on(groups_GN, policy_K, **known).loss_G.max() < 1e-14  # rounding, squared
