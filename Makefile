@@ -19,7 +19,7 @@ SUITABLE := import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_inf
 # vLLM's CPU build, which wants other versions of what we pin: an environment of its own, for the server alone.
 ENGINES := .venv-vllm
 
-.PHONY: help demo test quick compatibility golden lint docs install test-engines clean
+.PHONY: help demo test quick compatibility golden figures lint docs install test-engines clean
 
 help:
 	@echo "make demo     train the quickstart model on this machine's CPU (conf/quickstart.yaml)"
@@ -27,6 +27,7 @@ help:
 	@echo "make quick    the tests of one process alone, and whole runs of the toy"
 	@echo "make compatibility  what other versions of NeMo and Megatron have to pass: see docs/host.md"
 	@echo "make golden   record the metrics in tests/golden/ anew, after a change that was meant to move them"
+	@echo "make figures  the paper's figures in an exact world: missing runs, charts, docs/figures.md's tables; minutes"
 	@echo "make lint     ruff, mypy, and which room may import which"
 	@echo "make docs     the site, from docs/ and this README, into build/site (mkdocs.yml)"
 	@echo "make test-engines  tests/engines: a real vLLM samples (its CPU build, installed into $(ENGINES), 3 GB)"
@@ -51,6 +52,9 @@ compatibility: $(STAMP)
 
 golden: $(STAMP)
 	@$(RUN) tests/golden_runs.py tests/golden
+
+figures: $(STAMP)
+	@OMP_NUM_THREADS=1 $(RUN) -m experiments
 
 lint: $(STAMP)
 	@$(RUN) -m ruff check .

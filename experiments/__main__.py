@@ -1,4 +1,4 @@
-"""``python -m experiments [figure2 ...]``: makes the runs that are missing, draws the charts, fills the page's tables."""
+"""``python -m experiments [figure2 ...]``: makes the runs that are missing, draws charts, fills the page's tables."""
 
 from __future__ import annotations
 

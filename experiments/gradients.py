@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.func import functional_call, grad, vmap
 
-from experiments.gpt import GPT, OUTPUTS, TOKENS_KT, COUNTS_KT
+from experiments.gpt import COUNTS_KT, GPT, OUTPUTS, TOKENS_KT
 from experiments.training import objective_of
 from experiments.world import Task
 

@@ -9,7 +9,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 INK, LINE = "#767f89", "#9aa1a933"  # text is 4.1 : 1 on white and 4.6 : 1 on GitHub's black
-COLOURS = {"brain": "#3f83f8", "dpo_sft": "#e8730c", "rloo": "#12a150", "gdc++": "#b45fd6", "dpg": "#d64545", "snis": "#12a150"}
+COLOURS = {
+    "brain": "#3f83f8",
+    "dpo_sft": "#e8730c",
+    "rloo": "#12a150",
+    "gdc++": "#b45fd6",
+    "dpg": "#d64545",
+    "snis": "#12a150",
+}
 _STYLE = {
     "svg.fonttype": "none",
     "svg.hashsalt": "nemo_brain",

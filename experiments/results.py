@@ -58,8 +58,8 @@ def provenance() -> str:
     for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []:
         if line.startswith("model name"):
             cpu = line.split(":", 1)[1].strip()
-    today = datetime.date.today().isoformat()
-    return f"{today}, one core of {os.cpu_count()} ({cpu}); Python {platform.python_version()}, torch {torch.__version__}"
+    versions = f"Python {platform.python_version()}, torch {torch.__version__}"
+    return f"{datetime.date.today().isoformat()}, one core of {os.cpu_count()} ({cpu}); {versions}"
 
 
 def _key(settings: dict[str, Any]) -> str:

@@ -1,7 +1,7 @@
 """The variance toy: posterior N(0, 1), policy N(1, 1), proposal N(mu, 1); the gradient is that of the policy's mean.
 
-The estimates come from the package's objectives; DPG's and GDC++'s variances have closed forms. Signs are those of a step:
-the true gradient is -1. Shapes: G groups, N outputs per group.
+The estimates come from the package's objectives; DPG's and GDC++'s variances have closed forms. Signs are those of a
+step: the true gradient is -1. Shapes: G groups, N outputs per group.
 """
 
 from __future__ import annotations

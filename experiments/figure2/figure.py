@@ -15,6 +15,7 @@ from experiments.sweep import interval, reward_within, sweep
 from experiments.world import Task, World, correlation, expected, kl
 
 SHOWN = {"brain": "BRAIn", "dpo_sft": "DPO-sft", "rloo": "RLOO"}
+ENDS = {"KL(q, p)": "kl", "reward": "reward", "gold reward": "gold", "win-rate": "win_rate"}
 LADDER = {
     "dpo_sft": "DPO-sft: n = 2, argmax, samples of the prior",
     "dpo_sft_8": "n = 8",
@@ -67,12 +68,11 @@ def _tables(task: Task, settings: dict[str, Any], found: dict) -> str:
     def row(name: str, title: str) -> list[str]:
         return [title, *(plus_minus(*interval(values)) for values in best[name]), f"{found[name][0]:g}"]
 
-    gaps = [
-        [f"BRAIn less {label[other]}"]
-        + [plus_minus(*interval([a - b for a, b in zip(*pair, strict=True)])) for pair in zip(best["brain"], best[other], strict=True)]
-        + [""]
-        for other in names[1:3]
-    ]
+    def gap(other: str) -> list[str]:
+        pairs = zip(best["brain"], best[other], strict=True)
+        differences = [[a - b for a, b in zip(ours, theirs, strict=True)] for ours, theirs in pairs]
+        return [f"BRAIn less {label[other]}", *(plus_minus(*interval(values)) for values in differences), ""]
+
     optimal = ["optimal at that KL", *(f"{reward_at(task, b):.3f}" for b in budgets), ""]
     ladder = table(columns, [row(name, title) for name, title in LADDER.items()])
     points = [p for _, curves in found.values() for c in curves for run in c.runs for p in run]
@@ -80,21 +80,22 @@ def _tables(task: Task, settings: dict[str, Any], found: dict) -> str:
         [
             label[name],
             f"{c.value:g}",
-            *(plus_minus(*interval([run[-1][key] for run in c.runs]), 2) for key in ("kl", "reward", "gold", "win_rate")),
+            *(plus_minus(*interval([run[-1][key] for run in c.runs]), 2) for key in ENDS.values()),
         ]
         for name in SHOWN
         for c in found[name][1]
     ]
+    agreement = correlation(task.prior_PK, task.rewards_PK, task.gold_PK)
     return "\n\n".join(
         [
-            table(columns, [optimal, *(row(name, label[name]) for name in names[:3]), *gaps]),
+            table(columns, [optimal, *(row(name, label[name]) for name in names[:3]), *map(gap, names[1:3])]),
             f"{len(points):,} checkpoints of the reported runs: the least gamma log Z - (E_q r - gamma KL(q, p)) over "
             f"prompts and {len(settings['bound_gammas'])} gammas is {min(p['slack'] for p in points):.1e}, on average "
-            f"{statistics.mean(p['slack'] for p in points):.2f}. Correlation of the training and the gold reward within a "
-            f"prompt, under the prior: {correlation(task.prior_PK, task.rewards_PK, task.gold_PK):.2f}. The prior's win-rate "
-            f"against the references: {float(task.win_rate(task.prior_PK).mean()):.3f}.",
+            f"{statistics.mean(p['slack'] for p in points):.2f}. Correlation of the training with the gold reward "
+            f"within a prompt, under the prior: {agreement:.2f}. The prior's win-rate against the references: "
+            f"{float(task.win_rate(task.prior_PK).mean()):.3f}.",
             "At the end of the runs:",
-            table(["method", "gamma or beta", "KL(q, p)", "reward", "gold reward", "win-rate"], final),
+            table(["method", "gamma or beta", *ENDS], final),
             "The ladder:",
             ladder,
         ]

@@ -16,6 +16,7 @@ from experiments.training import train
 from experiments.world import World
 
 LABELS = {"dpg": "DPG, GDC", "gdc++": "GDC++", "brain": "BRAIn", "snis": "alpha_hat alone"}
+ORDER = (("brain", "gdc++"), ("gdc++", "dpg"), ("brain", "snis"))
 PROPOSALS = {"policy": "q' = q", "prior": "q' = p"}
 
 
@@ -25,20 +26,23 @@ def make(world: World, settings: dict[str, Any], results: Results) -> tuple[Figu
     made, (left, middle, right) = plots.figure(3, width=3.6)
     means = settings["toy"]["means"]
     for method, label in LABELS.items():
-        rows = [toys[mu, 8][method] for mu in means]
-        left.plot(means, [row["variance"] for row in rows], "o-", markersize=3, color=plots.COLOURS[method], label=label)
-        middle.plot(means, [row["signal_to_noise"] for row in rows], "o-", markersize=3, color=plots.COLOURS[method])
+        rows, look = [toys[mu, 8][method] for mu in means], {"color": plots.COLOURS[method], "markersize": 3}
+        left.plot(means, [row["variance"] for row in rows], "o-", label=label, **look)
+        middle.plot(means, [row["signal_to_noise"] for row in rows], "o-", **look)
         variances = [prompt["methods"][f"{method}, 8"]["variance"] for prompt in found["policy"]]
-        right.scatter(range(1, len(variances) + 1), variances, s=16, linewidths=0, color=plots.COLOURS[method])
-    for axes, title in ((left, "toy, n = 8: variance"), (middle, "toy, n = 8: mean² / variance"), (right, "exact world, q' = q, n = 8: variance")):
-        axes.set_title(title)
+        right.plot(range(1, len(variances) + 1), variances, "o", **look)
+    left.set_title("toy, n = 8: variance")
+    middle.set_title("toy, n = 8: mean² / variance")
+    right.set_title("exact world, q' = q, n = 8: variance")
+    for axes in (left, middle):
         axes.set_xlabel("mean of the proposal")
     left.set_yscale("log")
     left.legend(loc="upper left")
     right.set_yscale("log")
     right.set_xlabel("prompt")
-    text = [_toy_table(settings["toy"], toys), *(_world_table(settings["world"], proposal, found[proposal]) for proposal in PROPOSALS)]
-    return made, "\n\n".join([*text, _checks(settings["world"], found)])
+    sizes = settings["world"]["sizes"]
+    tables = [_world_table(sizes, proposal, prompts) for proposal, prompts in found.items()]
+    return made, "\n\n".join([_toy_table(settings["toy"], toys), *tables, _checks(sizes, found)])
 
 
 def _toys(settings: dict[str, Any], results: Results) -> dict[tuple[float, int], dict[str, dict[str, float]]]:
@@ -64,9 +68,8 @@ def _world(world: World, settings: dict[str, Any], results: Results) -> dict[str
                 policy_K = policy.enumerate(task.prompts_P2[prompt : prompt + 1])[0]
             gradients_KD = gradients.output_gradients(policy, task.prompts_P2[prompt])
             laws = {"policy": policy_K, "prior": task.prior_PK[prompt]}
-            return {
-                name: gradients.measure(task, prompt, policy_K, gradients_KD, law_K, settings) for name, law_K in laws.items()
-            }
+            given = (task, prompt, policy_K, gradients_KD)
+            return {name: gradients.measure(*given, law_K, settings) for name, law_K in laws.items()}
 
         both = results.get({"world": world.name, "prompt": prompt, **settings}, measured)
         for proposal in PROPOSALS:
@@ -82,42 +85,54 @@ def _toy_table(settings: dict[str, Any], toys: dict) -> str:
             numbers = (f"{row[key]:.3f}" for key in ("bias", "squared_error", "signal_to_noise"))
             measured = f"{row['variance']:.4f} ± {row['variance_error']:.4f}"
             rows.append([f"{mu:g}", str(n), LABELS[method], measured, exact, *numbers])
-    columns = ["mu", "n", "method", "variance ± standard error", "by integrals", "bias", "mean squared error", "mean² / variance"]
+    columns = ["mu", "n", "method", "variance ± standard error", "by integrals"]
+    columns += ["bias", "mean squared error", "mean² / variance"]
     return f"The toy, {settings['groups']:,} groups each:\n\n{table(columns, rows)}"
 
 
-def _world_table(settings: dict[str, Any], proposal: str, prompts: list[dict[str, Any]]) -> str:
+def _world_table(sizes: list[int], proposal: str, prompts: list[dict[str, Any]]) -> str:
     rows = []
     signal = statistics.mean(prompt["signal"] for prompt in prompts)
-    for n in settings["sizes"]:
+    for n in sizes:
         for method in gradients.SECTIONS:
             known = [prompt["methods"][f"{method}, {n}"] for prompt in prompts]
-            means = {key: statistics.mean(row[key] for row in known) / signal for key in ("variance", "squared_bias", "squared_error")}
-            exact = statistics.mean(p["exact"][method] / n for p in prompts) / signal if method in prompts[0]["exact"] else None
-            snr = statistics.median(row["signal_to_noise"] for row in known)
-            label = LABELS.get(method, "GDC++, Z of the group")
-            rows.append([str(n), label, f"{means['variance']:.3f}", "" if exact is None else f"{exact:.3f}", f"{means['squared_bias']:.3f}", f"{means['squared_error']:.3f}", f"{snr:.3f}"])
+            row = [str(n), LABELS.get(method, "GDC++, Z of the group")]
+            row.append(f"{statistics.mean(one['variance'] for one in known) / signal:.3f}")
+            enumerated = [prompt["exact"][method] / n for prompt in prompts if method in prompt["exact"]]
+            row.append(f"{statistics.mean(enumerated) / signal:.3f}" if enumerated else "")
+            row += [
+                f"{statistics.mean(one[key] for one in known) / signal:.3f}"
+                for key in ("squared_bias", "squared_error")
+            ]
+            rows.append([*row, f"{statistics.median(one['signal_to_noise'] for one in known):.3f}"])
     columns = ["n", "method", "variance", "by enumeration", "bias²", "mean squared error", "median signal-to-noise"]
     return (
-        f"The exact world, {PROPOSALS[proposal]}: means over {len(prompts)} prompts, in units of the true gradient's mean "
-        f"squared norm:\n\n{table(columns, rows)}"
+        f"The exact world, {PROPOSALS[proposal]}: means over {len(prompts)} prompts, in units of the true gradient's "
+        f"mean squared norm:\n\n{table(columns, rows)}"
     )
 
 
-def _checks(settings: dict[str, Any], found: dict[str, list[dict[str, Any]]]) -> str:
-    lines = []
+def _checks(sizes: list[int], found: dict[str, list[dict[str, Any]]]) -> str:
+    lines, rows = [], []
     for proposal, prompts in found.items():
-        off = max(
-            abs(p["methods"][f"{m}, {n}"]["variance"] * n / p["exact"][m] - 1) for p in prompts for m in ("dpg", "gdc++") for n in settings["sizes"]
-        )
+        off = [
+            prompt["methods"][f"{method}, {n}"]["variance"] * n / prompt["exact"][method] - 1
+            for prompt in prompts
+            for method in prompt["exact"]
+            for n in sizes
+        ]
         lines.append(
-            f"- {PROPOSALS[proposal]}: n times the variance of DPG and GDC++ is what enumeration gives at every n within "
-            f"{off:.0%} on every prompt (the pool's error); BRAIn's longest estimate is {max(p['bound'] for p in prompts):.2f} of "
-            "its bound, twice the longest gradient of its group's outputs."
+            f"- {PROPOSALS[proposal]}: n times the variance of DPG and GDC++ differs from what enumeration gives by at "
+            f"most {max(map(abs, off)):.0%} on any prompt at any n (the pool's error). BRAIn's longest estimate is "
+            f"{max(prompt['bound'] for prompt in prompts):.2f} of its bound, twice the longest gradient in its group."
         )
-        for better, worse in (("brain", "gdc++"), ("gdc++", "dpg"), ("brain", "snis")):
-            for n in settings["sizes"]:
-                wins = sum(p["methods"][f"{better}, {n}"]["variance"] < p["methods"][f"{worse}, {n}"]["variance"] for p in prompts)
+        for better, worse in ORDER:
+            row = [PROPOSALS[proposal], f"{LABELS[better]} below {LABELS[worse]}"]
+            for n in sizes:
+                pairs = [[p["methods"][f"{method}, {n}"]["variance"] for method in (better, worse)] for p in prompts]
+                wins = sum(low < high for low, high in pairs)
                 sign = stats.binomtest(wins, len(prompts), alternative="greater").pvalue
-                lines.append(f"- {PROPOSALS[proposal]}, n = {n}: variance of {LABELS[better]} below {LABELS[worse]} on {wins} of {len(prompts)} prompts (sign test: p = {sign:.3f}).")
-    return "\n".join(lines)
+                row.append(f"{wins} of {len(prompts)} (p = {sign:.3f})")
+            rows.append(row)
+    columns = ["proposal", "variance of", *(f"n = {n}" for n in sizes)]
+    return "\n".join([*lines, "", "On how many prompts (one-sided sign test):", "", table(columns, rows)])

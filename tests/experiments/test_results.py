@@ -32,7 +32,8 @@ def test_a_run_is_made_once_and_a_killed_runner_loses_only_the_one_at_work(tmp_p
 
 
 def test_the_best_reward_within_a_budget_is_over_all_checkpoints():
-    runs = [[{"kl": 0.0, "reward": 0.0}, {"kl": 0.9, "reward": 3.0}], [{"kl": 0.4, "reward": 1.0}, {"kl": 2.0, "reward": 9.0}]]
+    pairs = [[(0.0, 0.0), (0.9, 3.0)], [(0.4, 1.0), (2.0, 9.0)]]
+    runs = [[{"kl": kl, "reward": reward} for kl, reward in run] for run in pairs]
     assert sweep.reward_within(runs, [0.5, 1.0]) == (1.0 + 3.0) / 2
 
 

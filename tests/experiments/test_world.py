@@ -73,7 +73,8 @@ def test_draws_follow_the_law_and_those_of_fewer_outputs_are_the_first(world):
 
 def test_the_win_rate_is_that_of_all_references():
     """Every draw of four outputs of the prior, their best by gold, against every output of the policy."""
-    prior_1K, policy_1K = torch.randn(2, 1, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64).log_softmax(-1)
+    draws = torch.randn(2, 1, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    prior_1K, policy_1K = draws.log_softmax(-1)
     gold = [0.5, 2.0, -1.0, 2.0, 0.5]
     task = Task(torch.zeros(1, 2), prior_1K, torch.zeros(1, 5), torch.tensor([gold], dtype=torch.float64), reference=4)
     p, q, wins = prior_1K[0].exp().tolist(), policy_1K[0].exp().tolist(), 0.0
@@ -132,7 +133,7 @@ def test_per_output_gradients_give_every_methods_moments(world):
     for law_K in (policy_K, task.prior_PK[0]):
         found = gradients.measure(task, 0, policy_K, gradients_KD, law_K, settings)
         for method in ("dpg", "gdc++"):
-            # 512 outputs whose weights have a deviation of about their mean: 1 / sqrt(512) is 4%; three to four of these.
+            # 512 outputs whose terms deviate by about their mean: 1 / sqrt(512) is 4%; more for the larger weights.
             per_output = [n * found["methods"][f"{method}, {n}"]["variance"] for n in (2, 8)]
             assert per_output == pytest.approx([found["exact"][method]] * 2, rel=0.2)
         assert 0 < found["bound"] < 1

@@ -210,7 +210,7 @@ def test_claim_6_constants_within_a_group_change_nothing(name, options, shifted)
 
 
 def test_claim_1_the_estimate_is_biased_for_the_kl_of_the_posterior_and_less_so_with_more_outputs():
-    """The expected divergence of n outputs and its gradient rise with n towards KL(posterior, policy) and its gradient."""
+    """With n, the expected divergence and its gradient approach KL(posterior, policy) and its gradient."""
     known = problem(4, seed=1)
     target_K = posterior(known["prior"], known["rewards"])
     theta_K = 2 * torch.randn(4, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
@@ -241,7 +241,7 @@ def test_claim_2_needs_two_outputs():
 
 
 def test_claim_2_needs_a_proposal_with_support():
-    """Where the proposal never gives an output, only ratios of the others matter: another policy has divergence zero."""
+    """Of an output that the proposal never gives nothing is learnt: another policy has divergence zero too."""
     known = problem(5, seed=3)
     target_K = posterior(known["prior"], known["rewards"])
     groups_GN = all_groups(4, 3)  # the fifth output never comes
