@@ -59,16 +59,16 @@ def test_outputs_by_themselves_have_the_enumerated_log_probs(world):
 
 def test_draws_follow_the_law_and_those_of_fewer_outputs_are_the_first(world):
     law_PK = (3 * world.reported.prior_PK).log_softmax(-1)
-    outputs_CPM = training.sample(law_PK, 500, 16, seed=3, iteration=0)
+    outputs_CPM = training.sample(law_PK, 2000, 16, seed=3, iteration=0)
     for p in range(2):
         counts_K = outputs_CPM[:, p].flatten().bincount(minlength=2801)
-        common_K = law_PK[p].exp() > 0.005
+        common_K = law_PK[p].exp() > 0.001
         assert common_K.sum() > 10
-        expected_K = 8000 * law_PK[p].exp()
-        # Counts of 40 and more: within 5 standard deviations.
+        expected_K = 32000 * law_PK[p].exp()
+        # Counts of 32 and more: within 5 standard deviations.
         assert ((counts_K - expected_K).abs() < 5 * expected_K.sqrt())[common_K].all()
-    assert torch.equal(training.sample(law_PK, 500, 4, seed=3, iteration=0), outputs_CPM[..., :4])
-    assert not torch.equal(training.sample(law_PK, 500, 16, seed=3, iteration=1), outputs_CPM)
+    assert torch.equal(training.sample(law_PK, 2000, 4, seed=3, iteration=0), outputs_CPM[..., :4])
+    assert not torch.equal(training.sample(law_PK, 2000, 16, seed=3, iteration=1), outputs_CPM)
 
 
 def test_the_win_rate_is_that_of_all_references():
