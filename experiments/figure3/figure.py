@@ -128,11 +128,11 @@ def _checks(sizes: list[int], found: dict[str, list[dict[str, Any]]]) -> str:
         pooled = [[n * p["methods"][f"dpg, {n}"]["variance"] for n in sizes] for p in prompts]
         moved = max(max(values) / min(values) - 1 for values in pooled)
         off = [values[0] / prompt["exact"]["dpg"] for values, prompt in zip(pooled, prompts, strict=True)]
+        bound = max(prompt["bound"] for prompt in prompts)
         lines.append(
             f"- {PROPOSALS[proposal]}: n times DPG's variance, which does not depend on n, differs between n by at "
             f"most {moved:.0%} in the U-statistics. They are {min(off):.2f} to {max(off):.2f} times what enumeration "
-            f"gives. BRAIn's longest estimate is {max(prompt['bound'] for prompt in prompts):.2f} of its bound, twice the "
-            "longest gradient in its group."
+            f"gives. BRAIn's longest estimate is {bound:.2f} of its bound, twice the longest gradient in its group."
         )
         for better, worse in ORDER:
             row = [PROPOSALS[proposal], f"{LABELS[better]} below {LABELS[worse]}"]
