@@ -41,6 +41,8 @@ def make(world: World, settings: dict[str, Any], results: Results) -> tuple[Figu
         slope = interval([float(np.polyfit(steps, wins, 1)[0]) for wins in per_seed])
         slopes.append(f"{design} {plus_minus(*slope, 4)}")
     panels[0].set_ylabel("win-rate against the references")
+    panels[1].sharey(panels[0])
+    panels[1].autoscale()
     gamma = settings["methods"][next(iter(settings["methods"]))]["values"][0]
     target_PK = world.reported.posterior(gamma)
     posterior = float(world.reported.win_rate(target_PK).mean())
