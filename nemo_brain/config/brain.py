@@ -18,6 +18,7 @@ from nemo_brain.config.common import (
     CommonTrainerConfig,
     GroupTrainConfig,
     ModelConfig,
+    OutputsConfig,
     TrainingConfig,
     check_common,
     check_patience,
@@ -95,16 +96,9 @@ class RemoteConfig:
 
 
 @dataclass
-class RolloutConfig:
+class RolloutConfig(OutputsConfig):
     prompts_per_iteration: int = key(MISSING, "a multiple of train.global_batch_size", at_least=1, resumable=STEPS)
     outputs_per_prompt: int = key(MISSING, "n; as many as the objective needs, most of them 2", at_least=1)
-    max_new_tokens: int = key(MISSING, "of an output", at_least=1)
-    stop_token_ids: list[int] | None = key(
-        None,
-        "tokens that end an output; null: those that the tokenizer, generation_config.json and config.json name",
-        at_least=0,
-    )
-    stop_strings: list[str] = key([], "texts that end an output, which ends before them")
     temperature: float = key(1.0, "of the proposal; enters log q' alone", above=0)
     top_k: int = key(0, "0: off; with top_p refused unless ...", at_least=0)
     top_p: float = key(1.0, "1: off", above=0, at_most=1)

@@ -153,6 +153,19 @@ class ModelConfig(SplitModelConfig):
 
 
 @dataclass
+class OutputsConfig:
+    """The keys of ``rollout`` wherever outputs are sampled."""
+
+    max_new_tokens: int = key(MISSING, "of an output", at_least=1)
+    stop_token_ids: list[int] | None = key(
+        None,
+        "tokens that end an output; null: those that the tokenizer, generation_config.json and config.json name",
+        at_least=0,
+    )
+    stop_strings: list[str] = key([], "texts that end an output, which ends before them")
+
+
+@dataclass
 class CommonTrainConfig:
     """The keys of ``train`` in every kind of training."""
 

@@ -12,6 +12,7 @@ from omegaconf import MISSING, DictConfig
 from nemo_brain.config.brain import ValidationConfig
 from nemo_brain.config.common import (
     ModelConfig,
+    OutputsConfig,
     RanksConfig,
     SplitModelConfig,
     check_patience,
@@ -36,14 +37,7 @@ class StartModelConfig(SplitModelConfig):
 
 
 @dataclass
-class EvaluationRolloutConfig:
-    max_new_tokens: int = key(MISSING, "of an output", at_least=1)
-    stop_token_ids: list[int] | None = key(
-        None,
-        "tokens that end an output; null: those that the tokenizer, generation_config.json and config.json name",
-        at_least=0,
-    )
-    stop_strings: list[str] = key([], "texts that end an output, which ends before them")
+class EvaluationRolloutConfig(OutputsConfig):
     temperature: float = key(1.0, "of all models; the KL is known at 1 alone", above=0)
     rows_in_flight: int = key(256, "outputs sampled at a time by each data-parallel rank", at_least=1)
     micro_batch_tokens: int = key(

@@ -28,6 +28,7 @@ from nemo_brain.config.common import (
     CommonTrainConfig,
     LoggerConfig,
     ModelConfig,
+    OutputsConfig,
     PeftConfig,
     RanksConfig,
     SplitModelConfig,
@@ -221,6 +222,19 @@ def export_for(
 def model_stop(weights: Weights, template: str | None) -> Stop:
     """What ends the outputs of a model by its own files. ValueError: nothing does."""
     return choose_stop(weights.tokenizer, weights.stop_token_ids, template, vocab_size=weights.vocab_size)
+
+
+def rollout_stop(weights: Weights, rollout: OutputsConfig, template: str | None) -> Stop:
+    """What ends the outputs of a model, by its own files or the keys of ``rollout``. ValueError: nothing does."""
+    return choose_stop(
+        weights.tokenizer,
+        () if rollout.stop_token_ids is not None else weights.stop_token_ids,
+        template,
+        token_ids=rollout.stop_token_ids,
+        strings=rollout.stop_strings,
+        vocab_size=weights.vocab_size,
+        key="rollout.stop_token_ids",
+    )
 
 
 def _dtype(trainer: RanksConfig) -> torch.dtype:

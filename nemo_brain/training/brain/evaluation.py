@@ -22,7 +22,7 @@ from nemo_brain.convert.open import open_weights
 from nemo_brain.core.groups import Prompt, SampledGroup, ScoredGroup
 from nemo_brain.core.interruption import Interruption
 from nemo_brain.core.ranks import is_first_rank, on_all_ranks, on_first_rank, raise_on_all_ranks
-from nemo_brain.data.stop import Stop, choose_stop
+from nemo_brain.data.stop import Stop
 from nemo_brain.durability.supervision import Supervisor
 from nemo_brain.host.distributed import connect
 from nemo_brain.model.gpt import PackedGPTConfig
@@ -48,6 +48,7 @@ from nemo_brain.training.build import (
     make_trainer,
     make_weights,
     reduce_log_noise,
+    rollout_stop,
     world_size,
 )
 from nemo_brain.training.nemo_model import PackedModel
@@ -149,15 +150,7 @@ def _parts(config: EvaluationConfig) -> _Parts:
     section = config.model.complete
     weights = make_weights(section, config.seed)
     gpt = make_gpt_config(section, config.trainer, weights, config.lengths)
-    stop = choose_stop(
-        weights.tokenizer,
-        () if config.rollout.stop_token_ids is not None else weights.stop_token_ids,
-        config.data.template,
-        token_ids=config.rollout.stop_token_ids,
-        strings=config.rollout.stop_strings,
-        vocab_size=weights.vocab_size,
-        key="rollout.stop_token_ids",
-    )
+    stop = rollout_stop(weights, config.rollout, config.data.template)
     candidates = [_candidate(path, weights, section.allow_nonfinite) for path in config.candidates]
     if isinstance(reward, MegatronReward):
         reward_gpt = make_gpt_config(section, config.trainer, reward.weights, config.lengths, RewardGPTConfig)

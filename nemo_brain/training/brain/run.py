@@ -14,7 +14,6 @@ from nemo_brain.convert.adapter import export_adapter
 from nemo_brain.convert.export import export_model
 from nemo_brain.core.groups import RewardedGroup
 from nemo_brain.data.prompts import TOKENISED_AT_ONCE
-from nemo_brain.data.stop import choose_stop
 from nemo_brain.model.reward_head import RewardGPTConfig
 from nemo_brain.objectives import make_objective
 from nemo_brain.rewards.build import make_reward
@@ -35,6 +34,7 @@ from nemo_brain.training.build import (
     make_optimizer,
     make_strategy,
     make_weights,
+    rollout_stop,
 )
 from nemo_brain.training.frame import Frame
 from nemo_brain.training.run import Parts, train
@@ -62,15 +62,7 @@ def _parts(config: Config) -> Parts[BRAInGPTModel, BRAInState]:
     reward = make_reward(config.reward)
     weights = make_weights(config.model, config.seed)
     gpt = make_gpt_config(config.model, config.trainer, weights, config.lengths)
-    stop = choose_stop(
-        weights.tokenizer,
-        () if config.rollout.stop_token_ids is not None else weights.stop_token_ids,
-        config.data.template,
-        token_ids=config.rollout.stop_token_ids,
-        strings=config.rollout.stop_strings,
-        vocab_size=weights.vocab_size,
-        key="rollout.stop_token_ids",
-    )
+    stop = rollout_stop(weights, config.rollout, config.data.template)
     if isinstance(reward, MegatronReward):
         reward_gpt = make_gpt_config(config.model, config.trainer, reward.weights, config.lengths, RewardGPTConfig)
         reward.configure(reward_gpt, weights.tokenizer, config.data.template)
