@@ -123,7 +123,7 @@ def train(
         trainer = make_trainer(
             config.trainer, loggers, strategy, parts.steps, all_callbacks, config.trainer.log_every_steps
         )
-        with _status(frame):
+        with ending_recorded(writer, run_dir, lambda: frame.state.step):
             trainer.fit(parts.model, train_dataloaders=driver, ckpt_path=str(earlier[0]) if earlier else None)
         if is_first_rank():
             report = write_report(run_dir)
@@ -182,8 +182,13 @@ def _check_record(path: Path, record: Mapping[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def _status(frame: Frame) -> Iterator[None]:
-    """Around the training, which says itself when it begins: rank 0 keeps status.json."""
+def ending_recorded(writer: MetricsWriter | None, run_dir: Path, steps: Callable[[], int]) -> Iterator[None]:
+    """Around a training or an evaluation, which says itself when it begins: rank 0 writes to status.json how it ends.
+
+    Args:
+        writer: of rank 0; None on the others.
+        steps: tells the optimizer steps made.
+    """
     state = "running"
     try:
         yield
@@ -192,8 +197,8 @@ def _status(frame: Frame) -> Iterator[None]:
         state = "interrupted"
         raise
     finally:
-        if frame.writer:
+        if writer:
             state = "failed" if state == "running" else state
             with contextlib.suppress(OSError):  # a full disk has ended the run with an error of its own
-                write_status(frame.run_dir, state, frame.state.step)
-            frame.writer.finish(state)
+                write_status(run_dir, state, steps())
+            writer.finish(state)

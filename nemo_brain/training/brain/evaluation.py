@@ -52,6 +52,7 @@ from nemo_brain.training.build import (
     world_size,
 )
 from nemo_brain.training.nemo_model import PackedModel
+from nemo_brain.training.run import ending_recorded
 
 
 class EvaluationModel(PackedModel):
@@ -113,14 +114,9 @@ def evaluate_models(cfg: DictConfig) -> None:
             1,
             [Supervisor(config.trainer.hang_timeout_minutes, run_dir, interruption)],
         )
-        try:
+        with ending_recorded(writer, run_dir, lambda: 0):
             trainer.test(parts.model, dataloaders=range(1 + len(config.candidates)), verbose=False)
-        except BaseException:
-            if writer:
-                write_status(run_dir, "failed", 0)
-            raise
         if writer:
-            write_status(run_dir, "finished", 0)
             report = write_report(run_dir)
             stated: Any = OmegaConf.to_container(cfg, resolve=True)
             print("\n".join(summary_lines(read_metrics(run_dir / "metrics.jsonl"), stated, report)))
