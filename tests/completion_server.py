@@ -4,7 +4,9 @@ It samples for real, request by request, from the seed that comes with the reque
 not expect, it does too: it keeps what it has computed of a prefix until /reset_prefix_cache, also after new weights
 have been loaded; reload_weights leaves a tied output layer as it was; a reload of a directory that it does not see
 destroys the model, though /health says nothing of it, and the next request ends it; started again it has its first
-weights; it ignores fields that it does not know; told to end, it no longer listens, and requests in flight hang.
+weights; new weights come to outputs that are being drawn between two tokens, and while there are any, prefixes are only
+forgotten if these are reset too; it ignores fields that it does not know; told to end, it no longer listens, and
+requests in flight hang.
 """
 
 from __future__ import annotations
@@ -74,6 +76,8 @@ class CompletionServer:
         self.before: Callable[[dict], None] = lambda body: None  # called before a request is looked at
         self.answered = 0
         self.loads: list[Path] = []
+        self.named: dict[str, LlamaForCausalLM] = {}  # the weights that it was told a version of
+        self.running = 0
         self._first = directory
         self._port = 0
         self._attempts: Counter = Counter()
@@ -189,11 +193,14 @@ class CompletionServer:
             )
         elif handler.path == "/update_weight_version" and self.versions:
             self.version = body["new_version"]
+            self.named[self.version] = self.model
             _send(handler, 200, {"success": True, "new_version": self.version})
-        elif handler.path == "/reset_prefix_cache":
+        elif handler.path.startswith("/reset_prefix_cache"):
             with self._lock:
-                self._cache.clear()
-            _send(handler, 200, {"success": True})
+                success = not self.running or handler.path.endswith("?reset_running_requests=true")
+                if success:
+                    self._cache.clear()
+            _send(handler, 200, {"success": success})
         elif handler.path == "/update_weights_from_disk":
             _send(handler, 200, {"success": False, "message": "Failed to load the weights"})
         else:
@@ -228,7 +235,13 @@ class CompletionServer:
             if problem:
                 _send(handler, 400, {"object": "error", "message": problem})
                 return
-            answer = self._answer(body)
+            with self._lock:
+                self.running += 1
+            try:
+                answer = self._answer(body)
+            finally:
+                with self._lock:
+                    self.running -= 1
             if callable(fault):
                 fault(answer)
             _send(handler, 200, answer)

@@ -117,6 +117,13 @@ class RolloutConfig(OutputsConfig):
         },
     )
     refresh_every: int = key(1, "kl_adaptive: iterations from one such question to the next", at_least=1)
+    ahead: int = key(
+        0,
+        "iterations that rollout.remote samples ahead while the ranks train, with its own log q' "
+        "(rescore_proposal=false): docs/remote_sampling.md",
+        at_least=0,
+        resumable=True,
+    )
     rescore_proposal: bool = key(True, "log q' by the training kernels rather than the sampler's")
     max_proposal_gap: float | None = key(
         None,
@@ -228,6 +235,7 @@ def check(cfg: DictConfig) -> Config:
     _check_adapters(config.model, config.prior)
     _check_refresh(config.rollout, config.model, config.prior)
     _check_truncation(config.rollout)
+    _check_ahead(config.rollout, config.data)
     if config.rollout.remote is not None:
         _check_remote(config.rollout.remote, config.rollout, config.trainer)
     check_patience_of_rewards("reward", config.reward, config.trainer)
@@ -277,6 +285,21 @@ def _check_refresh(rollout: RolloutConfig, model: PolicyConfig, prior: PriorConf
         raise ValueError(
             "rollout.refresh=kl_adaptive compares log-probs of policy and proposal by the same kernels: set "
             "rollout.rescore_proposal=true"
+        )
+
+
+def _check_ahead(rollout: RolloutConfig, data: DataConfig) -> None:
+    if not rollout.ahead:
+        return
+    if rollout.remote is None or rollout.remote.reload is None or rollout.refresh != "always" or data.rollouts:
+        raise ValueError(
+            "rollout.ahead has an inference server sample with the policy while the training ranks do something else: "
+            "it needs rollout.remote with reload and export_to, rollout.refresh=always, and no data.rollouts"
+        )
+    if rollout.rescore_proposal:
+        raise ValueError(
+            "rollout.ahead trains on outputs of weights that the ranks no longer have, so that "
+            "rollout.rescore_proposal cannot compute their log q': set it to false, and the server's are taken"
         )
 
 

@@ -23,8 +23,8 @@ import math
 import queue
 import re
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import httpx
@@ -33,7 +33,7 @@ from transformers import PreTrainedTokenizerFast
 from nemo_brain.config.brain import RemoteConfig
 from nemo_brain.core.groups import Output, Prompt, SampledGroup
 from nemo_brain.core.http import BadAnswer
-from nemo_brain.sampling.pool import Pool
+from nemo_brain.sampling.pool import Pool, ServedWeights
 from nemo_brain.sampling.server import Server
 
 if TYPE_CHECKING:
@@ -58,6 +58,16 @@ def request_seed(seed: int, iteration: int, prompt_id: str, output: int) -> int:
     return int.from_bytes(key, "little") >> 11
 
 
+@dataclass(frozen=True)
+class Answer:
+    """An output, the sum of the server's log-probs in nats, and the optimizer steps behind the weights that began
+    it."""
+
+    output: Output
+    logprob: float
+    step: int
+
+
 class RemoteSampler:
     """Samples groups from the model that ``rollout.remote`` serves.
 
@@ -67,8 +77,7 @@ class RemoteSampler:
         tokenizer: turns ids into text.
         vocab_size: the model's, without padding; the servers may not return other ids.
         context: so many tokens a prompt and its output may have together.
-        directory: where the weights are that the servers are to have; None: those that they were started with.
-        version: their name.
+        weights: that the servers are to have.
 
     Raises:
         ValueError: the environment variable of the API key is not set.
@@ -81,16 +90,14 @@ class RemoteSampler:
         tokenizer: PreTrainedTokenizerFast,
         vocab_size: int,
         context: int = 0,
-        directory: str | Path | None = None,
-        version: str | None = None,
+        weights: ServedWeights | None = None,
     ):
         self.config = config
         self.options = options
         self.tokenizer = tokenizer
         self.vocab_size = vocab_size
         self._servers = [Server(config, url, context) for url in config.urls]
-        self._directory = None if directory is None else Path(directory).resolve()
-        self._version = version
+        self._weights = weights or ServedWeights()
 
     def refresh(self, reload: bool) -> list[str]:
         """Sees to it that the servers have the weights, and waits until they serve them, for up to ``timeout_seconds``.
@@ -106,9 +113,9 @@ class RemoteSampler:
             ValueError: a step failed, or a server does not come back, or without ``rollout.remote.model``, or with too
                 short a context.
         """
-        pool = self._pool()
+        pool = Pool(self._servers, self._weights)
         outcome: queue.SimpleQueue = queue.SimpleQueue()
-        with _in_background(lambda: pool.bring(reload), outcome):
+        with in_background(lambda: pool.bring(reload), outcome):
             if (error := outcome.get()) is not None:
                 raise error
         return pool.urls
@@ -160,10 +167,10 @@ class RemoteSampler:
 
         async def worker(pool: Pool, client: httpx.AsyncClient) -> None:
             for p, i in jobs:
-                finished.put((p, i, await self._output(pool, client, prompts[p], i, seed, iteration)))
+                finished.put((p, i, await self.output(pool, client, prompts[p], i, seed, iteration)))
 
         async def work() -> None:
-            pool = self._pool()
+            pool = Pool(self._servers, self._weights)
             if reload:
                 await pool.bring(reload)
             count = min(self.config.concurrency * len(self._servers), left)
@@ -176,8 +183,8 @@ class RemoteSampler:
                         task.cancel()
                     await asyncio.gather(*workers, return_exceptions=True)
 
-        answers: list[dict[int, tuple[Output, float]]] = [{} for _ in prompts]
-        with _in_background(work, finished):
+        answers: list[dict[int, Answer]] = [{} for _ in prompts]
+        with in_background(work, finished):
             while left:
                 try:
                     item = finished.get(timeout=_POLL_SECONDS)
@@ -191,25 +198,40 @@ class RemoteSampler:
                 answers[p][i] = answer
                 on_outputs(1)
                 if len(answers[p]) == len(wanted[p]):
-                    outputs, logprobs = zip(*(answers[p].pop(index) for index in wanted[p]), strict=True)
-                    yield p, SampledGroup(prompts[p], list(outputs), proposal_logprobs=list(logprobs))
+                    yield p, group_of(prompts[p], [answers[p].pop(index) for index in wanted[p]])
 
-    def _pool(self) -> Pool:
-        return Pool(self._servers, self._directory, self._version)
+    @contextlib.asynccontextmanager
+    async def connected(self) -> AsyncIterator[tuple[Pool, httpx.AsyncClient]]:
+        """The servers, watched, and connections to them, for ``output``; as many requests at a time as may be."""
+        count = self.config.concurrency * len(self._servers)
+        pool = Pool(self._servers, self._weights, count)
+        async with self._servers[0].client(count) as client, pool.watched():
+            yield pool, client
 
-    async def _output(
-        self, pool: Pool, client: httpx.AsyncClient, prompt: Prompt, index: int, seed: int, iteration: int
-    ) -> tuple[Output, float]:
+    async def output(
+        self,
+        pool: Pool,
+        client: httpx.AsyncClient,
+        prompt: Prompt,
+        index: int,
+        seed: int,
+        iteration: int,
+        confirmed: bool = False,
+    ) -> Answer:
+        """One output. confirmed: see ``Pool.ask``. Raises as ``sample``."""
+
+        def request(server: Server) -> Awaitable[Answer]:
+            step = self._weights.step
+
+            def read(answer: Any) -> Answer:
+                return Answer(*self._read(answer, prompt), step)
+
+            return server.ask(client, "POST", "/v1/completions", what, read, body)
+
         body = self._body(prompt, request_seed(seed, iteration, prompt.id, index))
         what = f"prompt {prompt.id!r}, output {index}"
         tokens = len(prompt.token_ids) + self.options.max_new_tokens
-        return await pool.ask(
-            what,
-            tokens,
-            lambda server: server.ask(
-                client, "POST", "/v1/completions", what, lambda answer: self._read(answer, prompt), body
-            ),
-        )
+        return await pool.ask(what, tokens, request, confirmed)
 
     def _body(self, prompt: Prompt, seed: int) -> dict[str, Any]:
         every_token, dialect = _DIALECTS[self.config.server]
@@ -287,6 +309,16 @@ class RemoteSampler:
         return output, math.fsum(values)
 
 
+def group_of(prompt: Prompt, answers: Sequence[Answer]) -> SampledGroup:
+    """A prompt's group, with the servers' log-probs."""
+    return SampledGroup(
+        prompt,
+        [answer.output for answer in answers],
+        proposal_logprobs=[answer.logprob for answer in answers],
+        policy_steps=[answer.step for answer in answers],
+    )
+
+
 def _token_id(token: str) -> int:
     """The number in "token_id:123". AttributeError: it is none of these."""
     return int(_TOKEN_ID.fullmatch(token)[1])  # type: ignore[index]  # the caller takes it for a malformed answer
@@ -306,8 +338,9 @@ def _malformed(answer: Any) -> str:
 
 
 @contextlib.contextmanager
-def _in_background(work: Callable, outcome: queue.SimpleQueue) -> Iterator[None]:
-    """Runs the coroutine function in a thread of its own; its error, or None at its end, is put into ``outcome``.
+def in_background(work: Callable, outcome: queue.SimpleQueue) -> Iterator[asyncio.AbstractEventLoop]:
+    """Runs the coroutine function in a thread and an event loop of its own; its error, or None at its end, is put into
+    ``outcome``.
 
     Leaving the context cancels it and waits for that: no request outlives it.
     """
@@ -330,7 +363,7 @@ def _in_background(work: Callable, outcome: queue.SimpleQueue) -> Iterator[None]
     thread = threading.Thread(target=run, name="rollout.remote", daemon=True)
     thread.start()
     try:
-        yield
+        yield loop
     finally:
         with contextlib.suppress(RuntimeError):  # it has ended by itself
             loop.call_soon_threadsafe(task.cancel)

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import uuid
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,15 @@ from nemo_brain.config.brain import RemoteConfig
 from nemo_brain.core.http import BadAnswer, HTTPClient, excerpt
 
 _PROBE_SECONDS = 10  # for answers that take no computing; a server that is late with them is not yet lost
+
+
+@dataclass(frozen=True)
+class Named:
+    """A server's weights by the name that it was told. life: another one whenever it is given ours and has others, as
+    after a start."""
+
+    version: str
+    life: str
 
 
 class Server(HTTPClient):
@@ -53,13 +64,21 @@ class Server(HTTPClient):
         return f"HTTP {response.status_code}" if response.status_code >= 500 else None
 
     async def bring(
-        self, client: httpx.AsyncClient, directory: Path | None, version: str | None, *, reload: bool, doubt: bool
+        self,
+        client: httpx.AsyncClient,
+        directory: Path | None,
+        version: str | None,
+        earlier: str | None = None,
+        *,
+        reload: bool,
+        doubt: bool,
     ) -> None:
         """Sees to it that the server has the weights of this version, and serves them.
 
         Args:
             directory: with these weights; None: the server has them from its start.
             version: their name, which a server that can keep one is told.
+            earlier: the name of those before.
             reload: whatever the server says.
             doubt: also if the server cannot say which version it has.
 
@@ -70,25 +89,27 @@ class Server(HTTPClient):
         await self._check(client)
         if directory is None:
             return
-        found = await self.version(client)
-        if reload or (doubt if found is None else found != version):
+        found = await self.named(client)
+        if reload or (doubt if found is None else found.version != version):
             await self._reload(client, directory)
             await self._check(client)
             if found is not None:
-                await self._tell_version(client, str(version))
+                ours = found.version in (version, earlier)
+                await self._tell(client, Named(str(version), found.life if ours else uuid.uuid4().hex[:8]))
 
-    async def version(self, client: httpx.AsyncClient) -> str | None:
-        """The name that the weights were given, as vLLM keeps it until it ends; None: the server keeps none."""
+    async def named(self, client: httpx.AsyncClient) -> Named | None:
+        """What the server says that it has, as vLLM keeps it until it ends; None: it says nothing."""
         with contextlib.suppress(httpx.RequestError, ValueError, KeyError, TypeError):
             response = await client.get(self.url + "/weight_info", headers=self._headers(), timeout=_PROBE_SECONDS)
             if response.is_success:
-                return str(response.json()["weight_version"])
+                version, _, life = str(response.json()["weight_version"]).partition(":")
+                return Named(version, life)
         return None
 
-    async def _tell_version(self, client: httpx.AsyncClient, version: str) -> None:
-        await self._call(
-            client, "the version of its weights", {"path": "/update_weight_version", "json": {"new_version": version}}
-        )
+    async def _tell(self, client: httpx.AsyncClient, named: Named) -> None:
+        name = f"{named.version}:{named.life}"
+        step = {"path": "/update_weight_version", "json": {"new_version": name}}
+        await self._call(client, "the version of its weights", step)
 
     async def _check(self, client: httpx.AsyncClient) -> None:
         """Returns once the server answers and serves the model; ValueError if it serves none like it."""

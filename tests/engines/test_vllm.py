@@ -29,6 +29,7 @@ from nemo_brain.convert.command import main as convert
 from nemo_brain.core.groups import Prompt
 from nemo_brain.data.stop import Stop
 from nemo_brain.report.metrics import read_metrics
+from nemo_brain.sampling.pool import ServedWeights
 from nemo_brain.sampling.remote import RemoteSampler
 from nemo_brain.sampling.sampler import SamplingOptions
 from nemo_brain.training.brain.run import run
@@ -109,7 +110,7 @@ class VLLM:
             process.wait()
 
     def version(self) -> str:
-        return httpx.get(f"{self.url}/weight_info").json()["weight_version"]
+        return httpx.get(f"{self.url}/weight_info").json()["weight_version"].partition(":")[0]
 
 
 @pytest.fixture(scope="module")
@@ -191,7 +192,7 @@ def sampler(server: VLLM, smollm2: Path, directory: Path | None, tokens: int) ->
     ]
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
     options = SamplingOptions(outputs=8, max_new_tokens=tokens, stop=Stop((tokenizer.eos_token_id,)))
-    return RemoteSampler(config, options, tokenizer, len(tokenizer), 128, directory, "a version")
+    return RemoteSampler(config, options, tokenizer, len(tokenizer), 128, ServedWeights(directory, "a version"))
 
 
 def largest_gap(model: AutoModelForCausalLM, group) -> float:

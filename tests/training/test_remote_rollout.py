@@ -8,17 +8,8 @@ import pytest
 from completion_server import END, VOCAB, CompletionServer, save_model
 from layouts import PP2, TP2
 from ranks import run_ranks
+from remote_runs import RUN, remote
 from toy_runs import recorded_run
-
-RUN = (
-    "trainer.max_iterations=2",
-    "rollout.prompts_per_iteration=8",
-    "rollout.outputs_per_prompt=4",
-    "train.global_batch_size=4",
-    "train.micro_batch_tokens=64",
-    "data.holdout=4",
-    "optim.lr=3e-2",
-)
 
 
 @pytest.fixture
@@ -26,22 +17,6 @@ def server(tmp_path):
     # Its first weights are another model's: what it samples from is what the run gives it.
     with CompletionServer(save_model(tmp_path / "other", VOCAB, END)) as running:
         yield running
-
-
-def remote(server: CompletionServer, tmp_path, **changes) -> list[str]:
-    reload = "[{path: /collective_rpc, json: {method: nemo_brain_load, kwargs: {path: '{path}'}}},"
-    reload += "{path: /reset_prefix_cache}]"
-    keys = {
-        "url": server.url,
-        "model": "policy",
-        "concurrency": 4,
-        "timeout_seconds": 30,
-        "request_timeout_seconds": 20,
-        "export_to": tmp_path / "policy",
-        "reload": reload,
-        **changes,
-    }
-    return ["rollout.remote={" + ", ".join(f"{key}: {value}" for key, value in keys.items()) + "}"]
 
 
 @pytest.mark.parametrize(

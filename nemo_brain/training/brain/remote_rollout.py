@@ -14,6 +14,7 @@ import uuid
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
@@ -25,13 +26,15 @@ from nemo_brain.convert.export import export_model
 from nemo_brain.core.groups import Prompt, SampledGroup
 from nemo_brain.core.interruption import Interruption
 from nemo_brain.core.packing import chunk_tokens
-from nemo_brain.core.ranks import on_first_rank
+from nemo_brain.core.ranks import on_all_ranks, on_first_rank
 from nemo_brain.data.stop import Stop
 from nemo_brain.model.weights import Weights
+from nemo_brain.sampling.ahead import AheadSampler
+from nemo_brain.sampling.pool import ServedWeights
 from nemo_brain.sampling.remote import RemoteSampler
 from nemo_brain.sampling.sampler import SamplingOptions
 from nemo_brain.sampling.server import Server
-from nemo_brain.training.brain.provenance import OUTLIER, diagnosis, gap_per_token, output_gaps
+from nemo_brain.training.brain.provenance import OUTLIER, diagnosis, gap_per_token, output_gaps, repeated_gap
 from nemo_brain.training.brain.strategy import BRAInStrategy
 from nemo_brain.training.build import export_for
 
@@ -65,9 +68,13 @@ class RemoteRollout:
         self._block = block
         self._weights = weights
         self._run = uuid.uuid4().hex[:8]
-        self._version: str | None = None
+        directory = None if remote.export_to is None else Path(remote.export_to).resolve()
+        self._holds = config.rollout.ahead > 0
+        self._served = ServedWeights(directory, named=self._holds)
         self._step: int | None = None
         self._prompts: list[Prompt] = []
+        self._ahead: AheadSampler | None = None
+        self._probes: tuple[SamplingOptions, dict[str, list[SampledGroup]]] | None = None
         for url in remote.urls:
             Server(remote, url, self._context)
         self._export = export_for(_EXPORT_KEY, remote.export_to, gpt, weights, stop.token_ids)
@@ -99,17 +106,38 @@ class RemoteRollout:
             Interrupted: on every rank, when the run was asked to end meanwhile.
         """
         changed = self._export is not None and step != self._step
+        if changed and self._holds and self._probes is not None:
+            last = self._probes
+            on_first_rank(lambda: self._hold(*last), interruption=interruption)
         if self._export is not None and changed:
+            version = on_first_rank(lambda: f"{self._run}-{step}")
+            on_all_ranks(lambda: self._served.replace(version))  # every replica's requests see to it
             strategy.wait_for_param_gather()
             export_model(strategy.chunks, self._export, str(self.config.export_to))
-            self._version = on_first_rank(lambda: f"{self._run}-{step}")
         self._prompts = self._prompts or list(prompts[:_PROBES])
         problem = self._bring(strategy, options, interruption, reload=changed)
         if problem and self._export is not None and not changed:  # what it had it has lost
             problem = self._bring(strategy, options, interruption, reload=True)
         if problem:
             raise ValueError(problem)
+        self._served.settle(step)
         self._step = step
+
+    def begin(
+        self, prompts: Sequence[Prompt], options: SamplingOptions, seed: int, iteration: int
+    ) -> Iterator[tuple[int, SampledGroup]]:
+        """The groups of an iteration to come, as ``AheadSampler.begin``. On a replica's first rank alone.
+
+        The ranks cannot score them with the weights that drew them, which they no longer have.
+        """
+        if self._ahead is None:
+            self._ahead = AheadSampler(self._sampler(options), seed)
+        return self._ahead.begin(iteration, prompts)
+
+    def close(self) -> None:
+        """Ends what ``begin`` has begun."""
+        if self._ahead is not None:
+            self._ahead.close()
 
     def _bring(
         self, strategy: BRAInStrategy, options: SamplingOptions, interruption: Interruption, reload: bool
@@ -118,11 +146,7 @@ class RemoteRollout:
         urls = on_first_rank(lambda: self._sampler(options).refresh(reload), interruption=interruption)
         if not self._held:
             return None
-        tokens = min(options.max_new_tokens, _PROBE_TOKENS)
-        short = replace(options, outputs=1, max_new_tokens=tokens, top_k=0, top_p=1.0)
-        probes = on_first_rank(
-            lambda: self._sampler(short).probe(urls, self._prompts, seed=0), interruption=interruption
-        )
+        probes = on_first_rank(lambda: self._probed(urls, options), interruption=interruption)
         groups = [group for answers in probes.values() for group in answers]
         ours = self._scored(strategy, groups, options.temperature)
         count = len(self._prompts)
@@ -143,7 +167,30 @@ class RemoteRollout:
                 f"from those of {model} (rollout.max_proposal_gap is {self._max_gap:g}): {reason}. Nothing was "
                 "trained on its outputs"
             )
+        self._probes = options, probes
         return None
+
+    def _probed(self, urls: Sequence[str], options: SamplingOptions) -> dict[str, list[SampledGroup]]:
+        tokens = min(options.max_new_tokens, _PROBE_TOKENS)
+        short = replace(options, outputs=1, max_new_tokens=tokens, top_k=0, top_p=1.0)
+        return self._sampler(short).probe(urls, self._prompts, seed=0)
+
+    def _hold(self, options: SamplingOptions, probes: dict[str, list[SampledGroup]]) -> None:
+        """ValueError where a server answers its last probe otherwise than it did: it has been sampling from weights of
+        its own since, under the name of the policy's."""
+        for _ in range(2):  # between the two questions a server may have been started again
+            there = [url for url in self._sampler(options).refresh(reload=False) if url in probes]
+            answers = self._probed(there, options)
+            gaps = {url: repeated_gap(probes[url], groups) for url, groups in answers.items()}
+            if all(gap <= self._max_gap for gap in gaps.values()):
+                return
+        url = max(gaps, key=lambda url: gaps[url])
+        raise ValueError(
+            f"rollout.remote: {url}: asked for the outputs of its last probe once more, it gives others, or log-probs "
+            f"that are {gaps[url]:.3g} nats per token away (rollout.max_proposal_gap is {self._max_gap:g}): its "
+            "weights were changed under the name that they had. Outputs that it has sampled ahead since are not "
+            "trained on"
+        )
 
     def sample(
         self,
@@ -261,10 +308,8 @@ class RemoteRollout:
             yield block
 
     def _sampler(self, options: SamplingOptions) -> RemoteSampler:
-        weights, directory = self._weights, self.config.export_to
-        return RemoteSampler(
-            self.config, options, weights.tokenizer, weights.vocab_size, self._context, directory, self._version
-        )
+        weights = self._weights
+        return RemoteSampler(self.config, options, weights.tokenizer, weights.vocab_size, self._context, self._served)
 
 
 def _on_all_ranks(blocks: Iterator[list], stop: Callable[[], bool]) -> Iterator[list]:
