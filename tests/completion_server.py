@@ -72,7 +72,7 @@ class CompletionServer:
         self.bodies: list[dict] = []
         self.names = ["policy"]
         self.context = 1000
-        self.versions = kind == "vllm"  # whether it can say which weights it has
+        self.versions = kind in ("vllm", "sglang")  # whether it can say which weights it has
         self.before: Callable[[dict], None] = lambda body: None  # called before a request is looked at
         self.answered = 0
         self.loads: list[Path] = []
@@ -174,7 +174,7 @@ class CompletionServer:
             _send(handler, 200, {"object": "list", "data": models})
         elif handler.path == "/health":
             _send(handler, 200, b"")
-        elif handler.path == "/weight_info" and self.versions:
+        elif handler.path == {"vllm": "/weight_info", "sglang": "/model_info"}.get(self.kind) and self.versions:
             _send(handler, 200, {"weight_version": self.version})
         else:
             _send(handler, 404, {"detail": "Not Found"})
@@ -192,6 +192,7 @@ class CompletionServer:
                 handler, 200, {"results": [None]}
             )
         elif handler.path == "/update_weight_version" and self.versions:
+            assert self.kind == "vllm" or not body["abort_all_requests"], "SGLang ends all running requests otherwise"
             self.version = body["new_version"]
             self.named[self.version] = self.model
             _send(handler, 200, {"success": True, "new_version": self.version})
@@ -202,7 +203,10 @@ class CompletionServer:
                     self._cache.clear()
             _send(handler, 200, {"success": success})
         elif handler.path == "/update_weights_from_disk":
-            _send(handler, 200, {"success": False, "message": "Failed to load the weights"})
+            problem = self.reload(Path(body["model_path"]), "nemo_brain_load")
+            with self._lock:
+                self._cache.clear()
+            _send(handler, 400 if problem else 200, {"success": not problem, "message": problem})
         else:
             _send(handler, 404, {"detail": "Not Found"})
 

@@ -243,9 +243,9 @@ class Pool:
         await member.server.bring(client, weights.directory, *names, reload=reload, doubt=doubt)
         if weights.named and await member.server.named(client) is None:
             raise ValueError(
-                f"rollout.ahead: {member.server.url} does not say which weights it has (GET /weight_info, as vLLM does "
-                "with VLLM_SERVER_DEV_MODE=1), so that outputs of a server that was started again meanwhile could not "
-                "be told: use one that does, or set rollout.ahead=0"
+                f"rollout.ahead: {member.server.url} does not say which weights it has (as vLLM with "
+                "VLLM_SERVER_DEV_MODE=1 and SGLang do), so that outputs of a server that was started again meanwhile "
+                "could not be told: use one that does, or set rollout.ahead=0"
             )
 
     def _problems(self) -> str:

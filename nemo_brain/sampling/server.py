@@ -98,9 +98,10 @@ class Server(HTTPClient):
                 await self._tell(client, Named(str(version), found.life if ours else uuid.uuid4().hex[:8]))
 
     async def named(self, client: httpx.AsyncClient) -> Named | None:
-        """What the server says that it has, as vLLM keeps it until it ends; None: it says nothing."""
+        """What the server says that it has, as vLLM and SGLang keep it until they end; None: it says nothing."""
         with contextlib.suppress(httpx.RequestError, ValueError, KeyError, TypeError):
-            response = await client.get(self.url + "/weight_info", headers=self._headers(), timeout=_PROBE_SECONDS)
+            path = "/model_info" if self.config.server == "sglang" else "/weight_info"
+            response = await client.get(self.url + path, headers=self._headers(), timeout=_PROBE_SECONDS)
             if response.is_success:
                 version, _, life = str(response.json()["weight_version"]).partition(":")
                 return Named(version, life)
@@ -108,7 +109,10 @@ class Server(HTTPClient):
 
     async def _tell(self, client: httpx.AsyncClient, named: Named) -> None:
         name = f"{named.version}:{named.life}"
-        step = {"path": "/update_weight_version", "json": {"new_version": name}}
+        body: dict[str, Any] = {"new_version": name}
+        if self.config.server == "sglang":  # which otherwise ends all requests that are running
+            body["abort_all_requests"] = False
+        step = {"path": "/update_weight_version", "json": body}
         await self._call(client, "the version of its weights", step)
 
     async def _check(self, client: httpx.AsyncClient) -> None:

@@ -442,7 +442,7 @@ def test_ranks_share_a_server(directory, tmp_path):
         ({"path": "/gone", "method": "PUT"}, r"PUT \S+/gone: HTTP 501"),
         (
             {"path": "/update_weights_from_disk", "json": {"model_path": "{path}"}},
-            r"HTTP 200: .*Failed to load the weights",
+            r"HTTP 400: .*sees no safetensors files in /policy",
         ),
         ({"url": "http://127.0.0.1:9/x"}, r"POST http://127\.0\.0\.1:9/x: ConnectError"),
         ({"command": ["/no/such/program"]}, r"No such file"),
@@ -540,13 +540,21 @@ def test_weights_are_loaded_again_only_where_the_server_has_others(directory, po
         assert len(server.loads) == 2 and are_of(sampled(ours), policy)
 
 
-@pytest.mark.parametrize("versions", [True, False], ids=["it says which weights it has", "it does not"])
+@pytest.mark.parametrize(
+    ("kind", "versions"),
+    [("vllm", True), ("vllm", False), ("sglang", True)],
+    ids=["it says which weights it has", "it does not", "SGLang"],
+)
 @pytest.mark.parametrize("end", ["kill", "terminate"])
-def test_a_server_that_is_started_again_meanwhile_gets_the_weights_first(directory, policy, short_watch, end, versions):
+def test_a_server_that_is_started_again_meanwhile_gets_the_weights_first(
+    directory, policy, short_watch, end, kind, versions
+):
     """Requests that hang are given up when /health fails; the same outputs come as without it."""
-    with CompletionServer(directory) as server:
+    with CompletionServer(directory, kind) as server:
         server.versions = versions
-        ours = sampler(server, reload=LOAD, directory=policy, version="1", request_timeout_seconds=300.0)
+        load = LOAD if kind == "vllm" else [{"path": "/update_weights_from_disk", "json": {"model_path": "{path}"}}]
+        keys = {"server": kind, "reload": load, "request_timeout_seconds": 300.0}
+        ours = sampler(server, directory=policy, version="1", **keys)
         ours.refresh(reload=True)
         expected = sampled(ours)
         assert are_of(expected, policy)

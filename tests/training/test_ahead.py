@@ -115,7 +115,7 @@ def test_a_server_that_is_started_again_meanwhile_draws_its_outputs_again(server
     ended = threading.Event()
 
     def before(body) -> None:
-        if len(server.bodies) > 60 and not ended.is_set():
+        if len(server.bodies) > 45 and not ended.is_set():
             ended.set()
             server.load(server._first)
             server.version = "default"

@@ -116,8 +116,9 @@ class RemoteRollout:
             export_model(strategy.chunks, self._export, str(self.config.export_to))
         self._prompts = self._prompts or list(prompts[:_PROBES])
         problem = self._bring(strategy, options, interruption, reload=changed)
-        if problem and self._export is not None and not changed:  # what it had it has lost
-            problem = self._bring(strategy, options, interruption, reload=True)
+        if problem and self._export is not None:
+            # What it had it has lost; what it has just got only by a start in between, after which it says so.
+            problem = self._bring(strategy, options, interruption, reload=not changed)
         if problem:
             raise ValueError(problem)
         self._served.settle(step)
