@@ -121,7 +121,9 @@ class BRAInLoop:
             else:
                 prompts = self._prompts(iteration)
                 # q' <- q
-                record |= self.worker.refresh(self.frame.state.step, self._sampling, prompts, iteration)
+                own = self.config.rollout.refresh == "kl_adaptive"
+                changes = self.frame.state.refreshed if own else self.frame.state.step
+                record |= self.worker.refresh(changes, self._sampling, prompts, iteration)
                 sampled = self.worker.sample(prompts, self._sampling, iteration, f"iteration {iteration}: sampling")
                 rewarded = self.worker.reward(sampled)
                 temperature = self._sampling.temperature if self.config.rollout.rescore_proposal else None

@@ -149,9 +149,12 @@ class RolloutWorker:
         return self._members.rank() == 0
 
     def refresh(
-        self, step: int, options: SamplingOptions, prompts: Sequence[Prompt], iteration: int
+        self, state: int, options: SamplingOptions, prompts: Sequence[Prompt], iteration: int
     ) -> dict[str, float]:
-        """q' <- q: from now on the policy as it stands, after ``step`` optimizer steps, is sampled from.
+        """q' <- q: from now on the policy as it stands is sampled from; or the proposal's own weights.
+
+        Args:
+            state: a number that changes when what is sampled from does.
 
         Returns:
             What that took, where it takes anything.
@@ -164,7 +167,7 @@ class RolloutWorker:
             return {}
         assert self.remote is not None
         started = time.perf_counter()
-        self.remote.refresh(self.strategy, step, options, prompts, self.interruption)
+        self.remote.refresh(self.strategy, state, options, prompts, self.interruption)
         return {"refresh_seconds": time.perf_counter() - started}
 
     def sample(self, prompts: Sequence[Prompt], options: SamplingOptions, iteration: int, description: str) -> Sampling:
@@ -338,7 +341,7 @@ class RolloutWorker:
         return self.strategy.sample(*arguments)
 
     def _by_server(self, iteration: int) -> bool:
-        """Validations ask the policy, and not a server that keeps its first weights."""
+        """Validations ask the policy, and not a server that has other weights."""
         return self.remote is not None and (iteration != VALIDATION or self.remote.follows)
 
     def _stop(self) -> bool:
