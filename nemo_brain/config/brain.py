@@ -85,7 +85,7 @@ class RemoteConfig:
         "an output whose log-prob there is not ours",
         among={"redraw": "asked for again", "keep": "with the server's log q'"},
     )
-    export_to: str | None = key(None, "a directory for each iteration's policy, which reload names")
+    export_to: str | None = key(None, "a directory for each new proposal, which reload names")
     reload: list[dict[str, Any]] | None = key(
         None, "how the server loads it, step by step: {path or url: ..., method: POST, json: ...} | {command: [...]}"
     )
@@ -113,7 +113,8 @@ class RolloutConfig(OutputsConfig):
             "always": "the policy as it stands at each iteration",
             "never": "the start model: for dpo_sft, dpo, ipo, hinge, slic, rpo, infonca, nca",
             "kl_adaptive": "GDC's: the start model, then the policy of an earlier iteration, until the policy as it "
-            "stands is nearer to the target by an estimate of both KLs; a third set of weights",
+            "stands is nearer to the target by an estimate of both KLs; a third set of weights, with model.peft of "
+            "adapters",
         },
     )
     refresh_every: int = key(1, "kl_adaptive: iterations from one such question to the next", at_least=1)
@@ -233,7 +234,7 @@ def check(cfg: DictConfig) -> Config:
     _check_group_size(config.rollout, objective_class(config.objective).smallest_group)
     check_common(config)
     _check_adapters(config.model, config.prior)
-    _check_refresh(config.rollout, config.model, config.prior)
+    _check_refresh(config.rollout)
     _check_truncation(config.rollout)
     _check_ahead(config.rollout, config.data)
     if config.rollout.remote is not None:
@@ -273,15 +274,8 @@ def _check_adapters(model: PolicyConfig, prior: PriorConfig) -> None:
         raise ValueError("model.export_to and model.export_adapter_to are one directory: name two")
 
 
-def _check_refresh(rollout: RolloutConfig, model: PolicyConfig, prior: PriorConfig) -> None:
-    if rollout.refresh != "kl_adaptive":
-        return
-    if model.peft is not None or prior.placement != "resident":
-        raise ValueError(
-            "rollout.refresh=kl_adaptive keeps the proposal as a third set of weights beside policy and prior: it "
-            "needs prior.placement=resident and model.peft=null"
-        )
-    if not rollout.rescore_proposal:
+def _check_refresh(rollout: RolloutConfig) -> None:
+    if rollout.refresh == "kl_adaptive" and not rollout.rescore_proposal:
         raise ValueError(
             "rollout.refresh=kl_adaptive compares log-probs of policy and proposal by the same kernels: set "
             "rollout.rescore_proposal=true"
@@ -337,13 +331,13 @@ def _check_remote(remote: RemoteConfig, rollout: RolloutConfig, trainer: Trainer
         )
     if (remote.export_to is None) != (remote.reload is None):
         raise ValueError(
-            f"{name}.export_to (where each iteration's policy is written) and {name}.reload (how the server loads it) "
+            f"{name}.export_to (where each new proposal is written) and {name}.reload (how the server loads it) "
             "go together: set both, or neither"
         )
-    if rollout.refresh == "kl_adaptive":
+    if rollout.refresh == "kl_adaptive" and remote.reload is None:
         raise ValueError(
-            "rollout.refresh=kl_adaptive keeps its proposal on the training ranks, which sample from it: set "
-            f"{name}=null"
+            f"rollout.refresh=kl_adaptive gives the server another proposal from time to time: set {name}.reload and "
+            f"{name}.export_to"
         )
     if rollout.refresh == "never" and remote.reload is not None:
         raise ValueError(

@@ -155,6 +155,28 @@ def test_a_server_samples_from_the_start_model_that_is_not_refreshed(server, tmp
     assert len(gaps) == 2 and max(gaps) < 1e-4
 
 
+ADAPTIVE = ("rollout.refresh=kl_adaptive", "objective.name=gdc++", "trainer.max_iterations=4", "optim.lr=3e-3")
+
+
+@pytest.mark.parametrize("ranks, placement", [(1, "resident"), (2, "offload")], ids=["one process", "PP2, offloaded"])
+def test_a_server_gets_the_proposal_when_that_changes_and_is_held_to_it(server, tmp_path, ranks, placement):
+    """The policy's own ranks sample for validations."""
+    layout = (f"prior.placement={placement}", *[PP2] * (ranks - 1))
+    result, *_ = run_ranks(recorded_run, ranks, *RUN, *ADAPTIVE, *layout, *remote(server, tmp_path))
+    iterations = [record for record in result["metrics"] if record["kind"] == "iteration"]
+    assert max(record["proposal_gap"] for record in iterations) < 1e-4
+    nearer = [record["kl_target_policy"] < record["kl_target_proposal"] for record in iterations]
+    assert 0 < sum(nearer[:3]) < 3
+    assert len(server.loads) == 1 + sum(nearer[:3]), "the start model, and each that sampled"
+
+
+def test_a_server_that_keeps_the_start_model_for_a_proposal_ends_the_run(server, tmp_path):
+    load = server.load
+    server.load = lambda path: load(path) if not server.loads[1:] else None
+    match = r"away from those of the proposal .*: it has the start model's weights"
+    fails(match, server, tmp_path, *ADAPTIVE, "data.holdout=4")
+
+
 def test_a_server_that_fails_ends_every_rank_with_its_error(server, tmp_path):
     """The second replica's requests are answered; its ranks must not wait for the first's in vain."""
 

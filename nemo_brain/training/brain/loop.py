@@ -131,7 +131,9 @@ class BRAInLoop:
             else:
                 prompts = self._prompts(iteration)
                 # q' <- q
-                record |= self.worker.refresh(self.frame.state.step, self._sampling, prompts, iteration)
+                own = self.config.rollout.refresh == "kl_adaptive"
+                steps = self.frame.state.refreshed * self.config.steps_per_iteration if own else self.frame.state.step
+                record |= self.worker.refresh(steps, self._sampling, prompts, iteration)
                 with _timed(record, "ahead/wait_seconds") if self._ahead else contextlib.nullcontext():
                     sampled = self.worker.sample(prompts, self._sampling, iteration, f"iteration {iteration}: sampling")
                 self._begin(iteration)

@@ -1,8 +1,8 @@
 """Groups from inference servers for all ranks of a run: new weights for the servers, their answers for the ranks.
 
 The first rank of each data-parallel replica asks the servers for the replica's share. While they work on the rest, the
-replica's ranks score what has come with the model that the servers are to have, the policy or the prior, and so see
-which law has drawn it: an output whose log-prob there is another one is not taken for the model's.
+replica's ranks score what has come with the model that the servers are to have, the policy, the prior or a proposal of
+its own, and so see which law has drawn it: an output whose log-prob there is another one is not taken for the model's.
 
 Shapes: E temperatures, G groups, N outputs per group.
 """
@@ -13,10 +13,12 @@ import contextlib
 import uuid
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from nemo.collections.llm.gpt.model.base import GPTConfig
@@ -40,6 +42,7 @@ from nemo_brain.training.build import export_for
 
 _EXPORT_KEY = "rollout.remote.export_to"
 _ATTEMPTS = 4  # an output is drawn at most so many times
+_MODELS = {"always": "the policy", "never": "the start model", "kl_adaptive": "the proposal"}
 _PROBES, _PROBE_TOKENS = 4, 16  # prompts that every server is asked for before it samples, and tokens of each output
 
 
@@ -62,9 +65,9 @@ class RemoteRollout:
         self._context = sum(config.lengths.values())
         self._max_gap = config.max_proposal_gap
         self._layout = config.layout
-        self._of_prior = config.rollout.refresh == "never"
+        self._refresh = config.rollout.refresh
         # Otherwise the servers have the weights that they have, and their log q' are all that is known of the law.
-        self._held = remote.reload is not None or self._of_prior or config.rollout.rescore_proposal
+        self._held = remote.reload is not None or self._refresh == "never" or config.rollout.rescore_proposal
         self._block = block
         self._weights = weights
         self._run = uuid.uuid4().hex[:8]
@@ -82,7 +85,7 @@ class RemoteRollout:
     @property
     def follows(self) -> bool:
         """Whether the servers get the policy's weights."""
-        return self._export is not None
+        return self._export is not None and self._refresh == "always"
 
     def refresh(
         self,
@@ -92,11 +95,12 @@ class RemoteRollout:
         prompts: Sequence[Prompt],
         interruption: Interruption,
     ) -> None:
-        """Gives the servers the policy as it stands after ``step`` optimizer steps, and looks whether they have it.
+        """Gives the servers the model that they are to have, and looks whether they have it.
 
         A collective of all ranks.
 
         Args:
+            step: optimizer steps behind that model.
             prompts: some that are to be sampled for; the first of the first call are asked for from then on, whose
                 prefixes a server may have kept.
 
@@ -112,8 +116,8 @@ class RemoteRollout:
         if self._export is not None and changed:
             version = on_first_rank(lambda: f"{self._run}-{step}")
             on_all_ranks(lambda: self._served.replace(version))  # every replica's requests see to it
-            strategy.wait_for_param_gather()
-            export_model(strategy.chunks, self._export, str(self.config.export_to))
+            with self._model(strategy) as chunks:
+                export_model(chunks, self._export, str(self.config.export_to))
         self._prompts = self._prompts or list(prompts[:_PROBES])
         problem = self._bring(strategy, options, interruption, reload=changed)
         if problem and self._export is not None:
@@ -160,13 +164,12 @@ class RemoteRollout:
                 of_start = score(groups, lambda tokens: None, (options.temperature,))[0].tolist()
             reason = diagnosis(
                 raw=options.temperature != 1.0 and gap_per_token(answers, ours[0][mine]) <= self._max_gap,
-                start=not self._of_prior and gap_per_token(answers, of_start[mine]) <= self._max_gap,
+                start=self._refresh != "never" and gap_per_token(answers, of_start[mine]) <= self._max_gap,
             )
-            model = "the start model" if self._of_prior else "the policy"
             return (
                 f"rollout.remote: {url}: its log-probs of {count} outputs of its own are {gap:.3g} nats per token away "
-                f"from those of {model} (rollout.max_proposal_gap is {self._max_gap:g}): {reason}. Nothing was "
-                "trained on its outputs"
+                f"from those of {_MODELS[self._refresh]} (rollout.max_proposal_gap is {self._max_gap:g}): {reason}. "
+                "Nothing was trained on its outputs"
             )
         self._probes = options, probes
         return None
@@ -260,36 +263,37 @@ class RemoteRollout:
     def _scorer(self, strategy: BRAInStrategy, temperature: float) -> Iterator[Callable[..., list[SampledGroup]]]:
         """Adds the log-probs that the ranks of this replica compute: ``f(groups)``."""
         temperatures = _temperatures(temperature)
-        with contextlib.ExitStack() as stack:
-            if self._of_prior:
-                prior = stack.enter_context(strategy.prior(alone=True))
-            else:
-                strategy.wait_for_param_gather()
+        # What else they are known to be, at temperature 1; a proposal of its own is neither.
+        name = {"always": "policy_logprobs", "never": "prior_logprobs"}.get(self._refresh)
+        with self._logprobs(strategy, alone=True) as logprobs:
 
             def score(groups: Sequence[SampledGroup]) -> list[SampledGroup]:
                 if not groups or not self._held:
                     return list(groups)
-                if self._of_prior:
-                    values_EGN = prior(groups, lambda tokens: None, temperatures)
-                else:
-                    values_EGN = strategy.policy_logprobs(groups, temperatures, lambda tokens: None, alone=True)
+                values_EGN = logprobs(groups, lambda tokens: None, temperatures)
                 plain, ours = values_EGN[0].tolist(), values_EGN[-1].tolist()
-                name = "prior_logprobs" if self._of_prior else "policy_logprobs"
                 scored = []
                 for group, first, last in zip(groups, plain, ours, strict=True):
                     n = len(group.outputs)
-                    scored.append(replace(group, rescored_logprobs=last[:n], **{name: first[:n]}))
+                    known: dict[str, Any] = {name: first[:n]} if name else {}
+                    scored.append(replace(group, rescored_logprobs=last[:n], **known))
                 return scored
 
             yield score
 
     def _scored(self, strategy: BRAInStrategy, groups: Sequence[SampledGroup], temperature: float) -> list[list]:
         """The model's log-probs at temperature 1 and the proposal's, [E, G, N]. A collective of all ranks."""
-        temperatures = _temperatures(temperature)
-        if not self._of_prior:
-            return strategy.policy_logprobs(groups, temperatures, lambda tokens: None).tolist()
-        with strategy.prior() as score:
-            return score(groups, lambda tokens: None, temperatures).tolist()
+        with self._logprobs(strategy, alone=False) as logprobs:
+            return logprobs(groups, lambda tokens: None, _temperatures(temperature)).tolist()
+
+    def _logprobs(self, strategy: BRAInStrategy, alone: bool) -> AbstractContextManager[Callable[..., torch.Tensor]]:
+        """Log-probs of the model that the servers are to have, as ``BRAInStrategy.prior`` gives the prior's."""
+        of = {"always": strategy.policy, "never": strategy.prior, "kl_adaptive": strategy.proposal}
+        return of[self._refresh](alone)
+
+    def _model(self, strategy: BRAInStrategy) -> AbstractContextManager[Sequence[torch.nn.Module]]:
+        """That model, where servers are given one."""
+        return strategy.proposal_chunks() if self._refresh == "kl_adaptive" else strategy.policy_chunks()
 
     def _blocks(self, sampler: RemoteSampler, *arguments: Any) -> Iterator[list[tuple[int, SampledGroup]]]:
         """What the servers have finished, enough for a scoring pass at a time; nothing where they are waited for."""

@@ -162,7 +162,10 @@ class RolloutWorker:
     def refresh(
         self, step: int, options: SamplingOptions, prompts: Sequence[Prompt], iteration: int
     ) -> dict[str, float]:
-        """q' <- q: from now on the policy as it stands, after ``step`` optimizer steps, is sampled from.
+        """q' <- q: from now on the policy as it stands is sampled from; or the proposal's own weights.
+
+        Args:
+            step: optimizer steps behind it.
 
         Returns:
             What that took, where it takes anything.
@@ -394,7 +397,7 @@ class RolloutWorker:
         return self.strategy.sample(*arguments)
 
     def _by_server(self, iteration: int) -> bool:
-        """Validations ask the policy, and not a server that keeps its first weights."""
+        """Validations ask the policy, and not a server that has other weights."""
         return self.remote is not None and (iteration != VALIDATION or self.remote.follows)
 
     def _stop(self) -> bool:
