@@ -13,13 +13,11 @@ by the inverse of the cumulative distribution over the whole vocabulary, so ever
 from __future__ import annotations
 
 import importlib.util
-import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -32,11 +30,11 @@ from nemo_brain.logprobs import vocab_parallel_logprobs
 from nemo_brain.model.gpt import PackedGPTConfig
 from nemo_brain.model.parameters import unwrap
 from nemo_brain.sampling.draws import draw_tokens, gather, truncate, uniforms
-from nemo_brain.sampling.kv_cache import KeptRows, KVCache, vacate
+from nemo_brain.sampling.kv_cache import KVCache
+from nemo_brain.sampling.lanes import Kept, Lane, OpenGroup, Pass, Row
 
 _STOP_TICKS = 16  # between two questions whether to stop
 _STEPS = {"cpu": 1, "cuda": 16}  # tokens of every row between two looks at them
-_ROWS = 16  # passes whose tensors are kept have a multiple of so many rows, and a graph each
 
 
 @dataclass(frozen=True)
@@ -65,64 +63,6 @@ class SamplingOptions:
         return self.top_k > 0 or self.top_p < 1.0
 
 
-@dataclass
-class _Group:
-    """A group in flight: the prompt, its place in the caller's list, and the rows that have ended."""
-
-    index: int
-    prompt: Prompt
-    ended: dict[int, _Row] = field(default_factory=dict)
-
-
-@dataclass
-class _Row:
-    """An output in flight; its log-probs are the sums so far."""
-
-    group: _Group
-    output: int
-    draws: np.ndarray
-    tokens: list[int] = field(default_factory=list)
-    proposal_logprob: float = 0.0
-    policy_logprob: float = 0.0
-
-
-@dataclass
-class _Pass:
-    """One way through the pipeline, of the new groups' prompts and then the last token of every row, packed.
-
-    ``select_T``: the positions that need logits. ``stage``: the virtual pipeline stage that the pass is at; ``hidden``:
-    what it got there. ``steps``: how often the rows get a token, see ``Sampler._decode``; ``kept``: on these tensors.
-    """
-
-    lane: _Lane
-    new: list[_Group]
-    tokens_1S: torch.Tensor
-    positions_1S: torch.Tensor
-    select_T: torch.Tensor
-    steps: int
-    kept: _Kept | None = None
-    stage: int = 0
-    hidden: torch.Tensor | None = None
-
-
-class _Kept:
-    """What a pass of up to so many rows reads and writes, and, with CUDA, the graph that has been recorded of it.
-
-    Args:
-        rows, steps: at most.
-    """
-
-    def __init__(self, rows: int, steps: int, device: torch.device | str):
-        self.rows = KeptRows(rows, device)
-        self.inputs_2S = torch.zeros(2, rows, dtype=torch.int64, device=device)
-        self.select_T = torch.arange(rows, device=device)
-        self.uniforms_KR = torch.full((steps, rows), 0.5, dtype=torch.float64, device=device)
-        self.drawn_K3R = torch.zeros(steps, 3, rows, dtype=torch.float64, device=device)
-        self.k_1 = torch.zeros(1, dtype=torch.int64, device=device)
-        self.graph: Any = None
-        self.moves = 0  # of the cache, when that was recorded
-
-
 def kernel_usable(device: torch.device, config: PackedGPTConfig) -> bool:
     """Whether the attention of what is behind the prompts can be that of ``decode_kernels``."""
     if device.type != "cuda" or importlib.util.find_spec("triton") is None:
@@ -131,70 +71,6 @@ def kernel_usable(device: torch.device, config: PackedGPTConfig) -> bool:
 
     per_kv = config.num_attention_heads // (config.num_query_groups or config.num_attention_heads)
     return usable(device, config.params_dtype, per_kv, config.kv_channels)
-
-
-class _Lane:
-    """Rows that go through the pipeline together, in the order of this rank's cache of them.
-
-    ``current``: the pass that they are in; None between passes. ``kept``: for passes of several steps, by the number of
-    rows.
-    """
-
-    def __init__(self, cache: KVCache):
-        self.cache = cache
-        self.rows: list[_Row] = []
-        self.current: _Pass | None = None
-        self.kept: dict[int, _Kept] = {}
-
-    def begin(self, admitted: list[_Group], outputs: int, multiple: int, steps: int, most: int) -> None:
-        """Prepares a pass, if there is anything for one; of ``steps`` tokens if no prompt comes with it.
-
-        Args:
-            most: steps of any pass whose tensors are kept; 0: none are.
-        """
-        if not admitted and not self.rows:
-            return
-        lengths = [len(group.prompt.token_ids) for group in admitted]
-        tokens = [token for group in admitted for token in group.prompt.token_ids]
-        positions = [position for length in lengths for position in range(length)]
-        select = list(np.cumsum(lengths, dtype=int) - 1) + list(range(len(tokens), len(tokens) + len(self.rows)))
-        tokens += [row.tokens[-1] for row in self.rows]
-        positions += [len(row.group.prompt.token_ids) + len(row.tokens) - 1 for row in self.rows]
-        steps = 1 if admitted else steps
-        if steps > 1 and most:
-            self._begin_kept(tokens, positions, math.lcm(multiple, _ROWS), steps, most)
-            return
-        padding = [0] * (-len(tokens) % multiple)
-        self.cache.plan(lengths, outputs, steps)
-        tokens_1S, positions_1S, select_T = (
-            torch.tensor(part).to(self.cache.device, non_blocking=True)
-            for part in ([tokens + padding], [positions + padding], select)
-        )
-        self.current = _Pass(self, admitted, tokens_1S, positions_1S, select_T, steps)
-
-    def _begin_kept(self, tokens: list[int], positions: list[int], multiple: int, steps: int, most: int) -> None:
-        rows = -(-len(tokens) // multiple) * multiple
-        kept = self.kept.get(rows)
-        if kept is None:
-            kept = self.kept[rows] = _Kept(rows, most, self.cache.device)
-        inputs = torch.tensor([part + [0] * (rows - len(part)) for part in (tokens, positions)])
-        kept.inputs_2S.copy_(inputs, non_blocking=True)
-        self.cache.plan(steps=steps, kept=kept.rows)
-        tokens_1S, positions_1S = kept.inputs_2S[:1], kept.inputs_2S[1:]
-        self.current = _Pass(self, [], tokens_1S, positions_1S, kept.select_T, steps, kept)
-
-    def end(self, new_rows: list[_Row]) -> None:
-        """The pass has gone through all stages: the new rows take part from now on."""
-        self.current = None
-        self.rows += new_rows
-
-    def drop(self, places: list[int]) -> None:
-        """Takes rows out."""
-        holes, movers = vacate(len(self.rows), places)
-        for hole, mover in zip(holes, movers, strict=True):
-            self.rows[hole] = self.rows[mover]
-        del self.rows[len(self.rows) - len(places) :]
-        self.cache.drop(places)
 
 
 class Sampler:
@@ -259,7 +135,7 @@ class Sampler:
         for chunk in self.chunks:
             chunk.eval()
         try:
-            waiting = deque(_Group(index, prompt) for index, prompt in enumerate(prompts))
+            waiting = deque(OpenGroup(index, prompt) for index, prompt in enumerate(prompts))
             for tick, ended in enumerate(self._ticks(waiting, seed, iteration)):
                 heartbeat()
                 on_outputs(len(ended))
@@ -275,9 +151,9 @@ class Sampler:
             for chunk, mode in zip(self.chunks, modes, strict=True):
                 chunk.train(mode)
 
-    def _ticks(self, waiting: deque[_Group], seed: int, iteration: int) -> Iterator[list[_Row]]:
+    def _ticks(self, waiting: deque[OpenGroup], seed: int, iteration: int) -> Iterator[list[Row]]:
         """Every rank's clock: in one tick each rank runs one chunk on one lane. Yields the rows that ended in it."""
-        lanes = [_Lane(KVCache(self.device)) for _ in range(self._size)]
+        lanes = [Lane(KVCache(self.device)) for _ in range(self._size)]
         groups = max(1, self.options.rows_in_flight // self.options.outputs)
         # A few prompts are divided evenly over the lanes.
         rows = self.options.outputs * max(1, min(groups // self._size, -(-len(waiting) // self._size)))
@@ -292,9 +168,9 @@ class Sampler:
             yield self._tick(lanes, seed, iteration)
             tick += 1
 
-    def _admit(self, lane: _Lane, waiting: deque[_Group], rows: int) -> list[_Group]:
+    def _admit(self, lane: Lane, waiting: deque[OpenGroup], rows: int) -> list[OpenGroup]:
         """Takes prompts from those that wait, as long as the lane has places for all outputs of one."""
-        admitted: list[_Group] = []
+        admitted: list[OpenGroup] = []
         positions = 0
         while waiting and len(lane.rows) + (len(admitted) + 1) * self.options.outputs <= rows:
             positions += len(waiting[0].prompt.token_ids)
@@ -303,13 +179,13 @@ class Sampler:
             admitted.append(waiting.popleft())
         return admitted
 
-    def _steps_of(self, lane: _Lane) -> int:
+    def _steps_of(self, lane: Lane) -> int:
         """How many tokens the lane's rows get at once: no more than one of them may still get."""
         if self._size > 1 or not lane.rows:
             return 1
         return min(self._most_steps, max(self.options.max_new_tokens - len(row.tokens) for row in lane.rows))
 
-    def _tick(self, lanes: list[_Lane], seed: int, iteration: int) -> list[_Row]:
+    def _tick(self, lanes: list[Lane], seed: int, iteration: int) -> list[Row]:
         running = [lane.current for lane in lanes if lane.current is not None]
         if running and running[0].steps > 1:
             return self._decode(running[0])
@@ -329,7 +205,7 @@ class Sampler:
                 pass_.stage += 1
         return ended
 
-    def _exchange(self, running: list[_Pass], mine: _Pass | None, out: torch.Tensor | None) -> None:
+    def _exchange(self, running: list[Pass], mine: Pass | None, out: torch.Tensor | None) -> None:
         """Hidden states go on to the next rank, each rank sending and receiving at the same time."""
         ranks = dist.get_process_group_ranks(self._pipeline)
         operations = []
@@ -346,11 +222,11 @@ class Sampler:
             for request in dist.batch_isend_irecv(operations):
                 request.wait()
 
-    def _end(self, pass_: _Pass, logits: torch.Tensor | None, seed: int, iteration: int) -> list[_Row]:
+    def _end(self, pass_: Pass, logits: torch.Tensor | None, seed: int, iteration: int) -> list[Row]:
         """A token for each of the lane's rows, from the logits on the last stage. Returns the rows that ended."""
         options, lane = self.options, pass_.lane
         new_rows = [
-            _Row(group, i, uniforms(seed, iteration, group.prompt.id, i, options.max_new_tokens))
+            Row(group, i, uniforms(seed, iteration, group.prompt.id, i, options.max_new_tokens))
             for group in pass_.new
             for i in range(options.outputs)
         ]
@@ -368,7 +244,7 @@ class Sampler:
         lane.end(new_rows)
         return self._take(lane, drawn_3R[None])
 
-    def _decode(self, pass_: _Pass) -> list[_Row]:
+    def _decode(self, pass_: Pass) -> list[Row]:
         """As many tokens for each of the lane's rows as the pass has steps, and no look at any of them meanwhile."""
         lane, rows, kept = pass_.lane, pass_.lane.rows, pass_.kept
         uniforms_KR = self._uniforms(rows, pass_.steps)
@@ -395,7 +271,7 @@ class Sampler:
         lane.end([])
         return self._take(lane, drawn_K3R[: pass_.steps, :, : len(rows)])
 
-    def _repeat(self, step: Callable[[], None], times: int, kept: _Kept | None, moves: int) -> None:
+    def _repeat(self, step: Callable[[], None], times: int, kept: Kept | None, moves: int) -> None:
         """Calls ``step``, which always does the same to the same tensors and reads nothing of them.
 
         With CUDA the second call is recorded in a graph instead, which is replayed: one launch for each step. With
@@ -428,13 +304,13 @@ class Sampler:
         self._graph = graph
         return graph
 
-    def _uniforms(self, rows: Sequence[_Row], steps: int) -> torch.Tensor:
+    def _uniforms(self, rows: Sequence[Row], steps: int) -> torch.Tensor:
         """The rows' next draws [steps, R] float64, the last one again where there are no more."""
         last = self.options.max_new_tokens - 1
         draws = [[row.draws[min(len(row.tokens) + k, last)] for row in rows] for k in range(steps)]
         return torch.tensor(draws, dtype=torch.float64).to(self.device, non_blocking=True)
 
-    def _take(self, lane: _Lane, drawn_K3R: torch.Tensor) -> list[_Row]:
+    def _take(self, lane: Lane, drawn_K3R: torch.Tensor) -> list[Row]:
         """The rows' next tokens, each row's up to its end. Takes the rows that have ended out, and returns them."""
         ended = []
         for place, (row, drawn_3K) in enumerate(zip(lane.rows, drawn_K3R.permute(2, 1, 0).tolist(), strict=True)):
@@ -471,7 +347,7 @@ class Sampler:
         plain_R = vocab_parallel_logprobs(logits_RV, targets_R, tp_group=group, real_vocab_size=vocab_size)
         return torch.stack([tokens_R.double(), sampled_R, plain_R.double()])
 
-    def _sampled(self, prompt: Prompt, rows: Sequence[_Row]) -> SampledGroup:
+    def _sampled(self, prompt: Prompt, rows: Sequence[Row]) -> SampledGroup:
         return SampledGroup(
             prompt,
             [self.options.stop.output(self.tokenizer, row.tokens) for row in rows],
