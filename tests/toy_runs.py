@@ -44,23 +44,28 @@ class GradientRecorder(pl.Callback):
         self.steps: list[dict[str, torch.Tensor]] = []
 
     def on_before_optimizer_step(self, trainer, module, optimizer) -> None:
-        gradients = {}
-        for chunk in trainer.strategy.chunks:
-            if chunk.ddp_config.use_distributed_optimizer:
-                _complete(chunk)
-            inner = chunk
-            while hasattr(inner, "module"):
-                inner = inner.module
-            for parameter in global_parameters(inner):
-                if not parameter.parameter.requires_grad:
-                    continue
-                gradient = parameter.gather(parameter.parameter.main_grad).clone()
-                if parameter.name in VOCABULARY_TENSORS:
-                    # Each tensor-parallel size pads the vocabulary to another length.
-                    assert not gradient[module.config.vocab_size :].any()
-                    gradient = gradient[: module.config.vocab_size]
-                gradients[parameter.name] = gradient
-        self.steps.append(gradients)
+        self.steps.append(full_gradients(trainer.strategy.chunks))
+
+
+def full_gradients(chunks: Sequence[torch.nn.Module]) -> dict[str, torch.Tensor]:
+    """Of this rank's chunks, as a step has accumulated and reduced them, by canonical name."""
+    gradients = {}
+    for chunk in chunks:
+        if chunk.ddp_config.use_distributed_optimizer:
+            _complete(chunk)
+        inner = chunk
+        while hasattr(inner, "module"):
+            inner = inner.module
+        for parameter in global_parameters(inner):
+            if not parameter.parameter.requires_grad:
+                continue
+            gradient = parameter.gather(parameter.parameter.main_grad).clone()
+            if parameter.name in VOCABULARY_TENSORS:
+                # Each tensor-parallel size pads the vocabulary to another length.
+                assert not gradient[inner.config.vocab_size :].any()
+                gradient = gradient[: inner.config.vocab_size]
+            gradients[parameter.name] = gradient
+    return gradients
 
 
 def _complete(chunk) -> None:

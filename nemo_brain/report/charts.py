@@ -20,7 +20,8 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 from nemo_brain.report.text import number, percent
 
 # Colours that stand for CSS variables: matplotlib draws with the key, the page shows the variable.
-COLOURS = {"#010101": "ink-soft", "#020202": "line", "#030301": "c1", "#030302": "c2", "#030303": "c3"}
+CURVES = tuple(f"c{number}" for number in range(1, 9))
+COLOURS = {"#010101": "ink-soft", "#020202": "line"} | {f"#03030{name[1]}": name for name in CURVES}
 _DRAWN = {variable: colour for colour, variable in COLOURS.items()}
 CURVE_POINTS = 400  # longer curves are averaged down to this many
 Records = Sequence[Mapping[str, Any]]
@@ -102,25 +103,34 @@ def line_chart(title: str, xlabel: str, series: Sequence[Series], zero: bool = F
         return _svg(figure, title, "; ".join(map(_spoken, series)))
 
 
-def frontier(evals: Records) -> Panel:
+def frontier(runs: Sequence[tuple[Series, Records]]) -> Panel:
+    """Reward over KL, a curve for the evaluations of each run; its series says how it is drawn, and in the legend what
+    it is. The first and the last evaluation of a single one are named."""
     title, caption = "KL-reward frontier", "Each evaluation: reward against distance from the prior, 95% CI."
-    points = [r for r in evals if r.get("eval/kl_to_prior") is not None and r.get("eval/reward") is not None]
-    if not points:
+    names = ("eval/kl_to_prior", "eval/reward")
+    drawn = [(s, [r for r in evals if all(r.get(name) is not None for name in names)]) for s, evals in runs]
+    drawn = [(s, points) for s, points in drawn if points]
+    if not drawn:
         return Panel(title, caption, needs("eval"), [], None)
-    x, y = ([r[name] for r in points] for name in ("eval/kl_to_prior", "eval/reward"))
+    spoken = []
     with matplotlib.rc_context(_STYLE):
         figure, ax = _figure("KL to prior (nats per output)", "held-out reward")
-        for axis, name in (("xerr", "eval/kl_to_prior"), ("yerr", "eval/reward")):
-            ends = (_floats([r.get(f"{name}_ci_{side}") for r in points]) for side in ("low", "high"))
-            sides = np.abs(np.array([end - [r[name] for r in points] for end in ends]))
-            ax.errorbar(x, y, **{axis: sides}, fmt="none", ecolor=_DRAWN["c1"], alpha=0.35, elinewidth=1)
-        ax.plot(x, y, "o-", color=_DRAWN["c1"], markersize=4, linewidth=0.8)
-        for i in sorted({0, len(points) - 1}):
-            text = f"iteration {number(points[i].get('iteration'))}"
-            offset, side = ((8, -10), "left") if i == 0 else ((-8, 8), "right")
-            ax.annotate(text, (x[i], y[i]), xytext=offset, textcoords="offset points", ha=side)
-        spoken = f"From {number(x[0])} nats at reward {number(y[0])} to {number(x[-1])} at {number(y[-1])}"
-        return Panel(title, caption, "", [], _svg(figure, title, spoken))
+        for series, points in drawn:
+            x, y = ([r[name] for r in points] for name in names)
+            colour = _DRAWN[series.colour]
+            for axis, name in zip(("xerr", "yerr"), names, strict=True):
+                ends = (_floats([r.get(f"{name}_ci_{side}") for r in points]) for side in ("low", "high"))
+                sides = np.abs(np.array([end - [r[name] for r in points] for end in ends]))
+                ax.errorbar(x, y, **{axis: sides}, fmt="none", ecolor=colour, alpha=0.35, elinewidth=1)
+            ax.plot(x, y, series.style, color=colour, markersize=4, linewidth=0.8)
+            said = f"From {number(x[0])} nats at reward {number(y[0])} to {number(x[-1])} at {number(y[-1])}"
+            spoken.append(f"{series.label}: {said}" if len(runs) > 1 else said)
+            for i in sorted({0, len(points) - 1}) if len(runs) == 1 else ():
+                text = f"iteration {number(points[i].get('iteration'))}"
+                offset, side = ((8, -10), "left") if i == 0 else ((-8, 8), "right")
+                ax.annotate(text, (x[i], y[i]), xytext=offset, textcoords="offset points", ha=side)
+        legend = [series for series, _ in drawn] if len(runs) > 1 else []
+        return Panel(title, caption, "", legend, _svg(figure, title, "; ".join(spoken)))
 
 
 def time_split(iterations: Records) -> Panel:

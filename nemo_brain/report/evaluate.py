@@ -152,6 +152,24 @@ def gold_metrics(
     return {**metrics, f"gold/{name}/correlation": float(np.corrcoef(pairs.T)[0, 1]) if spread else math.nan}
 
 
+def against(
+    others: Sequence[tuple[str, Sequence[ScoredGroup]]], current: Sequence[ScoredGroup]
+) -> list[dict[str, Any]]:
+    """How the current model does against each of the others, on the same prompts and paired by them: ``over`` (its
+    name), ``win_rate`` and ``reward_difference`` with their intervals, ``p_value``; None for what is NaN.
+    """
+    found = []
+    for name, groups in others:
+        result = evaluate(groups, current)
+        numbers = {
+            **result.win_rate.as_metrics("win_rate"),
+            **result.reward_difference.as_metrics("reward_difference"),
+            "p_value": result.p_value,
+        }
+        found.append({"over": name, **{key: value if math.isfinite(value) else None for key, value in numbers.items()}})
+    return found
+
+
 def rollout_metrics(
     groups: Sequence[ScoredGroup], n: int, proposal_gap: float | None = None, of_prior: bool = False
 ) -> dict[str, float]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import common, page
+from benchmarks import common, gamma, page
 
 ROOT = Path(__file__).resolve().parents[2]
 TRL = ROOT / "benchmarks" / ".venv-trl" / "bin" / "python"
@@ -49,6 +49,22 @@ def test_every_table_runs_and_is_on_the_pages(tmp_path):
 def test_the_comparison_with_trl_runs(tmp_path):
     results, _ = measured(["trl"], tmp_path)
     assert {row["name"] for row in results["trl"]["parts"][0]["rows"]} == {"BRAIn", "TRL RLOO", "TRL DPO"}
+
+
+@pytest.mark.slow
+def test_the_table_of_gammas_has_a_line_for_each_and_makes_no_run_twice(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(gamma, "GAMMAS", (0.05, 0.2))
+    toy = ["--config-name=toy", "trainer.max_iterations=2"]
+    gamma.main([str(tmp_path), *toy])
+    printed = capsys.readouterr().out
+    small, large = (line.split(" | ") for line in printed.strip().splitlines()[-2:])
+    assert (small[0], large[0]) == ("| 0.05", "| 0.2")
+    assert float(small[1]) < float(large[1]), "a smaller gamma rests on fewer outputs"
+    made = {path: path.stat().st_mtime for path in tmp_path.glob("*/metrics.jsonl")}
+    gamma.main([str(tmp_path), *toy])
+    assert capsys.readouterr().out == printed == (tmp_path / "table.md").read_text() + "\n"
+    assert {path: path.stat().st_mtime for path in made} == made
 
 
 def test_cases_take_turns_and_keep_within_their_seconds():

@@ -52,7 +52,7 @@ def written(kind: str, directory: Path, *overrides: str) -> dict[str, set[str]]:
         fine_tune(sft_config(*toy, *options, f"data.train={write_demonstrations(directory / 'data.jsonl')}"))
     elif kind == "evaluation":
         model = chat_llama(directory / "model")
-        models = (f"run_dir={directory / 'run'}", f"model.restore_from={model}", f"candidates=[{model}]")
+        models = (f"run_dir={directory / 'run'}", f"model.restore_from={model}", f"candidates=[{model},{model}]")
         reward = "reward.function=nemo_brain.rewards.toy.letter_fraction"
         evaluate_models(composed("evaluate", *models, f"data.validation={PROMPTS}", reward, "rollout.max_new_tokens=4"))
     else:

@@ -152,6 +152,34 @@ def test_other_scores_of_the_same_outputs_stand_beside_the_reward(trained, tmp_p
     assert "  length: win-rate" in printed and "with the reward" in printed
 
 
+def test_candidates_are_compared_with_each_other_prompt_by_prompt(trained, tmp_path, capfd):
+    (tmp_path / "gold.py").write_text(
+        "def length(prompts, outputs, *, references, metadata):\n    return [-float(len(o)) for o in outputs]\n"
+    )
+    three = f"candidates=[{trained}/run,{trained}/start,{trained}/exported]"
+    run, start, exported = evaluation(trained, tmp_path / "three", three, LENGTH % tmp_path)
+    assert "against" not in run
+    (over_run,) = start["against"]
+    # The start model is a candidate too: what it loses to the run, the run wins over it.
+    assert over_run["over"] == f"{trained}/run"
+    assert over_run["win_rate"] == pytest.approx(1 - run["eval/win_rate"])
+    assert over_run["win_rate_ci_low"] == pytest.approx(1 - run["eval/win_rate_ci_high"])
+    assert over_run["reward_difference"] == pytest.approx(-run["eval/reward_difference"])
+    assert over_run["p_value"] == pytest.approx(run["eval/p_value"])
+    of_run, of_start = exported["against"]
+    samples = read_samples(tmp_path / "three" / "samples.jsonl")
+    rewards = {(s["iteration"], s["id"]): [o["reward"] for o in s["outputs"]] for s in samples}
+    ids = [prompt["id"] for prompt in HELD_OUT]
+    wins = [np.mean([a > b for a in rewards[3, name] for b in rewards[2, name]]) for name in ids]
+    ties = [np.mean([a == b for a in rewards[3, name] for b in rewards[2, name]]) for name in ids]
+    assert of_start["win_rate"] == pytest.approx(np.mean(wins) + np.mean(ties) / 2)
+    assert of_run["reward_difference"] == 0 and of_run["p_value"] is None  # the same model
+    assert start["gold/length/against"][0]["win_rate"] == pytest.approx(1 - run["gold/length/win_rate"])
+    report = (tmp_path / "three" / "report.html").read_text()
+    assert "Win-rates by the reward" in report and "Win-rates by length" in report
+    assert f"over {trained}/run" in capfd.readouterr().out
+
+
 def test_what_a_gold_score_lacks_ends_the_evaluation_with_its_name(trained, tmp_path):
     with pytest.raises(AssertionError, match="has no reference, which ROUGE compares with"):
         evaluation(trained, tmp_path / "rouge", GOLD)

@@ -62,6 +62,16 @@ class Comparison:
     orders: tuple[str, str] | None = None
 
 
+@dataclass(frozen=True)
+class Table:
+    """Texts in columns, the first of which names the row."""
+
+    title: str
+    caption: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
 class Report:
     """A run of any kind, and by itself one that has not recorded anything yet.
 
@@ -77,6 +87,7 @@ class Report:
     samples_title = "Held-out prompts, before and after"
     explanation = ""
     eval_x = "step"  # the field of an evaluation that says when it was
+    one_run = True  # whose samples and configuration are shown
 
     def __init__(self, records: Records, samples: Records, config: Mapping[str, Any]):
         self.records, self.samples, self.config = records, samples, config
@@ -97,6 +108,10 @@ class Report:
 
     def panels(self) -> list[Panel]:
         """Every chart, in reading order."""
+        return []
+
+    def tables(self) -> list[Table]:
+        """Numbers that are compared with each other, below the charts."""
         return []
 
     def comparison(self) -> Comparison | None:

@@ -107,7 +107,7 @@ class BRAInReport(Report):
                 held_out("eval/kl_to_prior"),
                 curve("iteration", "kl_to_prior", "training", "c2"),
             ),
-            frontier(self.of_kind("eval")),
+            frontier([(self.held_out("eval/reward"), self.of_kind("eval"))]),
             panel(
                 "eval",
                 "Win-rate over the start model",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from nemo_brain.report.kinds.base import Cell, Comparison, Note, Report, Row, Rows, Tile
+from nemo_brain.report.kinds.base import Cell, Comparison, Note, Report, Row, Rows, Table, Tile
 from nemo_brain.report.kinds.brain import BRAInReport, mean_reward, outputs_cell
 from nemo_brain.report.text import interval, number, p_text, percent, signed, with_interval
 
@@ -48,6 +48,11 @@ class EvaluationReport(Report):
                 found.append(Tile(f"LLM judge's win-rate of {record['candidate']}", value, words))
         return found
 
+    def tables(self) -> list[Table]:
+        """Who wins over whom, by each score; of two candidates and more."""
+        keys = dict.fromkeys(key for record in self._models for key in record if key.split("/")[-1] == "against")
+        return [self._matrix(key.removesuffix("against")) for key in keys]
+
     def comparison(self) -> Comparison | None:
         starts = [sample for sample in self.samples if sample.get("kind") == "start"]
         if not starts or not self._models:
@@ -73,6 +78,39 @@ class EvaluationReport(Report):
             ("largest gain first", "smallest gain first"),
         )
 
+    def _matrix(self, score: str) -> Table:
+        """The win-rates of all models, the start model among them, over each other, by the reward ("") or by another
+        score ("gold/NAME/")."""
+        names = ["Start model", *(record["candidate"] for record in self._models)]
+        rates: dict[tuple[int, int], Mapping[str, Any]] = {}
+        for place, record in enumerate(self._models, start=1):
+            rates[place, 0] = {key.removeprefix(score or "eval/"): value for key, value in record.items()}
+            for other, found in enumerate(record.get(f"{score}against") or [], start=1):
+                rates[place, other] = found
+
+        def cell(row: int, column: int) -> str:
+            if row == column:
+                return "–"
+            if (row, column) in rates:
+                return with_interval(rates[row, column], "win_rate", percent)
+            theirs = rates.get((column, row), {})
+            names = {
+                "win_rate": "win_rate",
+                "win_rate_ci_low": "win_rate_ci_high",
+                "win_rate_ci_high": "win_rate_ci_low",
+            }
+            ours = {name: 1 - value for name, of in names.items() if (value := theirs.get(of)) is not None}
+            return with_interval(ours, "win_rate", percent)
+
+        rows = [[name, *(cell(row, column) for column in range(len(names)))] for row, name in enumerate(names)]
+        by = score.split("/")[1] if score else "the reward"
+        return Table(
+            f"Win-rates by {by}",
+            "Of the row's model over the column's: pairs of outputs to the same prompt, ties half; 95% over prompts.",
+            ["", *(f"over {name}" for name in names)],
+            rows,
+        )
+
     def summary(self) -> Rows:
         rows = []
         for record in self._models:
@@ -87,6 +125,8 @@ class EvaluationReport(Report):
                 ("  win-rate over start", with_interval(record, "eval/win_rate", percent)),
                 ("  KL to start model", f"{with_interval(record, 'eval/kl_to_prior')} nats"),
             ]
+            for found in record.get("against") or []:
+                rows.append(("  win-rate", f"{with_interval(found, 'win_rate', percent)} over {found['over']}"))
             rows += [*_gold_rows(record), *_judge_rows(record)]
         references = self._models[0].get("eval/reference_reward") if self._models else None
         if references is not None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +29,7 @@ from nemo_brain.host.distributed import connect
 from nemo_brain.model.gpt import PackedGPTConfig
 from nemo_brain.model.reward_head import RewardGPTConfig
 from nemo_brain.model.weights import Weights, load_weights
-from nemo_brain.report.evaluate import evaluate, gold_metrics, win_rate_interval
+from nemo_brain.report.evaluate import against, evaluate, gold_metrics, win_rate_interval
 from nemo_brain.report.metrics import MetricsWriter, read_metrics, write_samples
 from nemo_brain.report.page import write_report
 from nemo_brain.report.progress import progress
@@ -232,6 +233,8 @@ class Evaluation:
         self._start: list[ScoredGroup] = []
         self._references: list[float | None] = []
         self._gold: dict[str, list[ScoredGroup]] = {}  # the start model's outputs
+        # Those of the candidates before, by the reward ("") and by other scores ("gold/NAME/").
+        self._earlier: dict[str, list[tuple[str, list[ScoredGroup]]]] = defaultdict(list)
 
     def look(self, place: int) -> None:
         """At the start model (0), or at a candidate: samples, has judged, and records how it compares."""
@@ -251,8 +254,11 @@ class Evaluation:
         metrics: dict[str, Any] = evaluate(self._start, groups, self._references).as_metrics()
         if self._config.rollout.temperature != 1:
             metrics |= {name: math.nan for name in metrics if name.startswith("eval/kl_to_prior")}
+        metrics |= self._against_earlier("", name, groups)
         for gold_name, gold in self._parts.gold.items():
-            metrics |= gold_metrics(gold_name, self._gold[gold_name], groups, self._judged_by(gold, groups))
+            scored = self._judged_by(gold, groups)
+            metrics |= gold_metrics(gold_name, self._gold[gold_name], groups, scored)
+            metrics |= self._against_earlier(f"gold/{gold_name}/", name, scored)
         if self._parts.judge is not None:
             metrics |= on_first_rank(lambda: self._compare(groups, name), interruption=self._interruption)
         if self._writer:
@@ -262,6 +268,12 @@ class Evaluation:
     def _outputs(self, prompts: Sequence[Prompt], name: str, untrained: bool) -> list[ScoredGroup]:
         sampled = self._worker.sample(prompts, self._sampling, VALIDATION, f"{name}: sampling")
         return self._worker.score(self._worker.reward(sampled), 1.0, untrained)[0]
+
+    def _against_earlier(self, score: str, name: str, groups: list[ScoredGroup]) -> dict[str, Any]:
+        """By this score; nothing for the first candidate."""
+        found = against(self._earlier[score], groups)
+        self._earlier[score].append((name, groups))
+        return {f"{score}against": found} if found else {}
 
     def _load_gold(self) -> None:
         for reward in self._parts.gold.values():
