@@ -23,6 +23,8 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 _M_MMAP_THRESHOLD = -3  # malloc.h
+_PACKAGES = ("torch", "megatron-core", "nemo_toolkit", "transformers")
+_ON_CARDS = ("triton", "transformer_engine", "flash_attn", "liger_kernel", "vllm")
 
 
 def fresh(function: Callable, *args, ranks: int = 1, precise_memory: bool = False, **kwargs):
@@ -109,16 +111,26 @@ def interleaved(
         if done and spent + spent / (done + warm_up) > seconds:
             break
         for name, case in cases.items():
+            synchronize()
             before = time.perf_counter()
             own = case()
+            synchronize()
             times[name].append(own if isinstance(own, float) else time.perf_counter() - before)
     return times
 
 
 def seconds_of(function: Callable[[], object]) -> float:
+    synchronize()
     before = time.perf_counter()
     function()
+    synchronize()
     return time.perf_counter() - before
+
+
+def synchronize() -> None:
+    """Waits until a card has done what it was given; a call returns before that."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
@@ -134,8 +146,16 @@ def ratio(numerator: Sequence[float], denominator: Sequence[float]) -> dict[str,
 
 
 def peak_extra(function: Callable[[], object]) -> int:
-    """The bytes of resident memory that a call needs at its peak, beyond what the process holds before it."""
+    """The bytes that a call needs at its peak, beyond what the process holds before it: of resident memory, or of a
+    card's where there is one, as torch's allocator counts them."""
     gc.collect()
+    if torch.cuda.is_available():
+        synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        function()
+        synchronize()
+        return torch.cuda.max_memory_allocated() - before
     ctypes.CDLL(None).malloc_trim(0)
     try:
         Path("/proc/self/clear_refs").write_text("5")  # resets the peak
@@ -228,23 +248,32 @@ def top_operations(function: Callable[[], object], count: int = 12) -> list[dict
 
 
 def facts() -> dict[str, object]:
-    """Date, machine, versions: what a figure needs beside it."""
+    """Date, machine, versions: what a figure needs beside it. ``card``: None without CUDA."""
     cpu = next((line.split(":")[1] for line in _lines("/proc/cpuinfo") if line.startswith("model name")), "unknown")
     memory = next(int(line.split()[1]) for line in _lines("/proc/meminfo") if line.startswith("MemTotal"))
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
-    versions = {}
-    for name in ("torch", "megatron-core", "nemo_toolkit", "transformers"):
-        versions[name] = importlib.metadata.version(name)
+    versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
+    if torch.cuda.is_available():
+        installed = {distribution.name for distribution in importlib.metadata.distributions()}
+        versions |= {name: importlib.metadata.version(name) for name in _ON_CARDS if name in installed}
     return {
         "date": datetime.date.today().isoformat(),
         "cpu": f"{os.cpu_count()} x {cpu.strip()}",
         "memory_gib": round(memory / 2**20, 1),
+        "card": _card(),
         "threads": torch.get_num_threads(),
         "load_average": round(os.getloadavg()[0], 2),
         "python": platform.python_version(),
         "versions": versions,
         "commit": commit.strip() or None,
     }
+
+
+def _card() -> str | None:
+    if not torch.cuda.is_available():
+        return None
+    properties = torch.cuda.get_device_properties(0)
+    return f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB, CUDA {torch.version.cuda}"
 
 
 def _lines(path: str) -> list[str]:

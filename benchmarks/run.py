@@ -37,7 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
     tables = [t for t in TABLES if t in options.tables or "all" in options.tables]
     failed = []
     if tables:
-        _prepare()
+        prepare()
         options.results.mkdir(parents=True, exist_ok=True)
     for table in tables:
         try:
@@ -75,7 +75,7 @@ def _write(path: Path, content: dict) -> None:
     path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _prepare() -> None:
+def prepare() -> None:
     """Megatron's CPU meaning before anything imports Megatron, and silence."""
     import torch
 

@@ -12,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from benchmarks import common, models
 from nemo_brain.core.groups import Prompt, SampledGroup
 from nemo_brain.data.stop import Stop
+from nemo_brain.model.weights import Weights
 from nemo_brain.sampling.sampler import Sampler, SamplingOptions
 
 TITLE = "Sampling, against transformers"
@@ -98,8 +99,14 @@ def transformers_model(size: str) -> LlamaForCausalLM:
         model.load_state_dict({name: source.tensor(name) for name in source.names}, strict=False)
         model.tie_weights()
         return model.eval()
+    with torch.device(models.DEVICE):
+        return LlamaForCausalLM(llama_config(weights)).to(models.DTYPE).eval()
+
+
+def llama_config(weights: Weights) -> LlamaConfig:
+    """transformers' name for the shape of random weights."""
     gpt = weights.gpt_config
-    config = LlamaConfig(
+    return LlamaConfig(
         vocab_size=weights.vocab_size,
         hidden_size=gpt["hidden_size"],
         intermediate_size=gpt["ffn_hidden_size"],
@@ -108,7 +115,6 @@ def transformers_model(size: str) -> LlamaForCausalLM:
         num_key_value_heads=gpt["num_query_groups"],
         tie_word_embeddings=True,
     )
-    return LlamaForCausalLM(config).eval()
 
 
 def text_prompts(size: str, count: int, length: int | None) -> list[Prompt]:
@@ -128,11 +134,12 @@ def text_prompts(size: str, count: int, length: int | None) -> list[Prompt]:
 def _all(size: str, fixed, drawn) -> list[dict]:
     models.start()
     model, theirs = models.build(size), transformers_model(size)
-    _measure(model, theirs, size, (8, 8, 16, 4, 1, 30))  # warms both up
-    return [_measure(model, theirs, size, case) for case in [*fixed, drawn]]
+    turns(model, theirs, size, (8, 8, 16, 4, 1, 30))  # warms both up
+    return [turns(model, theirs, size, case) for case in [*fixed, drawn]]
 
 
-def _measure(model, theirs, size, case) -> dict:
+def turns(model, theirs, size, case) -> dict:
+    """Ours and transformers in turns: each one's seconds, tokens per second, tokens and peak of memory."""
     rows, n, length, new, repeats, seconds = case
     outputs = rows if length else 2 * rows
     prompts = text_prompts(size, outputs // n, length)
@@ -141,15 +148,16 @@ def _measure(model, theirs, size, case) -> dict:
     ours = _ours(model, prompts, n, new, rows, end, counts["ours"])
     generate = _transformers(theirs, prompts, n, new, rows, end, counts["transformers"])
     meters = {"ours": common.Meter(ours), "transformers": common.Meter(generate)}
-    times = common.interleaved(meters, repeats, seconds, warm_up=False)
+    # On a card the first call of a shape makes what later ones have.
+    times = common.interleaved(meters, repeats, seconds, warm_up=models.ON_CARD)
     print(f"  {rows} rows, n = {n}, prompt {length}, {new} new: {sum(map(sum, times.values())):.0f} s", flush=True)
     if length:
         assert all(count == outputs * new for found in counts.values() for count in found), counts
     return {
         name: {
             "seconds": times[name],
-            "rates": [count / s for count, s in zip(counts[name], times[name], strict=True)],
-            "tokens": sum(counts[name]),
+            "rates": [count / s for count, s in zip(counts[name][-len(times[name]) :], times[name], strict=True)],
+            "tokens": sum(counts[name][-len(times[name]) :]),
             "peak": meters[name].peak,
         }
         for name in times
@@ -187,10 +195,12 @@ def _transformers(theirs, prompts, n, new, rows, end, counts) -> Callable[[], No
         for start in range(0, len(prompts), rows // n):
             batch = [prompt.token_ids for prompt in prompts[start : start + rows // n]]
             width = max(map(len, batch))
-            ids = torch.tensor([[pad] * (width - len(tokens)) + tokens for tokens in batch])
-            mask = torch.tensor([[0] * (width - len(tokens)) + [1] * len(tokens) for tokens in batch])
+            ids = torch.tensor([[pad] * (width - len(tokens)) + tokens for tokens in batch], device=models.DEVICE)
+            mask = torch.tensor(
+                [[0] * (width - len(tokens)) + [1] * len(tokens) for tokens in batch], device=models.DEVICE
+            )
             out = theirs.generate(ids, attention_mask=mask, eos_token_id=end, pad_token_id=pad, **options)[:, width:]
-            lengths = torch.full((len(out),), out.shape[1])
+            lengths = torch.full((len(out),), out.shape[1], device=models.DEVICE)
             if end is not None:
                 ended = out == end
                 lengths = torch.where(ended.any(1), ended.int().argmax(1) + 1, lengths)
