@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
+import os
+import runpy
+import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +16,8 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from ranks import run_ranks
+from torch.utils import cpp_extension
+from torch.utils._cpp_extension_versioner import ExtensionVersioner
 
 from nemo_brain.host import cpu
 
@@ -62,6 +69,24 @@ def test_a_second_call_changes_nothing():
     before = torch.cuda.current_device, torch.empty, torch.Tensor.to
     assert cpu.enable()
     assert (torch.cuda.current_device, torch.empty, torch.Tensor.to) == before
+
+
+def test_a_compiler_of_cuda_without_a_card_does_not_stop_megatrons_import(tmp_path, monkeypatch):
+    """Importing, it compiles an allocator for the cards that it finds; torch fails where there is none."""
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    monkeypatch.setenv("PATH", str(Path(sys.executable).parent), prepend=os.pathsep)  # ninja
+    assert cpp_extension.CUDA_HOME is None, "hidden by cpu.enable, which the tests begin with"
+    assert not _imported_again(monkeypatch)["has_unified_memory"]
+    monkeypatch.setattr(cpp_extension, "CUDA_HOME", str(tmp_path))
+    with pytest.raises(IndexError):
+        _imported_again(monkeypatch)
+
+
+def _imported_again(monkeypatch) -> dict:
+    # Or torch takes what it has compiled once for compiled.
+    monkeypatch.setattr(cpp_extension, "JIT_EXTENSION_VERSIONER", ExtensionVersioner())
+    return runpy.run_path(importlib.util.find_spec("megatron.core.inference.unified_memory").origin)
 
 
 def test_contexts_of_another_device_still_place_what_is_made_in_them():
