@@ -16,10 +16,13 @@ OVERRIDES ?=
 JOBS ?= 2
 SUITABLE := import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))
 
+# The Python of the machine that a bundle is for.
+BUNDLE_PYTHON ?= 3.12
+
 # vLLM's CPU build, which wants other versions of what we pin: an environment of its own, for the server alone.
 ENGINES := .venv-vllm
 
-.PHONY: help demo test quick compatibility golden figures lint docs install test-engines clean
+.PHONY: help demo test quick compatibility golden figures lint docs install test-engines test-gpu bundle clean
 
 help:
 	@echo "make demo     train the quickstart model on this machine's CPU (conf/quickstart.yaml)"
@@ -31,6 +34,8 @@ help:
 	@echo "make lint     ruff, mypy, and which room may import which"
 	@echo "make docs     the site, from docs/ and this README, into build/site (mkdocs.yml)"
 	@echo "make test-engines  tests/engines: a real vLLM samples (its CPU build, installed into $(ENGINES), 3 GB)"
+	@echo "make test-gpu  the tests that need a card, in the Python that has CUDA: make test-gpu RUN=python (docs/gpu.md)"
+	@echo "make bundle   an archive for machines without a network: the project and what torch's images lack (docs/gpu.md)"
 	@echo "make install  only make .venv (the others do so by themselves)"
 	@echo "make clean    remove .venv, caches and build outputs; runs/ stays"
 
@@ -66,6 +71,13 @@ lint: $(STAMP)
 docs: $(STAMP)
 	@NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --clean
 	@echo "build/site/index.html; its search needs a server: $(RUN) -m http.server --directory build/site"
+
+# No $(STAMP): what is installed there is a CPU's. NEMO_BRAIN_TEST_DEVICE=cpu tries the tests themselves without a card.
+test-gpu:
+	@$(RUN) -m pytest -n $(JOBS) --dist worksteal -m gpu
+
+bundle: $(STAMP)
+	@$(RUN) -m bundle.make --python $(BUNDLE_PYTHON)
 
 install: $(STAMP)
 

@@ -12,6 +12,7 @@ if not Path("/proc/driver/nvidia").exists():
 
 from collections.abc import Iterator
 
+import cards
 import hypothesis
 import pytest
 import tiers
@@ -49,8 +50,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("compatibility")
         tier = tiers.tier(item)
         item.add_marker(tier)
-        if tier == "gpu" and not torch.cuda.is_available():
-            item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+        if tier == "gpu" and cards.MISSING:
+            item.add_marker(pytest.mark.skip(reason=cards.MISSING))
 
 
 def pytest_collection_finish() -> None:

@@ -9,6 +9,7 @@ import itertools
 
 import pytest
 import torch
+from cards import DEVICE, ON_CARD
 from devices import Operations
 from qkv import D, H, dense, draw
 
@@ -186,8 +187,8 @@ def test_the_cuda_kernel_equals_the_dense_mask(kv_heads):
     layout = LAYOUTS["blocks and padding"]
     mask = visible(layout)
     exact = draw(len(mask), kv_heads)
-    fed = [tensor.detach().cuda().bfloat16().requires_grad_() for tensor in exact]
-    assert attention.find_kernel(fed[0]) is not None
+    fed = [tensor.detach().to(DEVICE).bfloat16().requires_grad_() for tensor in exact]
+    assert (attention.find_kernel(fed[0]) is not None) == ON_CARD
     ours, theirs = packed_attention(*fed, torch.tensor(layout)), dense(*exact, mask)
     # bfloat16 keeps 8 bits; sums of tens of numbers of order one.
     torch.testing.assert_close(ours.double().cpu(), theirs, atol=3e-2, rtol=0)

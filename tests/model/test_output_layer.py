@@ -8,6 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
+from cards import DEVICE, no_waiting
 from ranks import run_ranks
 from torch.profiler import ProfilerActivity, profile
 
@@ -187,3 +188,28 @@ def test_a_cards_chunk_is_a_share_of_what_is_free(monkeypatch, free, expected):
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 2**19)
     assert output_layer._budget(torch.device("cuda")) == expected
     assert output_layer._budget(torch.device("cpu")) == 2**25
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 2e-5), (torch.bfloat16, 2e-3)])
+def test_on_a_gpu_a_large_vocabulary_equals_float64(dtype, bound):
+    """In several chunks, the last of another width. fp32: as above; bf16: its products give fp32 logits there, and the
+    sum over the vocabulary is fp32's."""
+    generator = torch.Generator().manual_seed(0)
+    vocab, real, positions, width = 5120, 5000, 64, 128
+    hidden = torch.randn(positions, width, generator=generator).to(DEVICE, dtype).requires_grad_()
+    weight = (0.1 * torch.randn(vocab, width, generator=generator)).to(DEVICE, dtype).requires_grad_()
+    targets = torch.randint(real, (positions,), generator=generator).to(DEVICE)
+    grad = torch.randn(2, positions, generator=generator).to(DEVICE)
+    expected = reference(hidden, weight, targets, grad, (1.0, 0.7), real)
+    chunk_bytes = 4 * positions * 1024
+    linear_logprobs(hidden, weight, targets, None, (1.0, 0.7), real, chunk_bytes)  # what is made at the first use
+    with no_waiting():
+        logprobs = linear_logprobs(hidden, weight, targets, None, (1.0, 0.7), real, chunk_bytes)
+        (logprobs * grad).sum().backward()
+    on_cpu = 10 * bound if DEVICE.type == "cpu" and dtype == torch.bfloat16 else bound  # where logits are bf16 too
+    torch.testing.assert_close(logprobs.double(), expected[0], atol=on_cpu, rtol=0)
+    for found, theirs in zip((hidden.grad, weight.grad), expected[1:], strict=True):
+        # Rounded once more, to the gradient's dtype.
+        last = 2**-8 if dtype == torch.bfloat16 else 2**-20
+        torch.testing.assert_close(found.double(), theirs, atol=5 * last * theirs.abs().max().item(), rtol=0)
