@@ -18,10 +18,31 @@ from bundle.check import pins
 
 ROOT = Path(__file__).resolve().parent.parent
 LIMIT = 60e6  # bytes of the archive
-PROJECT = """nemo_brain conf examples benchmarks tests bundle docs
-    Makefile pyproject.toml setup.py constraints-cpu.txt README.md LICENSE""".split()
+PROJECT = [
+    "nemo_brain",
+    "conf",
+    "examples",
+    "benchmarks",
+    "tests",
+    "bundle",
+    "docs",
+    "Makefile",
+    "pyproject.toml",
+    "setup.py",
+    "constraints-cpu.txt",
+    "README.md",
+    "LICENSE",
+]
 # Newest first: glibc 2.28 is what images of the last years have.
-PLATFORMS = "manylinux_2_28 manylinux_2_27 manylinux_2_24 manylinux_2_17 manylinux2014 manylinux2010 manylinux1".split()
+PLATFORMS = [
+    "manylinux_2_28",
+    "manylinux_2_27",
+    "manylinux_2_24",
+    "manylinux_2_17",
+    "manylinux2014",
+    "manylinux2010",
+    "manylinux1",
+]
 SOURCES = ("antlr4-python3-runtime", "wget")  # no wheels are published
 # The solvers of PuLP, which modelopt imports and nothing here calls; the largest tests; what Python compiles again.
 LEFT_OUT = ("pulp/solverdir/cbc", "onnx/backend/test", "site/tests/", "__pycache__")
@@ -42,10 +63,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch, name)
         install(folder / "site", options.python, Path(scratch, "wheels"))
-        for part in PROJECT:
-            source = ROOT / part
-            copy = shutil.copytree if source.is_dir() else shutil.copy
-            copy(source, folder / part)
+        copy_project(ROOT, folder)
         (folder / "activate").write_text(ACTIVATE, encoding="utf-8")
         (folder / "bundle" / "python.txt").write_text(options.python + "\n", encoding="utf-8")
         with tarfile.open(archive, "w:xz") as tar:
@@ -56,6 +74,15 @@ def main() -> None:
         sys.exit(
             f"it should have at most {LIMIT / 1e6:.0f} MB: look for what has grown, or add it to bundle/expected.txt"
         )
+
+
+def copy_project(source: Path, target: Path) -> None:
+    """Without what lies beside the project's own files: environments, caches."""
+    for part in PROJECT:
+        if (source / part).is_dir():
+            shutil.copytree(source / part, target / part, ignore=shutil.ignore_patterns(".*", "__pycache__"))
+        else:
+            shutil.copy(source / part, target / part)
 
 
 def requirements() -> list[str]:

@@ -76,6 +76,20 @@ def test_the_check_runs_where_a_bundle_is_unpacked(tmp_path):
     assert run.returncode == 1 and "missing: no_such_package" in run.stdout
 
 
+def test_the_project_comes_without_environments_and_caches(tmp_path):
+    source, target = tmp_path / "source", tmp_path / "target"
+    for part in make.PROJECT:
+        folder = (ROOT / part).is_dir()
+        (source / part).mkdir(parents=True) if folder else (source / part).write_text("")
+    (source / "benchmarks" / ".venv-trl").mkdir()
+    (source / "nemo_brain" / "__pycache__").mkdir()
+    (source / "nemo_brain" / "__main__.py").write_text("")
+    target.mkdir()
+    make.copy_project(source, target)
+    assert {path.name for path in target.iterdir()} == set(make.PROJECT)
+    assert [path.name for path in target.glob("*/*")] == ["__main__.py"]
+
+
 def test_solvers_and_compiled_files_are_left_out():
     assert make.left_out("nemo_brain-py312/site/pulp/solverdir/cbc/linux/64/cbc")
     assert make.left_out("nemo_brain-py312/nemo_brain/__pycache__/logprobs.cpython-312.pyc")
