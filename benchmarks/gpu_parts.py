@@ -18,7 +18,7 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks import common, models, sampling
 from nemo_brain.core.packing import Chunk, chunk_tokens, pack, plan
 from nemo_brain.host.layers import HAVE_TRANSFORMER_ENGINE
-from nemo_brain.model import attention, varlen
+from nemo_brain.model import attention
 from nemo_brain.model.output_layer import linear_logprobs
 from nemo_brain.sampling.draws import draw_tokens
 
@@ -135,29 +135,34 @@ def output_layer(bench: Bench) -> Iterator[Row]:
 
 
 def attention_of_a_layer(bench: Bench) -> Iterator[Row]:
-    """Forward and backward: the kernel that training takes, and block by block."""
+    """Forward and backward by each way that is there; training takes the first."""
     heads, shared, width = (32, 8, 64) if models.ON_CARD else (4, 2, 16)
-    chosen = attention.find_kernel
+    found = {name: getattr(attention, name) for name in ("find_merging", "find_kernel")}
     for shape in bench.sizes.attention:
         layout = torch.tensor([[shape.prompt - 1] + [shape.output] * shape.n] * shape.groups, dtype=torch.int32)
         make = partial(torch.randn, device=models.DEVICE, dtype=models.DTYPE)
         q, k, v = (make(h, int(layout.sum()), width).requires_grad_() for h in (heads, shared, shared))
 
-        def both(find, q=q, k=k, v=v, layout=layout) -> None:
-            attention.find_kernel = find
+        def both(kept: tuple[str, ...], q=q, k=k, v=v, layout=layout) -> None:
+            for name, find in found.items():
+                setattr(attention, name, find if name in kept else lambda *_: None)
             attention.packed_attention(q, k, v, layout).sum().backward()
             q.grad = k.grad = v.grad = None
 
-        cases = {"chosen": partial(both, chosen), "cascade": partial(both, lambda q: None)}
+        cases = {"block by block": partial(both, ())}
+        if found["find_kernel"](q) is not None:
+            cases = {"one variable-length call": partial(both, ("find_kernel",)), **cases}
+        if found["find_merging"](q, k) is not None:
+            cases = {"merged by log-sums": partial(both, ("find_merging",)), **cases}
         try:
             times, peaks = bench.timed(cases, len(bench.sizes.attention))
         finally:
-            attention.find_kernel = chosen
-        kernel = varlen.choose_kernel()[1] if chosen(q) is not None else "block by block"
+            for name, find in found.items():
+                setattr(attention, name, find)
         for name, seconds in times.items():
             yield {
                 "shape": shape.label,
-                "kernel": kernel if name == "chosen" else "block by block",
+                "kernel": name,
                 "seconds": common.spread(seconds),
                 "memory": peaks[name],
                 "bytes_per_position": peaks[name] / int(layout.sum()),

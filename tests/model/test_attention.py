@@ -182,13 +182,17 @@ def test_merging_gives_the_kernel_no_copies_of_a_prefix():
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("way", ["find_merging", "find_kernel"])
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
-def test_the_cuda_kernel_equals_the_dense_mask(kv_heads):
+def test_the_cuda_kernels_equal_the_dense_mask(kv_heads, way, monkeypatch):
     layout = LAYOUTS["blocks and padding"]
     mask = visible(layout)
     exact = draw(len(mask), kv_heads)
     fed = [tensor.detach().to(DEVICE).bfloat16().requires_grad_() for tensor in exact]
-    assert (attention.find_kernel(fed[0]) is not None) == ON_CARD
+    found = getattr(attention, way)(*fed[: 2 if way == "find_merging" else 1])
+    assert (found is not None) == ON_CARD
+    if way == "find_kernel":  # which is taken where the other is not to be had
+        monkeypatch.setattr(attention, "find_merging", lambda q, k: None)
     ours, theirs = packed_attention(*fed, torch.tensor(layout)), dense(*exact, mask)
     # bfloat16 keeps 8 bits; sums of tens of numbers of order one.
     torch.testing.assert_close(ours.double().cpu(), theirs, atol=3e-2, rtol=0)
