@@ -3,8 +3,9 @@
 It samples for real, request by request, from the seed that comes with the request. What vLLM 0.32 does that one would
 not expect, it does too: it keeps what it has computed of a prefix until /reset_prefix_cache, also after new weights
 have been loaded; reload_weights leaves a tied output layer as it was; a reload of a directory that it does not see
-destroys the model, though /health says nothing of it, and the next request ends it; started again it has its first
-weights; it ignores fields that it does not know; told to end, it no longer listens, and requests in flight hang.
+destroys the model, though /health says nothing of it, and the next request ends it; a module that is given some of its
+weights loses the others; started again it has its first weights; it ignores fields that it does not know; told to end,
+it no longer listens, and requests in flight hang. Its worker takes weights by the extension that a real one has.
 """
 
 from __future__ import annotations
@@ -18,11 +19,13 @@ from collections import Counter
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from nemo_brain.data.tokenizers import byte_tokenizer
+from nemo_brain.sampling.vllm_worker.nemo_brain_vllm import Weights
 
 TOKENIZER = byte_tokenizer()
 END, VOCAB = TOKENIZER.eos_token_id, len(TOKENIZER)
@@ -74,6 +77,9 @@ class CompletionServer:
         self.before: Callable[[dict], None] = lambda body: None  # called before a request is looked at
         self.answered = 0
         self.loads: list[Path] = []
+        self.received: list[dict[str, int]] = []  # of each transfer, the bytes of each tensor
+        self.during: Callable[[str], None] = lambda name: None  # called for each tensor that arrives
+        self.engines = 1
         self._first = directory
         self._port = 0
         self._attempts: Counter = Counter()
@@ -108,6 +114,15 @@ class CompletionServer:
             if method == "reload_weights" and self.model.config.tie_word_embeddings:
                 self.model.get_output_embeddings().weight = torch.nn.Parameter(head)
         return ""
+
+    def call(self, method: str, arguments: dict) -> tuple[int, dict]:
+        """A worker's method, called by name: status and answer."""
+        try:
+            with self._lock if method == "nemo_brain_receive" else contextlib.nullcontext():
+                result = getattr(_Worker(self), method)(**arguments)
+        except Exception as error:
+            return 500, {"error": {"message": f"{type(error).__name__}: {error}", "code": 500}}
+        return 200, {"results": [result]}
 
     def __enter__(self) -> CompletionServer:
         outer = self
@@ -187,10 +202,12 @@ class CompletionServer:
             _send(handler, 500, {"error": {"message": problem}}) if problem else _send(
                 handler, 200, {"results": [None]}
             )
+        elif handler.path == "/collective_rpc":
+            _send(handler, *self.call(body["method"], body["kwargs"]))
         elif handler.path == "/update_weight_version" and self.versions:
             self.version = body["new_version"]
             _send(handler, 200, {"success": True, "new_version": self.version})
-        elif handler.path == "/reset_prefix_cache":
+        elif handler.path.startswith("/reset_prefix_cache"):
             with self._lock:
                 self._cache.clear()
             _send(handler, 200, {"success": True})
@@ -285,6 +302,50 @@ class CompletionServer:
             if tokens not in self._cache:
                 self._cache[tokens] = self.model(torch.tensor([tokens])).logits[0, -1]
             return self._cache[tokens]
+
+
+class _Worker(Weights):
+    """A vLLM worker, which takes weights as one on a CPU does."""
+
+    def __init__(self, server: CompletionServer):
+        self.server = server
+        self.device = torch.device("cpu")
+        self.parallel_config = SimpleNamespace(rank=0, data_parallel_size=server.engines)
+        self.model_runner = self
+
+    @property
+    def model_config(self):
+        return SimpleNamespace(hf_config=self.server.model.config)
+
+    def get_model(self):
+        return SimpleNamespace(modules=lambda: [ParallelLMHead(self.server.model)])
+
+    @torch.no_grad()
+    def reload_weights(self, weights_iterator) -> None:
+        model = self.server.model
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        if model.config.tie_word_embeddings:  # what it multiplies by is a copy
+            model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+        sizes = {}
+        self.server.received.append(sizes)
+        for name, tensor in weights_iterator:
+            self.server.during(name)
+            sizes[name] = tensor.nbytes
+            parameters[name].copy_(tensor)
+        for layer in {name.rpartition(".")[0].rpartition(".")[0] for name in sizes}:
+            for whole in ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"):
+                parts = [f"{layer}.{part}.weight" for part in whole]
+                if any(part in sizes for part in parts):
+                    for part in parts:
+                        if part not in sizes:
+                            parameters[part].fill_(float("nan"))
+
+
+class ParallelLMHead:
+    """vLLM's output layer, by this name, whose packed copy of a tied embedding is made on request."""
+
+    def __init__(self, model):
+        self.quant_method = SimpleNamespace(process_weights_after_loading=lambda module: model.tie_weights())
 
 
 def _send(handler, status: int, answer, headers: dict | None = None) -> None:

@@ -85,6 +85,14 @@ class RemoteConfig:
         "an output whose log-prob there is not ours",
         among={"redraw": "asked for again", "keep": "with the server's log q'"},
     )
+    transfer: str = key(
+        "directory",
+        "how the policy's weights get there",
+        among={
+            "directory": "export_to and reload; without them the server keeps its first ones",
+            "process_group": "to vLLM's workers over NCCL or gloo, no file between",
+        },
+    )
     export_to: str | None = key(None, "a directory for each iteration's policy, which reload names")
     reload: list[dict[str, Any]] | None = key(
         None, "how the server loads it, step by step: {path or url: ..., method: POST, json: ...} | {command: [...]}"
@@ -93,6 +101,11 @@ class RemoteConfig:
     @property
     def urls(self) -> list[str]:
         return self.url if isinstance(self.url, list) else [self.url]
+
+    @property
+    def follows(self) -> bool:
+        """Whether the servers are given the policy's weights."""
+        return self.transfer == "process_group" or self.reload is not None
 
 
 @dataclass
@@ -317,21 +330,33 @@ def _check_remote(remote: RemoteConfig, rollout: RolloutConfig, trainer: Trainer
             f"{name}.export_to (where each iteration's policy is written) and {name}.reload (how the server loads it) "
             "go together: set both, or neither"
         )
+    if remote.transfer == "process_group":
+        if remote.server != "vllm":
+            raise ValueError(
+                f"{name}.transfer=process_group needs {name}.server=vllm, whose workers take an extension of ours: set "
+                f"{name}.transfer=directory for {remote.server}"
+            )
+        if remote.reload is not None:
+            raise ValueError(
+                f"{name}.transfer=process_group needs neither {name}.export_to nor {name}.reload: leave them out, or "
+                f"set {name}.transfer=directory"
+            )
     if rollout.refresh == "kl_adaptive":
         raise ValueError(
             "rollout.refresh=kl_adaptive keeps its proposal on the training ranks, which sample from it: set "
             f"{name}=null"
         )
-    if rollout.refresh == "never" and remote.reload is not None:
+    if rollout.refresh == "never" and remote.follows:
         raise ValueError(
             f"rollout.refresh=never samples from the start model, with which the server is started: set {name}.reload "
-            f"and {name}.export_to to null"
+            f"and {name}.export_to to null, and {name}.transfer to directory"
         )
     always = rollout.refresh == "always"
-    if always and remote.reload is None and rollout.rescore_proposal and trainer.max_iterations > 1:
+    if always and not remote.follows and rollout.rescore_proposal and trainer.max_iterations > 1:
         raise ValueError(
             f"without {name}.reload the server keeps its first weights, and rollout.rescore_proposal would score its "
-            f"outputs with newer ones: set {name}.reload, rollout.rescore_proposal=false or trainer.max_iterations=1"
+            f"outputs with newer ones: set {name}.transfer=process_group (vLLM), {name}.reload, "
+            "rollout.rescore_proposal=false or trainer.max_iterations=1"
         )
     for number, step in enumerate(remote.reload or ()):
         _check_reload_step(f"{name}.reload[{number}]", step)

@@ -97,7 +97,7 @@ def export_model(
     export: Export,
     directory: str | Path,
     max_shard_bytes: int = MAX_SHARD_BYTES,
-) -> None:
+) -> int:
     """Writes the model to ``directory``, in the parameters' own dtype: what transformers and inference servers load.
 
     A collective of all ranks. The ranks of the first data-parallel replica gather, rank 0 writes, the others wait. No
@@ -111,12 +111,38 @@ def export_model(
         directory: on a file system that rank 0 writes to.
         max_shard_bytes: the largest safetensors file, except that a larger tensor has one to itself.
 
+    Returns:
+        The bytes of its tensors, on rank 0; 0 on others.
+
     Raises:
         OSError: on every rank, when rank 0 could not write; an earlier export is unharmed.
         ValueError: on every rank, when ``directory`` exists and is not an earlier export.
     """
     writer = Writer(export, Path(directory), max_shard_bytes) if dist.get_rank() == 0 else None
     write_parameters([p for chunk in chunks for p in merged_parameters(unwrap(chunk))], writer)
+    return writer.total_bytes if writer else 0
+
+
+@torch.no_grad()
+def gathered_tensors(
+    chunks: Sequence[torch.nn.Module], export: Export, adapted: bool = False
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The model by Hugging Face's names, in the parameters' own dtype, one full tensor at a time, on the first rank of
+    the replica; its other ranks yield nothing.
+
+    A collective of one replica's ranks, who have to come to its end.
+
+    Args:
+        chunks, export: as in ``export_model``.
+        adapted: only the layers that have adapters.
+    """
+    for name, full in _full_tensors([p for chunk in chunks for p in merged_parameters(unwrap(chunk), adapted)]):
+        yield from _exported(export, name, full)
+
+
+def _exported(export: Export, name: str, full: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+    """Hugging Face's names and tensors of the full tensor of a canonical name, without padding."""
+    return export.tensors(name, full[: export.vocab_size] if name in VOCABULARY_TENSORS else full)
 
 
 @torch.no_grad()
@@ -246,9 +272,8 @@ class Writer(DirectoryWriter):
 
     def add(self, name: str, full: torch.Tensor) -> None:
         if name in VOCABULARY_TENSORS:
-            full = full[: self._export.vocab_size]
             self._export.config.torch_dtype = full.dtype
-        for theirs, tensor in self._export.tensors(name, full):
+        for theirs, tensor in _exported(self._export, name, full):
             tensor = tensor.cpu().contiguous()
             size = tensor.numel() * tensor.element_size()
             if self._tensors and self._shard_bytes + size > self._max_shard_bytes:

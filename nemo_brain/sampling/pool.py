@@ -20,6 +20,7 @@ from nemo_brain.sampling.server import Server
 
 _WATCH_SECONDS = 1.0  # between looks at a server's health
 _FAILURES = 2  # so many in a row, and it is lost
+_WAITS = "it waits for the weights"
 
 Answer = TypeVar("Answer")
 
@@ -60,7 +61,8 @@ class Pool:
     async def bring(self, reload: bool, doubt: bool = False) -> None:
         """Gives all servers that answer the weights: see ``Server.bring``. ValueError: one that answers failed.
 
-        A server that does not answer is left out, unless it is the only one: that is waited for.
+        A server that does not answer is left out, unless it is the only one: that is waited for. One that is
+        ``waiting`` for a transfer of the weights is left out until it has them.
         """
 
         async def one(member: _Member) -> None:
@@ -68,11 +70,13 @@ class Pool:
                 problem = await member.server.failure(client) if len(self._members) > 1 else None
                 if problem is None:
                     await member.server.bring(client, self._directory, self._version, reload=reload, doubt=doubt)
+                    if member.server.waiting:
+                        member.problem = _WAITS
                 else:
                     member.leave(problem)
 
         await _together([one(member) for member in self._members])
-        if all(member.problem is not None for member in self._members):
+        if all(member.problem not in (None, _WAITS) for member in self._members):
             raise ValueError(f"rollout.remote: none of the servers answers: {self._problems()}")
 
     @contextlib.asynccontextmanager
@@ -86,8 +90,8 @@ class Pool:
 
     @property
     def urls(self) -> list[str]:
-        """Of the servers that are not left out."""
-        return [member.server.url for member in self._members if member.problem is None]
+        """Of the servers that are not left out, or only until a transfer gives them the weights."""
+        return [member.server.url for member in self._members if member.problem in (None, _WAITS)]
 
     async def ask(self, what: str, tokens: int, request: Callable[[Server], Awaitable[Answer]]) -> Answer:
         """The answer of the server with the least to do; of another one, or later, when it is lost meanwhile.
@@ -153,7 +157,10 @@ class Pool:
         except ValueError as error:
             member.problem = str(error)
         else:
-            member.join()
+            if member.server.waiting:
+                member.problem = _WAITS
+            else:
+                member.join()
 
     def _problems(self) -> str:
         return "; ".join(f"{member.server.url}: {member.problem or member.last}" for member in self._members)

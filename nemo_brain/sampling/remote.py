@@ -113,6 +113,11 @@ class RemoteSampler:
                 raise error
         return pool.urls
 
+    @property
+    def waiting(self) -> list[Server]:
+        """The servers that are there and lack the weights, which a transfer has to give them."""
+        return [server for server in self._servers if server.waiting]
+
     def probe(self, urls: Sequence[str], prompts: Sequence[Prompt], seed: int) -> dict[str, list[SampledGroup]]:
         """Each server's output for each prompt, by its address: what its weights and its log-probs are to be seen from.
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from completion_server import END, VOCAB, CompletionServer, save_model
 from layouts import PP2, TP2
 from ranks import run_ranks
 from toy_runs import recorded_run
+from transformers import AutoConfig, AutoModelForCausalLM
 
 RUN = (
     "trainer.max_iterations=2",
@@ -28,6 +30,11 @@ def server(tmp_path):
         yield running
 
 
+def by_group(server: CompletionServer, **changes) -> list[str]:
+    """``remote`` without a directory: over a process group."""
+    return remote(server, "", transfer="process_group", export_to="null", reload="null", **changes)
+
+
 def remote(server: CompletionServer, tmp_path, **changes) -> list[str]:
     reload = "[{path: /collective_rpc, json: {method: nemo_brain_load, kwargs: {path: '{path}'}}},"
     reload += "{path: /reset_prefix_cache}]"
@@ -37,7 +44,7 @@ def remote(server: CompletionServer, tmp_path, **changes) -> list[str]:
         "concurrency": 4,
         "timeout_seconds": 30,
         "request_timeout_seconds": 20,
-        "export_to": tmp_path / "policy",
+        "export_to": f"{tmp_path}/policy",
         "reload": reload,
         **changes,
     }
@@ -72,6 +79,34 @@ def test_a_server_samples_from_each_refreshed_policy(server, tmp_path, ranks, ov
     assert abs(final["eval/kl_to_prior"]) > 0.05
 
 
+@pytest.mark.parametrize(
+    ("ranks", "overrides"),
+    [
+        (1, []),
+        (2, [PP2]),
+        (4, [TP2, "model.peft={dim: 8, target_modules: [linear_qkv, linear_fc1]}", "optim.lr=0.1"]),
+    ],
+    ids=["one process", "PP2", "TP2 x DP2, adapters"],
+)
+def test_each_policy_goes_to_the_servers_workers_over_a_process_group(tmp_path, ranks, overrides):
+    """With adapters all of it once, then the layers that have one, whole."""
+    with CompletionServer(another(start_model(tmp_path))) as server:
+        result, *_ = run_ranks(recorded_run, ranks, *RUN, *by_group(server), *overrides)
+    iterations = [record for record in result["metrics"] if record["kind"] == "iteration"]
+    assert len(server.received) == 3 and not server.loads
+    first, *later = server.received
+    assert first == {name: parameter.nbytes for name, parameter in server.model.named_parameters()}
+    adapted = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
+    touched = [name for name in first if ranks < 4 or name.split(".")[-2] in adapted]
+    assert [sorted(names) for names in later] == [sorted(touched)] * 2
+    for record in iterations:
+        assert record["proposal_gap"] < 1e-4
+        assert (record["kl_to_prior"] == pytest.approx(0, abs=1e-4)) == (record["iteration"] == 0)
+    # The first iteration's weights have come for the validation before it.
+    assert [record["refresh_bytes"] for record in iterations] == [0, sum(later[0].values())]
+    assert iterations[1]["refresh_bytes_per_second"] > 0
+
+
 def fails(match: str, server: CompletionServer, tmp_path, *overrides: str, **keys) -> None:
     """The run ends with this, and has trained on nothing since."""
     with pytest.raises(AssertionError, match=match):
@@ -82,6 +117,13 @@ def test_a_server_that_has_the_weights_of_another_model_ends_the_run(server, tmp
     unchanged = {"export_to": "null", "reload": "null"}
     match = r"away from those of the policy \(rollout\.max_proposal_gap is 0\.001\): it has other weights"
     fails(match, server, tmp_path, "trainer.max_iterations=1", **unchanged)
+
+
+def another(model: Path) -> Path:
+    """A model of the same kind with other weights, in its place."""
+    torch.manual_seed(5)
+    AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model)).save_pretrained(model)
+    return model
 
 
 def start_model(tmp_path) -> Path:

@@ -10,6 +10,7 @@ Shapes: E temperatures, G groups, N outputs per group.
 from __future__ import annotations
 
 import contextlib
+import time
 import uuid
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +22,7 @@ from megatron.core import parallel_state
 from nemo.collections.llm.gpt.model.base import GPTConfig
 
 from nemo_brain.config.brain import Config, RemoteConfig
-from nemo_brain.convert.export import export_model
+from nemo_brain.convert.export import export_model, gathered_tensors, make_export
 from nemo_brain.core.groups import Prompt, SampledGroup
 from nemo_brain.core.interruption import Interruption
 from nemo_brain.core.packing import chunk_tokens
@@ -31,12 +32,14 @@ from nemo_brain.model.weights import Weights
 from nemo_brain.sampling.remote import RemoteSampler
 from nemo_brain.sampling.sampler import SamplingOptions
 from nemo_brain.sampling.server import Server
+from nemo_brain.sampling.transfer import Transfer
 from nemo_brain.training.brain.provenance import OUTLIER, diagnosis, gap_per_token, output_gaps
 from nemo_brain.training.brain.strategy import BRAInStrategy
 from nemo_brain.training.build import export_for
 
 _EXPORT_KEY = "rollout.remote.export_to"
 _ATTEMPTS = 4  # an output is drawn at most so many times
+_TRANSFERS = 3  # in a row, each of which has lost all servers meanwhile
 _PROBES, _PROBE_TOKENS = 4, 16  # prompts that every server is asked for before it samples, and tokens of each output
 
 
@@ -61,7 +64,8 @@ class RemoteRollout:
         self._layout = config.layout
         self._of_prior = config.rollout.refresh == "never"
         # Otherwise the servers have the weights that they have, and their log q' are all that is known of the law.
-        self._held = remote.reload is not None or self._of_prior or config.rollout.rescore_proposal
+        self._held = remote.follows or self._of_prior or config.rollout.rescore_proposal
+        self._adapted = config.model.peft is not None
         self._block = block
         self._weights = weights
         self._run = uuid.uuid4().hex[:8]
@@ -71,6 +75,8 @@ class RemoteRollout:
         for url in remote.urls:
             Server(remote, url, self._context)
         self._export = export_for(_EXPORT_KEY, remote.export_to, gpt, weights, stop.token_ids)
+        if remote.transfer == "process_group":
+            self._export = make_export(gpt, weights.vocab_size, weights.tokenizer, "rollout.remote")
 
     @property
     def follows(self) -> bool:
@@ -84,10 +90,13 @@ class RemoteRollout:
         options: SamplingOptions,
         prompts: Sequence[Prompt],
         interruption: Interruption,
-    ) -> None:
+    ) -> dict[str, float]:
         """Gives the servers the policy as it stands after ``step`` optimizer steps, and looks whether they have it.
 
         A collective of all ranks.
+
+        Returns:
+            Metrics of it, on rank 0.
 
         Args:
             prompts: some that are to be sampled for; the first of the first call are asked for from then on, whose
@@ -99,10 +108,14 @@ class RemoteRollout:
             Interrupted: on every rank, when the run was asked to end meanwhile.
         """
         changed = self._export is not None and step != self._step
+        self._moved = self._moving = 0.0
         if self._export is not None and changed:
             strategy.wait_for_param_gather()
-            export_model(strategy.chunks, self._export, str(self.config.export_to))
             self._version = on_first_rank(lambda: f"{self._run}-{step}")
+            if self.config.export_to is not None:
+                started = time.perf_counter()
+                self._moved = export_model(strategy.chunks, self._export, self.config.export_to)
+                self._moving = time.perf_counter() - started
         self._prompts = self._prompts or list(prompts[:_PROBES])
         problem = self._bring(strategy, options, interruption, reload=changed)
         if problem and self._export is not None and not changed:  # what it had it has lost
@@ -110,12 +123,16 @@ class RemoteRollout:
         if problem:
             raise ValueError(problem)
         self._step = step
+        if not self.follows:
+            return {}
+        rate = self._moved / self._moving if self._moved else 0.0
+        return {"refresh_bytes": self._moved, "refresh_bytes_per_second": rate}
 
     def _bring(
         self, strategy: BRAInStrategy, options: SamplingOptions, interruption: Interruption, reload: bool
     ) -> str | None:
         """What is wrong with the law that a server samples from, once it was given the weights; None: nothing."""
-        urls = on_first_rank(lambda: self._sampler(options).refresh(reload), interruption=interruption)
+        urls = self._given(strategy, options, interruption, reload)
         if not self._held:
             return None
         tokens = min(options.max_new_tokens, _PROBE_TOKENS)
@@ -145,6 +162,62 @@ class RemoteRollout:
             )
         return None
 
+    def _given(
+        self, strategy: BRAInStrategy, options: SamplingOptions, interruption: Interruption, reload: bool
+    ) -> list[str]:
+        """The addresses of the servers that have the weights now."""
+        sampler = self._sampler(options)
+        for _ in range(_TRANSFERS):
+            started = time.perf_counter()
+            urls = on_first_rank(lambda: sampler.refresh(reload), interruption=interruption)
+            if self.config.export_to is not None:
+                self._moving += time.perf_counter() - started
+            if not on_first_rank(lambda: bool(sampler.waiting)):
+                return urls
+            lost = self._transfer(strategy, sampler, None, interruption)
+            if len(lost) < len(urls):
+                return [url for url in urls if url not in lost]
+        raise ValueError(
+            f"rollout.remote: {', '.join(self.config.urls)}: lost {_TRANSFERS} times in a row when they were given "
+            "the policy's weights: see their logs"
+        )
+
+    def _transfer(
+        self,
+        strategy: BRAInStrategy,
+        sampler: RemoteSampler,
+        replica: dist.ProcessGroup | None,
+        interruption: Interruption | None = None,
+    ) -> list[str]:
+        """Gives the servers that wait for them the weights. A collective of ``replica``, or, if it is None, of all
+        ranks, of which the first replica gathers.
+
+        Returns:
+            The addresses of those that were lost meanwhile.
+        """
+        assert self._export is not None
+        transfer: Transfer | None = None
+
+        def join() -> tuple[list[str], bool]:
+            nonlocal transfer
+            servers = sampler.waiting
+            adapted = self._adapted and all(server.waiting == "changed" for server in servers)
+            transfer = Transfer(servers, str(self._version))
+            return [server.url for server in servers], adapted
+
+        def finish() -> list[str]:
+            return transfer.finish() if transfer else []
+
+        urls, adapted = on_first_rank(join, replica, interruption)
+        if replica is not None or parallel_state.get_data_parallel_rank() == 0:
+            for name, tensor in gathered_tensors(strategy.chunks, self._export, adapted):
+                assert transfer is not None  # only its first rank is given any
+                transfer.add(name, tensor)
+        done = on_first_rank(finish, replica, interruption)
+        if transfer is not None:
+            self._moved, self._moving = self._moved + transfer.bytes, self._moving + transfer.seconds
+        return [url for url in urls if url not in done]
+
     def sample(
         self,
         strategy: BRAInStrategy,
@@ -161,6 +234,7 @@ class RemoteRollout:
             ValueError: on every rank of the replica, when the servers gave no usable answer, or outputs of another law.
         """
         n = options.outputs
+        members = parallel_state.get_model_parallel_group()
         places = list(range(len(prompts)))
         wanted = [list(range(n)) for _ in prompts]
         found: dict[int, SampledGroup] = {}
@@ -168,9 +242,12 @@ class RemoteRollout:
             for attempt in range(_ATTEMPTS):
                 numbers = [[attempt * n + i for i in outputs] for outputs in wanted]
                 arguments = ([prompts[place] for place in places], seed, iteration, numbers, on_outputs, attempt > 0)
-                blocks = self._blocks(self._sampler(options), *arguments)
+                sampler = self._sampler(options)
+                blocks = self._blocks(sampler, *arguments)
                 wrong: dict[int, list[int]] = {}
-                for block in _on_all_ranks(blocks, stop):
+                for block, waits in _on_all_ranks(blocks, lambda: bool(sampler.waiting), stop):
+                    if waits:  # a server that has come back, and can be given weights by all ranks only
+                        self._transfer(strategy, sampler, members)
                     for (k, _), group in zip(block, score([group for _, group in block]), strict=True):
                         group, bad = self._checked(group, options)
                         place = places[k]
@@ -267,24 +344,27 @@ class RemoteRollout:
         )
 
 
-def _on_all_ranks(blocks: Iterator[list], stop: Callable[[], bool]) -> Iterator[list]:
-    """The first rank's blocks on all ranks of the replica, until ``stop``; its ValueError too."""
+def _on_all_ranks(
+    blocks: Iterator[list], question: Callable[[], bool], stop: Callable[[], bool]
+) -> Iterator[tuple[list, bool]]:
+    """The first rank's blocks on all ranks of the replica, until ``stop``, and what it answers to the question; its
+    ValueError too."""
     members = parallel_state.get_model_parallel_group()
     while True:
-        message: list = [None]
+        message: list = [None, False]
         if members.rank() == 0:
             try:
-                message = [next(blocks, None)]
+                message = [next(blocks, None), question()]
             except ValueError as error:
-                message = [error]
+                message = [error, False]
         if members.size() > 1:
             dist.broadcast_object_list(message, dist.get_process_group_ranks(members)[0], group=members)
-        (block,) = message
+        block, answer = message
         if block is None or stop():
             return
         if isinstance(block, ValueError):
             raise block
-        yield block
+        yield block, answer
 
 
 def _temperatures(temperature: float) -> tuple[float, ...]:

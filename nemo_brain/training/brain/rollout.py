@@ -164,8 +164,8 @@ class RolloutWorker:
             return {}
         assert self.remote is not None
         started = time.perf_counter()
-        self.remote.refresh(self.strategy, step, options, prompts, self.interruption)
-        return {"refresh_seconds": time.perf_counter() - started}
+        moved = self.remote.refresh(self.strategy, step, options, prompts, self.interruption)
+        return {"refresh_seconds": time.perf_counter() - started, **moved}
 
     def sample(self, prompts: Sequence[Prompt], options: SamplingOptions, iteration: int, description: str) -> Sampling:
         """Samples a group for each prompt of this replica's share, and begins to reward them.
