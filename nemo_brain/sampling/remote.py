@@ -121,6 +121,8 @@ class RemoteSampler:
     def probe(self, urls: Sequence[str], prompts: Sequence[Prompt], seed: int) -> dict[str, list[SampledGroup]]:
         """Each server's output for each prompt, by its address: what its weights and its log-probs are to be seen from.
 
+        A server that is ``waiting`` for the weights again meanwhile is left out.
+
         Raises:
             ValueError: as ``sample``.
         """
@@ -129,9 +131,15 @@ class RemoteSampler:
             if server.url in urls:
                 alone = copy.copy(self)
                 alone._servers = [server]
-                answers = alone.sample(prompts, seed, _PROBE, [[0]] * len(prompts))
-                found = dict(answer for answer in answers if answer is not None)
-                groups[server.url] = [found[p] for p in range(len(prompts))]
+                found: dict[int, SampledGroup] = {}
+                with contextlib.closing(alone.sample(prompts, seed, _PROBE, [[0]] * len(prompts))) as answers:
+                    for answer in answers:
+                        if answer is not None:
+                            found |= [answer]
+                        elif server.waiting:
+                            break
+                if len(found) == len(prompts):
+                    groups[server.url] = [found[p] for p in range(len(prompts))]
         return groups
 
     def sample(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import pytest
@@ -105,6 +106,33 @@ def test_each_policy_goes_to_the_servers_workers_over_a_process_group(tmp_path, 
     # The first iteration's weights have come for the validation before it.
     assert [record["refresh_bytes"] for record in iterations] == [0, sum(later[0].values())]
     assert iterations[1]["refresh_bytes_per_second"] > 0
+
+
+def recorded_by_client(server: CompletionServer, *overrides: str) -> dict:
+    """``recorded_run`` in a fork of the server's process, in which the server is not, so that it can end."""
+    server.http.socket.close()
+    return recorded_run(*overrides)
+
+
+@pytest.mark.parametrize(("ranks", "layout"), [(1, []), (4, [PP2])], ids=["one process", "PP2 x DP2"])
+def test_a_server_that_comes_back_while_it_samples_is_given_the_weights_by_all_ranks(tmp_path, ranks, layout):
+    """Its requests wait for that, and each replica gives them by itself."""
+    with CompletionServer(another(start_model(tmp_path))) as server:
+
+        losses = [38, 55]  # requests after which it is lost: of a probe, of what is trained on
+
+        def lose(body) -> None:
+            if losses and len(server.bodies) >= losses[0]:
+                losses.pop(0)
+                server.kill()
+                threading.Timer(0.5, server.restart).start()
+
+        server.before = lose
+        run = (*RUN, *by_group(server), "data.holdout=0", *layout)
+        result, *_ = run_ranks(recorded_by_client, ranks, server, *run)
+    assert not losses and len(server.received) >= 4 and all(received == server.received[0] for received in server.received)
+    iterations = [record for record in result["metrics"] if record["kind"] == "iteration"]
+    assert all(record["proposal_gap"] < 1e-4 for record in iterations)
 
 
 def fails(match: str, server: CompletionServer, tmp_path, *overrides: str, **keys) -> None:

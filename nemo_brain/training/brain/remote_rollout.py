@@ -118,8 +118,8 @@ class RemoteRollout:
                 self._moving = time.perf_counter() - started
         self._prompts = self._prompts or list(prompts[:_PROBES])
         problem = self._bring(strategy, options, interruption, reload=changed)
-        if problem and self._export is not None and not changed:  # what it had it has lost
-            problem = self._bring(strategy, options, interruption, reload=True)
+        if problem and self._export is not None:  # what it had it has lost; by its version, if it was new
+            problem = self._bring(strategy, options, interruption, reload=not changed)
         if problem:
             raise ValueError(problem)
         self._step = step
@@ -132,14 +132,17 @@ class RemoteRollout:
         self, strategy: BRAInStrategy, options: SamplingOptions, interruption: Interruption, reload: bool
     ) -> str | None:
         """What is wrong with the law that a server samples from, once it was given the weights; None: nothing."""
-        urls = self._given(strategy, options, interruption, reload)
-        if not self._held:
-            return None
         tokens = min(options.max_new_tokens, _PROBE_TOKENS)
         short = replace(options, outputs=1, max_new_tokens=tokens, top_k=0, top_p=1.0)
-        probes = on_first_rank(
-            lambda: self._sampler(short).probe(urls, self._prompts, seed=0), interruption=interruption
-        )
+        urls, probes = [""], {}  # type: tuple[list[str], dict[str, list[SampledGroup]]]
+        while len(probes) < len(urls):  # or one was started again meanwhile
+            urls = self._given(strategy, options, interruption, reload)
+            if not self._held:
+                return None
+            probes = on_first_rank(
+                lambda: self._sampler(short).probe(urls, self._prompts, seed=0), interruption=interruption
+            )
+            reload = False
         groups = [group for answers in probes.values() for group in answers]
         ours = self._scored(strategy, groups, options.temperature)
         count = len(self._prompts)
