@@ -268,8 +268,14 @@ class CompletionServer:
         return ""
 
     def _answer(self, body: dict) -> dict:
-        """Samples. The end token is in the ids and log-probs."""
-        generator = torch.Generator().manual_seed(body["seed"])
+        """Samples. Of several outputs each has a seed of its own, except by SGLang."""
+        seeds = [body["seed"] + (0 if self.kind == "sglang" else i) for i in range(body["n"])]
+        choices = [{**self._choice(body, seed), "index": i} for i, seed in enumerate(seeds)]
+        return {"id": "cmpl-1", "object": "text_completion", "model": body["model"], "choices": choices}
+
+    def _choice(self, body: dict, seed: int) -> dict:
+        """The end token is in the ids and log-probs."""
+        generator = torch.Generator().manual_seed(seed)
         ids, logprobs, reason = [], [], "length"
         for _ in range(body["max_tokens"]):
             plain = self._logits((*body["prompt"], *ids)).double()
@@ -284,7 +290,6 @@ class CompletionServer:
         as_ids = self.kind in ("vllm", "old vllm") and body["return_tokens_as_token_ids"]
         tokens = [f"token_id:{token}" if as_ids else f"<{token}>" for token in ids]
         choice = {
-            "index": 0,
             "text": "not to be used",
             "logprobs": {"token_logprobs": logprobs, "tokens": tokens, "top_logprobs": [], "text_offset": []},
             "finish_reason": reason,
@@ -294,7 +299,7 @@ class CompletionServer:
             choice["token_ids"] = ids if not body["detokenize"] else None
         elif self.kind != "old vllm" and body["return_token_ids"]:
             choice |= {"token_ids": ids, "prompt_token_ids": body["prompt"]}
-        return {"id": "cmpl-1", "object": "text_completion", "model": body["model"], "choices": [choice]}
+        return choice
 
     @torch.no_grad()
     def _logits(self, tokens: tuple) -> torch.Tensor:

@@ -74,6 +74,7 @@ class RemoteConfig:
     )
     api_key_env: str | None = key(None, "the environment variable with the key that is sent; null: no key")
     concurrency: int = key(64, "requests at a time to each server, by each data-parallel replica", at_least=1)
+    outputs_per_request: int = key(1, "of a prompt; more than 1: vLLM only", at_least=1)
     request_timeout_seconds: float = key(600.0, "of one attempt; ended early where /health fails", above=0)
     timeout_seconds: float = key(
         1200.0,
@@ -329,6 +330,11 @@ def _check_remote(remote: RemoteConfig, rollout: RolloutConfig, trainer: Trainer
         raise ValueError(
             f"{name}.export_to (where each iteration's policy is written) and {name}.reload (how the server loads it) "
             "go together: set both, or neither"
+        )
+    if remote.outputs_per_request > 1 and remote.server != "vllm":
+        raise ValueError(
+            f"{name}.outputs_per_request={remote.outputs_per_request} needs {name}.server=vllm, which draws each output "
+            "of a request by a seed of its own (SGLang's deterministic mode draws all alike): set it to 1"
         )
     if remote.transfer == "process_group":
         if remote.server != "vllm":

@@ -9,8 +9,8 @@ see docs/remote_sampling.md) and decides how they are asked:
   request, TensorRT-LLM with ``detokenize: false``; it refuses fields it does not know.
 - vLLM and TensorRT-LLM may take defaults of sampling from the model's generation_config.json: every parameter that
   changes the law is therefore sent.
-- Each output is a request of its own. vLLM splits a request with ``n`` into such requests anyway; SGLang's
-  deterministic mode would give all n outputs of a request the same draws.
+- vLLM splits a request with ``n`` into n such requests, the i-th with the seed + i. SGLang's deterministic mode would
+  give all n outputs of a request the same draws.
 """
 
 from __future__ import annotations
@@ -53,9 +53,14 @@ _IMPOSSIBLE = -9999.0  # how servers write minus infinity in JSON
 
 
 def request_seed(seed: int, iteration: int, prompt_id: str, output: int) -> int:
-    """The seed of one output's request: 53 bits, which every JSON library keeps."""
-    key = hashlib.blake2b(f"{seed}\x1f{iteration}\x1f{output}\x1f{prompt_id}".encode(), digest_size=8).digest()
-    return int.from_bytes(key, "little") >> 11
+    """The seed of one output: 53 bits, which every JSON library keeps.
+
+    Those of a prompt's outputs follow one another, as a server counts them within a request: an output's seed does not
+    depend on how many are asked for together, and no two outputs of a prompt share one. Other prompts' are apart but
+    by chance, once in 2^52 over twice the number of outputs.
+    """
+    key = hashlib.blake2b(f"{seed}\x1f{iteration}\x1f{prompt_id}".encode(), digest_size=8).digest()
+    return (int.from_bytes(key, "little") >> 12) + output
 
 
 class RemoteSampler:
@@ -167,13 +172,14 @@ class RemoteSampler:
             ValueError: no usable answer within the limits of the configuration; names the prompt.
         """
         wanted = [range(self.options.outputs)] * len(prompts) if numbers is None else numbers
-        jobs = iter([(p, i) for p, outputs in enumerate(wanted) for i in outputs])
+        most = self.config.outputs_per_request
+        jobs = iter([(p, together) for p, outputs in enumerate(wanted) for together in _requests(outputs, most)])
         left = sum(map(len, wanted))
         finished: queue.SimpleQueue = queue.SimpleQueue()
 
         async def worker(pool: Pool, client: httpx.AsyncClient) -> None:
-            for p, i in jobs:
-                finished.put((p, i, await self._output(pool, client, prompts[p], i, seed, iteration)))
+            for p, numbers in jobs:
+                finished.put((p, await self._outputs(pool, client, prompts[p], numbers, seed, iteration)))
 
         async def work() -> None:
             pool = self._pool()
@@ -197,12 +203,12 @@ class RemoteSampler:
                 except queue.Empty:
                     yield None
                     continue
-                left -= 1
-                if isinstance(item, BaseException):
-                    raise item
-                p, i, answer = item
-                answers[p][i] = answer
-                on_outputs(1)
+                if item is None or isinstance(item, BaseException):
+                    raise item or AssertionError("every output is waited for")
+                p, outputs_found = item
+                left -= len(outputs_found)
+                answers[p] |= outputs_found
+                on_outputs(len(outputs_found))
                 if len(answers[p]) == len(wanted[p]):
                     outputs, logprobs = zip(*(answers[p].pop(index) for index in wanted[p]), strict=True)
                     yield p, SampledGroup(prompts[p], list(outputs), proposal_logprobs=list(logprobs))
@@ -210,26 +216,28 @@ class RemoteSampler:
     def _pool(self) -> Pool:
         return Pool(self._servers, self._directory, self._version)
 
-    async def _output(
-        self, pool: Pool, client: httpx.AsyncClient, prompt: Prompt, index: int, seed: int, iteration: int
-    ) -> tuple[Output, float]:
-        body = self._body(prompt, request_seed(seed, iteration, prompt.id, index))
-        what = f"prompt {prompt.id!r}, output {index}"
-        tokens = len(prompt.token_ids) + self.options.max_new_tokens
-        return await pool.ask(
+    async def _outputs(
+        self, pool: Pool, client: httpx.AsyncClient, prompt: Prompt, numbers: range, seed: int, iteration: int
+    ) -> dict[int, tuple[Output, float]]:
+        """Outputs of one request, by their numbers; it is repeated as a whole."""
+        body = self._body(prompt, request_seed(seed, iteration, prompt.id, numbers[0]), len(numbers))
+        what = f"prompt {prompt.id!r}, output {numbers[0]}" + (f" to {numbers[-1]}" if len(numbers) > 1 else "")
+        tokens = len(prompt.token_ids) + len(numbers) * self.options.max_new_tokens
+        outputs = await pool.ask(
             what,
             tokens,
             lambda server: server.ask(
-                client, "POST", "/v1/completions", what, lambda answer: self._read(answer, prompt), body
+                client, "POST", "/v1/completions", what, lambda answer: self._read(answer, prompt, len(numbers)), body
             ),
         )
+        return dict(zip(numbers, outputs, strict=True))
 
-    def _body(self, prompt: Prompt, seed: int) -> dict[str, Any]:
+    def _body(self, prompt: Prompt, seed: int, outputs: int) -> dict[str, Any]:
         every_token, dialect = _DIALECTS[self.config.server]
         return {
             "model": self.config.model,
             "prompt": prompt.token_ids,
-            "n": 1,
+            "n": outputs,
             "max_tokens": self.options.max_new_tokens,
             "min_tokens": 0,
             "seed": seed,
@@ -252,10 +260,20 @@ class RemoteSampler:
             **dialect,
         }
 
-    def _read(self, answer: Any, prompt: Prompt) -> tuple[Output, float]:
-        """The output in an answer; BadAnswer where anything about it cannot be."""
+    def _read(self, answer: Any, prompt: Prompt, outputs: int) -> list[tuple[Output, float]]:
+        """The outputs in an answer, in their order; BadAnswer where anything about it cannot be."""
+        choices = answer.get("choices") if isinstance(answer, dict) else None
+        if not isinstance(choices, list):
+            raise BadAnswer(f"no choices in {str(answer)[:200]}")
+        if len(choices) != outputs:
+            raise BadAnswer(f"{len(choices)} choices, {outputs} {'was' if outputs == 1 else 'were'} asked for")
+        numbers = [choice.get("index", 0) if isinstance(choice, dict) else None for choice in choices]
+        if any(number not in numbers for number in range(outputs)):
+            raise BadAnswer(f"the choices are numbered {numbers}, not 0 to {outputs - 1}")
+        return [self._read_choice(choices[numbers.index(number)], prompt) for number in range(outputs)]
+
+    def _read_choice(self, choice: dict[str, Any], prompt: Prompt) -> tuple[Output, float]:
         try:
-            (choice,) = answer["choices"]
             logprobs = choice["logprobs"]
             values = logprobs["token_logprobs"]
             reason = choice["finish_reason"]
@@ -264,7 +282,10 @@ class RemoteSampler:
                 ids = [_token_id(token) for token in logprobs["tokens"]]
             lengths = len(ids), len(values)
         except (KeyError, TypeError, ValueError, AttributeError):
-            raise BadAnswer(_malformed(answer)) from None
+            raise BadAnswer(
+                f"no token ids with log-probs in {str(choice)[:200]} (rollout.remote.server says which server it is; "
+                "older versions of it may lack them)"
+            ) from None
         if choice.get("prompt_token_ids") not in (None, prompt.token_ids):
             raise BadAnswer("the server sampled from another prompt: its prompt_token_ids are not those that were sent")
         if lengths[0] != lengths[1] or not 1 <= lengths[0] <= self.options.max_new_tokens:
@@ -305,17 +326,13 @@ def _token_id(token: str) -> int:
     return int(_TOKEN_ID.fullmatch(token)[1])  # type: ignore[index]  # the caller takes it for a malformed answer
 
 
-def _malformed(answer: Any) -> str:
-    """What an answer of another form lacks."""
-    choices = answer.get("choices") if isinstance(answer, dict) else None
-    if not isinstance(choices, list):
-        return f"no choices in {str(answer)[:200]}"
-    if len(choices) != 1:
-        return f"{len(choices)} choices, 1 was asked for"
-    return (
-        f"no token ids with log-probs in {str(choices[0])[:200]} (rollout.remote.server says which server it is; "
-        "older versions of it may lack them)"
-    )
+def _requests(numbers: Sequence[int], most: int) -> Iterator[range]:
+    """The numbers, in runs of consecutive ones, of at most so many."""
+    first = 0
+    for i in range(1, len(numbers) + 1):
+        if i == len(numbers) or i - first == most or numbers[i] != numbers[i - 1] + 1:
+            yield range(numbers[first], numbers[i - 1] + 1)
+            first = i
 
 
 @contextlib.contextmanager
