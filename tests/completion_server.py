@@ -275,18 +275,7 @@ class CompletionServer:
 
     def _choice(self, body: dict, seed: int) -> dict:
         """The end token is in the ids and log-probs."""
-        generator = torch.Generator().manual_seed(seed)
-        ids, logprobs, reason = [], [], "length"
-        for _ in range(body["max_tokens"]):
-            plain = self._logits((*body["prompt"], *ids)).double()
-            law = (plain / body["temperature"]).log_softmax(-1)
-            token = int(torch.multinomial(law.exp(), 1, generator=generator))
-            logprobs.append((law if self.processed else plain.log_softmax(-1))[token].item())
-            ids.append(token)
-            text = TOKENIZER.decode(ids)
-            if token in body["stop_token_ids"] or token == self.end or any(end in text for end in body["stop"]):
-                reason = "stop"
-                break
+        ids, logprobs, reason = draw(self._logits, body, seed, self.end, self.processed)
         as_ids = self.kind in ("vllm", "old vllm") and body["return_tokens_as_token_ids"]
         tokens = [f"token_id:{token}" if as_ids else f"<{token}>" for token in ids]
         choice = {
@@ -307,6 +296,22 @@ class CompletionServer:
             if tokens not in self._cache:
                 self._cache[tokens] = self.model(torch.tensor([tokens])).logits[0, -1]
             return self._cache[tokens]
+
+
+def draw(logits: Callable, body: dict, seed: int, end: int, processed: bool) -> tuple[list[int], list[float], str]:
+    """Samples an output: its tokens, their log-probs, and why it ended."""
+    generator = torch.Generator().manual_seed(seed)
+    ids, logprobs = [], []
+    for _ in range(body["max_tokens"]):
+        plain = logits((*body["prompt"], *ids)).double()
+        law = (plain / body["temperature"]).log_softmax(-1)
+        token = int(torch.multinomial(law.exp(), 1, generator=generator))
+        logprobs.append((law if processed else plain.log_softmax(-1))[token].item())
+        ids.append(token)
+        text = TOKENIZER.decode(ids)
+        if token in body["stop_token_ids"] or token == end or any(string in text for string in body["stop"]):
+            return ids, logprobs, "stop"
+    return ids, logprobs, "length"
 
 
 class _Worker(Weights):

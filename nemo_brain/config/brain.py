@@ -111,6 +111,24 @@ class RemoteConfig:
 
 @dataclass
 class RolloutConfig(OutputsConfig):
+    engine: str | None = key(
+        None,
+        "what samples",
+        among={
+            None: "server with rollout.remote, otherwise own",
+            "own": "the training kernels",
+            "server": "see remote",
+            "colocated": "vLLM in the training processes, on their GPUs",
+        },
+        resumable=True,
+    )
+    colocated_memory: float = key(
+        0.4,
+        "the fraction of a GPU's memory that a colocated vLLM has while it samples",
+        above=0,
+        below=1,
+        resumable=True,
+    )
     prompts_per_iteration: int = key(MISSING, "a multiple of train.global_batch_size", at_least=1, resumable=STEPS)
     outputs_per_prompt: int = key(MISSING, "n; as many as the objective needs, most of them 2", at_least=1)
     temperature: float = key(1.0, "of the proposal; enters log q' alone", above=0)
@@ -242,6 +260,7 @@ def check(cfg: DictConfig) -> Config:
     _check_adapters(config.model, config.prior)
     _check_refresh(config.rollout, config.model, config.prior)
     _check_truncation(config.rollout)
+    _check_engine(config.rollout)
     if config.rollout.remote is not None:
         _check_remote(config.rollout.remote, config.rollout, config.trainer)
     check_patience_of_rewards("reward", config.reward, config.trainer)
@@ -311,6 +330,21 @@ def _check_truncation(rollout: RolloutConfig) -> None:
         )
 
 
+def _check_engine(rollout: RolloutConfig) -> None:
+    name = "rollout.engine"
+    if rollout.remote is None and rollout.engine == "server":
+        raise ValueError(f"{name}=server needs rollout.remote, which says where it is and how it is asked")
+    if rollout.remote is not None and rollout.engine in ("own", "colocated"):
+        raise ValueError(
+            f"rollout.remote is what {name}=server samples with, and {name} is {rollout.engine}: set "
+            f"rollout.remote=null, or leave {name} out"
+        )
+    if rollout.engine == "colocated" and rollout.refresh != "always":
+        raise ValueError(
+            f"{name}=colocated samples from the policy as it stands: rollout.refresh={rollout.refresh} needs {name}=own"
+        )
+
+
 def _check_remote(remote: RemoteConfig, rollout: RolloutConfig, trainer: TrainerConfig) -> None:
     name = "rollout.remote"
     check_patience(f"{name}.timeout_seconds", remote.timeout_seconds, trainer)
@@ -333,8 +367,8 @@ def _check_remote(remote: RemoteConfig, rollout: RolloutConfig, trainer: Trainer
         )
     if remote.outputs_per_request > 1 and remote.server != "vllm":
         raise ValueError(
-            f"{name}.outputs_per_request={remote.outputs_per_request} needs {name}.server=vllm, which draws each output "
-            "of a request by a seed of its own (SGLang's deterministic mode draws all alike): set it to 1"
+            f"{name}.outputs_per_request={remote.outputs_per_request} needs {name}.server=vllm, which draws each "
+            "output of a request by a seed of its own (SGLang's deterministic mode draws all alike): set it to 1"
         )
     if remote.transfer == "process_group":
         if remote.server != "vllm":

@@ -125,7 +125,7 @@ def export_model(
 
 @torch.no_grad()
 def gathered_tensors(
-    chunks: Sequence[torch.nn.Module], export: Export, adapted: bool = False
+    chunks: Sequence[torch.nn.Module], export: Export, adapted: bool = False, everywhere: bool = False
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """The model by Hugging Face's names, in the parameters' own dtype, one full tensor at a time, on the first rank of
     the replica; its other ranks yield nothing.
@@ -135,8 +135,10 @@ def gathered_tensors(
     Args:
         chunks, export: as in ``export_model``.
         adapted: only the layers that have adapters.
+        everywhere: on all ranks of the replica.
     """
-    for name, full in _full_tensors([p for chunk in chunks for p in merged_parameters(unwrap(chunk), adapted)]):
+    mine = [p for chunk in chunks for p in merged_parameters(unwrap(chunk), adapted)]
+    for name, full in _full_tensors(mine, everywhere):
         yield from _exported(export, name, full)
 
 
@@ -162,11 +164,13 @@ def write_parameters(mine: Sequence[GlobalParameter], writer: DirectoryWriter | 
         raise kind(message)
 
 
-def _full_tensors(mine: Sequence[GlobalParameter]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every tensor of all ranks once, by canonical name, on the replica's first rank; the others yield nothing.
+def _full_tensors(mine: Sequence[GlobalParameter], everywhere: bool = False) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every tensor of all ranks once, by canonical name, on the replica's first rank, or ``everywhere`` in the replica;
+    otherwise the others yield nothing.
 
     A collective of one replica's ranks.
     """
+    replica = parallel_state.get_model_parallel_group()
     group = parallel_state.get_pipeline_model_parallel_group()
     ranks, stage = dist.get_process_group_ranks(group), group.rank()
     first_shard = parallel_state.get_tensor_model_parallel_rank() == 0
@@ -187,7 +191,10 @@ def _full_tensors(mine: Sequence[GlobalParameter]) -> Iterator[tuple[str, torch.
             elif first_shard and stage == 0:
                 full = torch.empty(shape, dtype=dtype, device=mine[0].parameter.device)
                 dist.recv(full, ranks[owner], group=group)
-            if first_shard and stage == 0:
+            if everywhere and replica.size() > 1:
+                full = torch.empty(shape, dtype=dtype, device=mine[0].parameter.device) if full is None else full
+                dist.broadcast(full, dist.get_process_group_ranks(replica)[0], group=replica)
+            if everywhere or (first_shard and stage == 0):
                 yield name, full
 
 

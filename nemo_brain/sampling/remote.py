@@ -19,9 +19,7 @@ import asyncio
 import contextlib
 import copy
 import hashlib
-import math
 import queue
-import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -33,6 +31,7 @@ from transformers import PreTrainedTokenizerFast
 from nemo_brain.config.brain import RemoteConfig
 from nemo_brain.core.groups import Output, Prompt, SampledGroup
 from nemo_brain.core.http import BadAnswer
+from nemo_brain.sampling.answers import Reader
 from nemo_brain.sampling.pool import Pool
 from nemo_brain.sampling.server import Server
 
@@ -45,11 +44,8 @@ _DIALECTS: dict[str, tuple[int, dict[str, Any]]] = {
     "sglang": (-1, {"return_token_ids": True}),
     "trtllm": (0, {"detokenize": False}),
 }
-_TOKEN_ID = re.compile(r"token_id:(\d+)")
 _POLL_SECONDS = 1.0
-_PROBE = -2  # the "iteration" of a probe's draws: the same whenever a server is looked at
-_ROUNDING = 1e-3  # a log-prob may exceed 0 by this: fp32, or bf16 on the server
-_IMPOSSIBLE = -9999.0  # how servers write minus infinity in JSON
+PROBE = -2  # the "iteration" of a probe's draws: the same whenever a server is looked at
 
 
 def request_seed(seed: int, iteration: int, prompt_id: str, output: int) -> int:
@@ -91,8 +87,7 @@ class RemoteSampler:
     ):
         self.config = config
         self.options = options
-        self.tokenizer = tokenizer
-        self.vocab_size = vocab_size
+        self._reader = Reader(options, tokenizer, vocab_size)
         self._servers = [Server(config, url, context) for url in config.urls]
         self._directory = None if directory is None else Path(directory).resolve()
         self._version = version
@@ -137,7 +132,7 @@ class RemoteSampler:
                 alone = copy.copy(self)
                 alone._servers = [server]
                 found: dict[int, SampledGroup] = {}
-                with contextlib.closing(alone.sample(prompts, seed, _PROBE, [[0]] * len(prompts))) as answers:
+                with contextlib.closing(alone.sample(prompts, seed, PROBE, [[0]] * len(prompts))) as answers:
                     for answer in answers:
                         if answer is not None:
                             found |= [answer]
@@ -270,60 +265,7 @@ class RemoteSampler:
         numbers = [choice.get("index", 0) if isinstance(choice, dict) else None for choice in choices]
         if any(number not in numbers for number in range(outputs)):
             raise BadAnswer(f"the choices are numbered {numbers}, not 0 to {outputs - 1}")
-        return [self._read_choice(choices[numbers.index(number)], prompt) for number in range(outputs)]
-
-    def _read_choice(self, choice: dict[str, Any], prompt: Prompt) -> tuple[Output, float]:
-        try:
-            logprobs = choice["logprobs"]
-            values = logprobs["token_logprobs"]
-            reason = choice["finish_reason"]
-            ids = choice.get("token_ids")
-            if ids is None:
-                ids = [_token_id(token) for token in logprobs["tokens"]]
-            lengths = len(ids), len(values)
-        except (KeyError, TypeError, ValueError, AttributeError):
-            raise BadAnswer(
-                f"no token ids with log-probs in {str(choice)[:200]} (rollout.remote.server says which server it is; "
-                "older versions of it may lack them)"
-            ) from None
-        if choice.get("prompt_token_ids") not in (None, prompt.token_ids):
-            raise BadAnswer("the server sampled from another prompt: its prompt_token_ids are not those that were sent")
-        if lengths[0] != lengths[1] or not 1 <= lengths[0] <= self.options.max_new_tokens:
-            raise BadAnswer(
-                f"{lengths[0]} token ids and {lengths[1]} log-probs; as many of both are expected, between 1 and "
-                f"rollout.max_new_tokens={self.options.max_new_tokens}"
-            )
-        for token in ids:
-            if type(token) is not int or not 0 <= token < self.vocab_size:
-                raise BadAnswer(f"token id {token!r} is not in the vocabulary of {self.vocab_size} tokens")
-        for value in values:
-            if type(value) not in (int, float) or not _IMPOSSIBLE < value <= _ROUNDING:
-                raise BadAnswer(f"{value!r} is not the log-prob of a sampled token")
-        stop = self.options.stop
-        output = stop.output(self.tokenizer, ids)
-        if early := sorted(set(ids[:-1]) & set(stop.token_ids)):
-            raise BadAnswer(f"the end token {early[0]} stands before the end of the output {ids}")
-        if stop.strings and ids[:-1] and stop.ended(self.tokenizer, ids[:-1]):
-            raise BadAnswer(f"the output goes on behind one of rollout.stop_strings={list(stop.strings)}: {ids}")
-        if reason not in ("stop", "length"):
-            raise BadAnswer(f"finish_reason is {reason!r}, neither 'stop' nor 'length'")
-        if reason == "stop" and not output.ended:
-            raise BadAnswer(
-                f"the server stopped at token {ids[-1]}, which is none of the end tokens {list(stop.token_ids)}: it "
-                "stops at other tokens too (eos_token_id in the served config.json or generation_config.json; "
-                "rollout.stop_token_ids names them)"
-            )
-        if reason == "length" and not output.ended and len(ids) < self.options.max_new_tokens:
-            raise BadAnswer(
-                f"the output was cut after {len(ids)} of rollout.max_new_tokens={self.options.max_new_tokens} tokens: "
-                "the server's context is too short"
-            )
-        return output, math.fsum(values)
-
-
-def _token_id(token: str) -> int:
-    """The number in "token_id:123". AttributeError: it is none of these."""
-    return int(_TOKEN_ID.fullmatch(token)[1])  # type: ignore[index]  # the caller takes it for a malformed answer
+        return [self._reader.output(choices[numbers.index(number)], prompt) for number in range(outputs)]
 
 
 def _requests(numbers: Sequence[int], most: int) -> Iterator[range]:

@@ -106,7 +106,9 @@ class Transfer:
                 self._error = error if isinstance(error, ValueError) else server.error("its weights", str(error))
             else:
                 server.waiting = None  # until it is back
-                warnings.warn(f"rollout.remote: {server.url} was lost when it was given weights: {problem}", stacklevel=2)
+                warnings.warn(
+                    f"rollout.remote: {server.url} was lost when it was given weights: {problem}", stacklevel=2
+                )
         return None
 
 

@@ -684,10 +684,16 @@ REMOTE = "rollout.remote={url:'http://127.0.0.1:8000',model:policy"
         (["rollout.remote={url:[],model:m}"], r"rollout\.remote\.url must be an address like http.*or a list of them"),
         (["rollout.remote={url:['http://a:1',b],model:m}"], r"rollout\.remote\.url must be an address like http"),
         ([REMOTE + ",on_mismatch:skip}"], r"rollout\.remote\.on_mismatch must be one of redraw, keep, not 'skip'"),
-        ([REMOTE + ",outputs_per_request:2,server:sglang}"], r"outputs_per_request=2 needs rollout\.remote\.server=vllm"),
+        (
+            [REMOTE + ",outputs_per_request:2,server:sglang}"],
+            r"outputs_per_request=2 needs rollout\.remote\.server=vllm",
+        ),
         ([REMOTE + ",outputs_per_request:0}"], r"rollout\.remote\.outputs_per_request must be at least 1"),
         ([REMOTE + ",transfer:nccl}"], r"rollout\.remote\.transfer must be one of directory, process_group"),
-        ([REMOTE + ",transfer:process_group,server:sglang}"], r"transfer=process_group needs .*server=vllm.*for sglang"),
+        (
+            [REMOTE + ",transfer:process_group,server:sglang}"],
+            r"transfer=process_group needs .*server=vllm.*for sglang",
+        ),
         (
             [REMOTE + ",transfer:process_group,export_to:/x,reload:[{path:/a}]}"],
             r"transfer=process_group needs neither rollout\.remote\.export_to nor rollout\.remote\.reload",

@@ -118,7 +118,6 @@ def recorded_by_client(server: CompletionServer, *overrides: str) -> dict:
 def test_a_server_that_comes_back_while_it_samples_is_given_the_weights_by_all_ranks(tmp_path, ranks, layout):
     """Its requests wait for that, and each replica gives them by itself."""
     with CompletionServer(another(start_model(tmp_path))) as server:
-
         losses = [38, 55]  # requests after which it is lost: of a probe, of what is trained on
 
         def lose(body) -> None:
@@ -130,7 +129,9 @@ def test_a_server_that_comes_back_while_it_samples_is_given_the_weights_by_all_r
         server.before = lose
         run = (*RUN, *by_group(server), "data.holdout=0", *layout)
         result, *_ = run_ranks(recorded_by_client, ranks, server, *run)
-    assert not losses and len(server.received) >= 4 and all(received == server.received[0] for received in server.received)
+    assert (
+        not losses and len(server.received) >= 4 and all(received == server.received[0] for received in server.received)
+    )
     iterations = [record for record in result["metrics"] if record["kind"] == "iteration"]
     assert all(record["proposal_gap"] < 1e-4 for record in iterations)
 

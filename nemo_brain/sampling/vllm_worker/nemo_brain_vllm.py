@@ -23,7 +23,7 @@ from safetensors import safe_open
 
 
 class Weights:
-    """Beside ``reload_weights`` of vLLM's own: nothing is touched before the weights are seen, and tied heads follow."""
+    """Beside vLLM's own ``reload_weights``: nothing is touched before the weights are seen, and tied heads follow."""
 
     # vLLM's, of the worker that this class becomes a base of.
     model_runner: Any
@@ -64,8 +64,8 @@ class Weights:
 
 
 def take(model_runner: Any, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
-    """Has vLLM's model take tensors by Hugging Face's names. A module that is given one of its tensors must be given all
-    of them: vLLM makes it anew. Modules that are given none keep theirs."""
+    """Has vLLM's model take tensors by Hugging Face's names. A module that is given one of its tensors must be given
+    all of them: vLLM makes it anew. Modules that are given none keep theirs."""
     model_runner.reload_weights(weights_iterator=tensors)
     if model_runner.model_config.hf_config.tie_word_embeddings:
         # A CPU multiplies by a packed copy of the head's weights, which a reload leaves as it was where they are

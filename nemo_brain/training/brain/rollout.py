@@ -46,7 +46,7 @@ from nemo_brain.rewards.protocol import (
     score_groups_in_step,
 )
 from nemo_brain.sampling.sampler import SamplingOptions
-from nemo_brain.training.brain.remote_rollout import RemoteRollout
+from nemo_brain.training.brain.engine import EngineRollout
 from nemo_brain.training.brain.rewarding import RewardThread
 from nemo_brain.training.brain.strategy import BRAInStrategy
 
@@ -88,7 +88,7 @@ class RolloutWorker:
     Args:
         strategy: samples and scores.
         reward: of the outputs.
-        remote: samples in place of the policy's own ranks, if it is given.
+        remote: an engine that samples in place of the policy's own ranks, if it is given.
         interruption: may end sampling and waiting early.
         stop: what ends an output.
         seed: of the draws.
@@ -102,7 +102,7 @@ class RolloutWorker:
         self,
         strategy: BRAInStrategy,
         reward: Reward | CollectiveReward,
-        remote: RemoteRollout | None,
+        remote: EngineRollout | None,
         interruption: Interruption,
         stop: Stop,
         *,
@@ -338,7 +338,7 @@ class RolloutWorker:
         return self.strategy.sample(*arguments)
 
     def _by_server(self, iteration: int) -> bool:
-        """Validations ask the policy, and not a server that keeps its first weights."""
+        """Whether the engine samples. Validations ask the policy, and not a server that keeps its first weights."""
         return self.remote is not None and (iteration != VALIDATION or self.remote.follows)
 
     def _stop(self) -> bool:
