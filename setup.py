@@ -95,6 +95,7 @@ setup(
             "pytest-xdist",
             "rouge-score>=0.1.2",
             "ruff",
+            "triton; sys_platform == 'linux'",  # as torch's CUDA builds have it: its kernels are interpreted
         ],
     },
 )

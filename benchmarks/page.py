@@ -20,7 +20,7 @@ text says otherwise. Times are medians, in parentheses the quartiles and the num
 medians, in parentheses the quartiles of the rounds' own ratios.
 """
 _FINDINGS = Path(__file__).resolve().parent / "findings"
-_ORDER = ("step", "layouts", "trl", "logprobs", "sampling", "guards", "checkpoints", "scaling", "calculated")
+_ORDER = ("step", "layouts", "trl", "logprobs", "sampling", "engines", "guards", "checkpoints", "scaling", "calculated")
 
 
 def write_page(results: Path, page: Path) -> None:

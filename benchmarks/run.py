@@ -22,7 +22,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 ROOT = Path(__file__).resolve().parent.parent
-TABLES = ("step", "layouts", "trl", "logprobs", "sampling", "guards", "checkpoints", "scaling", "calculated")
+TABLES = ("step", "layouts", "trl", "logprobs", "sampling", "engines", "guards", "checkpoints", "scaling", "calculated")
 _MODULES = {"trl": "against_trl"}  # a module named trl would hide the library
 
 

@@ -3,9 +3,11 @@
 It samples for real, request by request, from the seed that comes with the request. What vLLM 0.32 does that one would
 not expect, it does too: it keeps what it has computed of a prefix until /reset_prefix_cache, also after new weights
 have been loaded; reload_weights leaves a tied output layer as it was; a reload of a directory that it does not see
-destroys the model, though /health says nothing of it, and the next request ends it; a module that is given some of its
-weights loses the others; started again it has its first weights; it ignores fields that it does not know; told to end,
-it no longer listens, and requests in flight hang. Its worker takes weights by the extension that a real one has.
+destroys the model, though /health says nothing of it, and the next request ends it; a module that is given some of
+its weights loses the others; started again it has its first weights; new weights come to outputs that are being drawn
+between two tokens, and while there are any, prefixes are only forgotten if these are reset too; it ignores fields that
+it does not know; told to end, it no longer listens, and requests in flight hang. Its worker takes weights by the
+extension that a real one has.
 """
 
 from __future__ import annotations
@@ -73,13 +75,15 @@ class CompletionServer:
         self.bodies: list[dict] = []
         self.names = ["policy"]
         self.context = 1000
-        self.versions = kind == "vllm"  # whether it can say which weights it has
+        self.versions = kind in ("vllm", "sglang")  # whether it can say which weights it has
         self.before: Callable[[dict], None] = lambda body: None  # called before a request is looked at
         self.answered = 0
         self.loads: list[Path] = []
         self.received: list[dict[str, int]] = []  # of each transfer, the bytes of each tensor
         self.during: Callable[[str], None] = lambda name: None  # called for each tensor that arrives
         self.engines = 1
+        self.named: dict[str, LlamaForCausalLM] = {}  # the weights that it was told a version of
+        self.running = 0
         self._first = directory
         self._port = 0
         self._attempts: Counter = Counter()
@@ -185,7 +189,7 @@ class CompletionServer:
             _send(handler, 200, {"object": "list", "data": models})
         elif handler.path == "/health":
             _send(handler, 200, b"")
-        elif handler.path == "/weight_info" and self.versions:
+        elif handler.path == {"vllm": "/weight_info", "sglang": "/model_info"}.get(self.kind) and self.versions:
             _send(handler, 200, {"weight_version": self.version})
         else:
             _send(handler, 404, {"detail": "Not Found"})
@@ -205,14 +209,21 @@ class CompletionServer:
         elif handler.path == "/collective_rpc":
             _send(handler, *self.call(body["method"], body["kwargs"]))
         elif handler.path == "/update_weight_version" and self.versions:
+            assert self.kind == "vllm" or not body["abort_all_requests"], "SGLang ends all running requests otherwise"
             self.version = body["new_version"]
+            self.named[self.version] = self.model
             _send(handler, 200, {"success": True, "new_version": self.version})
         elif handler.path.startswith("/reset_prefix_cache"):
             with self._lock:
-                self._cache.clear()
-            _send(handler, 200, {"success": True})
+                success = not self.running or handler.path.endswith("?reset_running_requests=true")
+                if success:
+                    self._cache.clear()
+            _send(handler, 200, {"success": success})
         elif handler.path == "/update_weights_from_disk":
-            _send(handler, 200, {"success": False, "message": "Failed to load the weights"})
+            problem = self.reload(Path(body["model_path"]), "nemo_brain_load")
+            with self._lock:
+                self._cache.clear()
+            _send(handler, 400 if problem else 200, {"success": not problem, "message": problem})
         else:
             _send(handler, 404, {"detail": "Not Found"})
 
@@ -245,7 +256,13 @@ class CompletionServer:
             if problem:
                 _send(handler, 400, {"object": "error", "message": problem})
                 return
-            answer = self._answer(body)
+            with self._lock:
+                self.running += 1
+            try:
+                answer = self._answer(body)
+            finally:
+                with self._lock:
+                    self.running -= 1
             if callable(fault):
                 fault(answer)
             _send(handler, 200, answer)

@@ -3,12 +3,14 @@
 import gc
 import os
 import sys
+from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if not Path("/proc/driver/nvidia").exists():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports it: kernels run on CPU tensors, slowly
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import hypothesis
 import pytest

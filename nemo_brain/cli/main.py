@@ -19,6 +19,7 @@ COMMANDS = {
     "sft": ("nemo_brain.cli.training:sft", "fine-tune it on prompts with completions (conf/sft.yaml)"),
     "reward-model": ("nemo_brain.cli.training:reward_model", "train a reward model (conf/reward_model.yaml)"),
     "evaluate": ("nemo_brain.cli.training:evaluate", "compare models on held-out prompts (conf/evaluate.yaml)"),
+    "calibrate": ("nemo_brain.cli.calibrate:main", "fit gamma on preference pairs (conf/calibrate.yaml)"),
     "convert": ("nemo_brain.cli.convert:main", "write a checkpoint as a Hugging Face directory"),
     "serve-reward": ("nemo_brain.cli.serve_reward:main", "serve a reward over HTTP (conf/serve_reward.yaml)"),
     "doctor": ("nemo_brain.cli.doctor:main", "say what this installation stands on, and what will not work"),

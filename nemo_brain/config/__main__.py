@@ -16,6 +16,7 @@ import yaml
 from omegaconf import MISSING
 
 from nemo_brain.config.brain import Config
+from nemo_brain.config.calibrate import CalibrationConfig
 from nemo_brain.config.common import TrainingConfig
 from nemo_brain.config.evaluate import EvaluationConfig
 from nemo_brain.config.reward_model import RewardConfig
@@ -30,6 +31,7 @@ FILES = {
     "conf/sft.yaml": (SFTConfig, "Supervised fine-tuning: `nemo-brain sft`"),
     "conf/reward_model.yaml": (RewardConfig, "Reward models: `nemo-brain reward-model`"),
     "conf/evaluate.yaml": (EvaluationConfig, "Evaluation: `nemo-brain evaluate`"),
+    "conf/calibrate.yaml": (CalibrationConfig, "Calibration: `nemo-brain calibrate`"),
     "conf/serve_reward.yaml": (ServeConfig, "The reward server: `nemo-brain serve-reward`"),
 }
 PAGE = "docs/configuration.md"

@@ -94,7 +94,7 @@ class RemoteConfig:
             "process_group": "to vLLM's workers over NCCL or gloo, no file between",
         },
     )
-    export_to: str | None = key(None, "a directory for each iteration's policy, which reload names")
+    export_to: str | None = key(None, "a directory for each new proposal, which reload names")
     reload: list[dict[str, Any]] | None = key(
         None, "how the server loads it, step by step: {path or url: ..., method: POST, json: ...} | {command: [...]}"
     )
@@ -145,10 +145,18 @@ class RolloutConfig(OutputsConfig):
             "always": "the policy as it stands at each iteration",
             "never": "the start model: for dpo_sft, dpo, ipo, hinge, slic, rpo, infonca, nca",
             "kl_adaptive": "GDC's: the start model, then the policy of an earlier iteration, until the policy as it "
-            "stands is nearer to the target by an estimate of both KLs; a third set of weights",
+            "stands is nearer to the target by an estimate of both KLs; a third set of weights, with model.peft of "
+            "adapters",
         },
     )
     refresh_every: int = key(1, "kl_adaptive: iterations from one such question to the next", at_least=1)
+    ahead: int = key(
+        0,
+        "iterations that rollout.remote samples ahead while the ranks train, with its own log q' "
+        "(rescore_proposal=false): docs/remote_sampling.md",
+        at_least=0,
+        resumable=True,
+    )
     rescore_proposal: bool = key(True, "log q' by the training kernels rather than the sampler's")
     max_proposal_gap: float | None = key(
         None,
@@ -258,9 +266,10 @@ def check(cfg: DictConfig) -> Config:
     _check_group_size(config.rollout, objective_class(config.objective).smallest_group)
     check_common(config)
     _check_adapters(config.model, config.prior)
-    _check_refresh(config.rollout, config.model, config.prior)
+    _check_refresh(config.rollout)
     _check_truncation(config.rollout)
     _check_engine(config.rollout)
+    _check_ahead(config.rollout, config.data)
     if config.rollout.remote is not None:
         _check_remote(config.rollout.remote, config.rollout, config.trainer)
     check_patience_of_rewards("reward", config.reward, config.trainer)
@@ -298,18 +307,27 @@ def _check_adapters(model: PolicyConfig, prior: PriorConfig) -> None:
         raise ValueError("model.export_to and model.export_adapter_to are one directory: name two")
 
 
-def _check_refresh(rollout: RolloutConfig, model: PolicyConfig, prior: PriorConfig) -> None:
-    if rollout.refresh != "kl_adaptive":
-        return
-    if model.peft is not None or prior.placement != "resident":
-        raise ValueError(
-            "rollout.refresh=kl_adaptive keeps the proposal as a third set of weights beside policy and prior: it "
-            "needs prior.placement=resident and model.peft=null"
-        )
-    if not rollout.rescore_proposal:
+def _check_refresh(rollout: RolloutConfig) -> None:
+    if rollout.refresh == "kl_adaptive" and not rollout.rescore_proposal:
         raise ValueError(
             "rollout.refresh=kl_adaptive compares log-probs of policy and proposal by the same kernels: set "
             "rollout.rescore_proposal=true"
+        )
+
+
+def _check_ahead(rollout: RolloutConfig, data: DataConfig) -> None:
+    if not rollout.ahead:
+        return
+    if rollout.remote is None or not rollout.remote.follows or rollout.refresh != "always" or data.rollouts:
+        raise ValueError(
+            "rollout.ahead has an inference server sample with the policy while the training ranks do something else: "
+            "it needs rollout.remote with reload and export_to, or transfer=process_group, rollout.refresh=always, and "
+            "no data.rollouts"
+        )
+    if rollout.rescore_proposal:
+        raise ValueError(
+            "rollout.ahead trains on outputs of weights that the ranks no longer have, so that "
+            "rollout.rescore_proposal cannot compute their log q': set it to false, and the server's are taken"
         )
 
 
@@ -362,7 +380,7 @@ def _check_remote(remote: RemoteConfig, rollout: RolloutConfig, trainer: Trainer
         )
     if (remote.export_to is None) != (remote.reload is None):
         raise ValueError(
-            f"{name}.export_to (where each iteration's policy is written) and {name}.reload (how the server loads it) "
+            f"{name}.export_to (where each new proposal is written) and {name}.reload (how the server loads it) "
             "go together: set both, or neither"
         )
     if remote.outputs_per_request > 1 and remote.server != "vllm":
@@ -381,10 +399,10 @@ def _check_remote(remote: RemoteConfig, rollout: RolloutConfig, trainer: Trainer
                 f"{name}.transfer=process_group needs neither {name}.export_to nor {name}.reload: leave them out, or "
                 f"set {name}.transfer=directory"
             )
-    if rollout.refresh == "kl_adaptive":
+    if rollout.refresh == "kl_adaptive" and not remote.follows:
         raise ValueError(
-            "rollout.refresh=kl_adaptive keeps its proposal on the training ranks, which sample from it: set "
-            f"{name}=null"
+            f"rollout.refresh=kl_adaptive gives the server another proposal from time to time: set {name}.reload and "
+            f"{name}.export_to, or {name}.transfer=process_group"
         )
     if rollout.refresh == "never" and remote.follows:
         raise ValueError(

@@ -52,13 +52,15 @@ class SampledGroup(Group):
 
     A log-prob is the sum over an output's ``token_ids`` in nats. ``proposal_logprobs`` are log q' of the law that was
     sampled (temperature included) as the sampler gives them, ``rescored_logprobs`` the same by the training kernels,
-    ``policy_logprobs`` log q of the policy that sampled at temperature 1, ``prior_logprobs`` log p.
+    ``policy_logprobs`` log q of the policy that sampled at temperature 1, ``prior_logprobs`` log p. ``policy_steps``
+    are the optimizer steps behind the weights that began each output, where a server has sampled.
     """
 
     proposal_logprobs: list[float] | None = None
     rescored_logprobs: list[float] | None = None
     policy_logprobs: list[float] | None = None
     prior_logprobs: list[float] | None = None
+    policy_steps: list[int] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +78,7 @@ class ScoredGroup(Group):
     prior_logprobs: list[float]
     proposal_logprobs: list[float]
     policy_logprobs: list[float]
+    policy_steps: list[int] | None = None
 
 
 @dataclass(frozen=True)

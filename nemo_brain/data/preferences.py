@@ -73,9 +73,7 @@ def load_preferences(
     rendering = Template(tokenizer, template)
     pairs: list[Preference] = []
     cut_prompts = cut_outputs = 0
-    for record in read_records(source, key):
-        prompt, answers = _split(record, rendering.chat, forks == "cut")
-        prompt = conversations.with_system(record, prompt, rendering.chat)
+    for record, prompt, answers in read_pairs(source, rendering.chat, forks, key):
         parsed = parse_prompt(record.with_prompt(prompt, OWN), rendering, max_prompt_tokens)
         outputs = [given_output(tokenizer, text, max_output_tokens, stop) for text in answers]
         cut_outputs += sum(not output.ended for output in outputs)
@@ -85,6 +83,16 @@ def load_preferences(
         pairs.append(Preference(Group(parsed, outputs), margin, conversation_of(prompt)))
         cut_prompts += parsed.truncated
     return ExampleSet(pairs, cut_prompts, cut_outputs)
+
+
+def read_pairs(
+    source: Source, chat: bool, forks: str, key: str
+) -> Iterator[tuple[Record, str | Conversation, list[str]]]:
+    """Records with their prompts and their two answers' texts, the chosen one first; ``chat``: transcripts are read as
+    messages. Else, and errors, as in ``load_preferences``."""
+    for record in read_records(source, key):
+        prompt, answers = _split(record, chat, forks == "cut")
+        yield record, conversations.with_system(record, prompt, chat), answers
 
 
 def prompts(source: Source) -> Iterator[dict[str, Any]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
@@ -50,12 +51,14 @@ def write_rollout(path: str | Path, rollout: Rollout) -> None:
 
 def _with_scores(group: Group) -> list[dict]:
     scores = {name: getattr(group, f"{name}s", None) or [None] * len(group.outputs) for name in SCORES}
+    steps = getattr(group, "policy_steps", None)
     return [
         {
             "text": output.text,
             "token_ids": output.token_ids,
             **{name: values[i] for name, values in scores.items()},
             "ended": output.ended,
+            **({"policy_step": steps[i]} if steps else {}),
         }
         for i, output in enumerate(group.outputs)
     ]
@@ -151,7 +154,7 @@ def _group(
         raise record.error("outputs is not a list of objects", 'write "outputs": [{"text": "..."}, {"text": "..."}]')
     if len(items) < 2:
         raise record.error(f"{len(items)} outputs", "give at least two outputs per prompt: they are compared")
-    scores: dict[str, list[float]] = {}
+    scores: dict[str, Any] = {}
     for name in SCORES:
         given = sum(item.get(name) is not None for item in items)
         if given not in (0, len(items)):

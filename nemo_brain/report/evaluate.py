@@ -189,6 +189,16 @@ def rollout_metrics(
     return {name: float(value) for name, value in metrics.items()}
 
 
+def staleness_metrics(groups: Sequence[ScoredGroup], step: int) -> dict[str, float]:
+    """How far behind the policy after ``step`` optimizer steps the weights were that sampled, on average over outputs:
+    ``ahead/steps``, those between it and the weights that began an output, and ``ahead/kl``, log q' - log q in nats,
+    which estimates KL(q' || q) for sampling temperature 1."""
+    steps = [step - begun for group in groups for begun in group.policy_steps or ()]
+    pairs = [zip(group.proposal_logprobs, group.policy_logprobs, strict=True) for group in groups]
+    gaps = [theirs - ours for pair in pairs for theirs, ours in pair]
+    return {"ahead/steps": float(np.mean(steps)), "ahead/kl": float(np.mean(gaps))}
+
+
 def mean_interval(values_G: np.ndarray) -> Estimate:
     """The mean of one value per prompt with its t interval; NaN bounds below two prompts, a NaN mean for none."""
     count = len(values_G)

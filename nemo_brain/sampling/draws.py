@@ -5,7 +5,10 @@ Shapes: R rows (outputs in flight), V vocabulary columns of this rank, B blocks 
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import warnings
+from typing import Any
 
 import numpy as np
 import torch
@@ -55,12 +58,11 @@ def draw_tokens(
     real = max(0, min(logits_RV.shape[-1], real_vocab_size - start))
     peak_R = torch.full_like(uniforms_R, float("-inf"))
     total_R = torch.zeros_like(uniforms_R)
+    kernels = _kernels(logits_RV.device)
     if real:
         logits_RV = logits_RV[:, :real]
-        # In float32, as the logits are divided: the peak is then exactly the largest of them.
-        peak_R = _scaled(logits_RV.amax(dim=-1), temperature).double()
-        least_R = peak_R.clamp(min=torch.finfo(torch.float32).min)  # where all of this rank's logits are -inf
-        ends_RB = _block_sums(logits_RV, least_R, temperature).cumsum(dim=-1)
+        peak_R, least_R, sums_RB = _masses(logits_RV, temperature, kernels)
+        ends_RB = sums_RB.cumsum(dim=-1)
         total_R = ends_RB[:, -1]
     shares = gather(torch.stack([peak_R, total_R]), group)  # [ranks, 2, R]
     top_R = shares[:, 0].amax(dim=0)
@@ -74,13 +76,69 @@ def draw_tokens(
         inside_R = (draw_R >= before_R) & (draw_R < after_R)
         # Rounding must not carry a draw past this rank's last token that has any probability.
         local_R = torch.minimum((draw_R - before_R) * (top_R - peak_R).exp(), _below(total_R))
-        columns_R = _search(logits_RV, least_R, temperature, ends_RB, local_R)
+        if kernels is None:
+            columns_R = _search(logits_RV, least_R, temperature, ends_RB, local_R)
+        else:
+            columns_R = kernels.find_columns(logits_RV, least_R, temperature, ends_RB, local_R, _BLOCK)
         values_R = _scaled(logits_RV.gather(1, columns_R[:, None])[:, 0], temperature).double()
         found_2R = torch.stack([(start + columns_R).double(), values_R - top_R - mass_R.log()])
         drawn_2R = torch.where(inside_R, found_2R, drawn_2R)
     if ranks > 1:
         dist.all_reduce(drawn_2R, op=dist.ReduceOp.MAX, group=group)
     return drawn_2R[0].long(), drawn_2R[1]
+
+
+@functools.cache
+def _kernels(device: torch.device) -> Any:
+    """``draw_kernels`` where they run and draw what the operations of this file draw, otherwise None."""
+    if device.type != "cuda":
+        return None
+    try:
+        from nemo_brain.sampling import draw_kernels
+    except ImportError:
+        warnings.warn("Triton is not installed: tokens are drawn by many small operations", stacklevel=2)
+        return None
+    try:
+        right = agrees(draw_kernels, device)
+    except Exception as error:  # whatever a compiler comes upon
+        warnings.warn(f"Triton's kernels do not run here, tokens are drawn without: {error!r}", stacklevel=2)
+        return None
+    if not right:
+        warnings.warn("Triton's kernels draw other tokens than they should here: they are not used", stacklevel=2)
+    return draw_kernels if right else None
+
+
+def agrees(kernels: Any, device: torch.device) -> bool:
+    """Whether kernels like ``draw_kernels`` give masses and columns as the operations of this file do: the columns of
+    some hundred draws, of which rounding may change one."""
+    generator = torch.Generator().manual_seed(0)
+    logits_RV = (2 * torch.randn(256, 3 * _BLOCK + 7, generator=generator)).to(device)
+    draws_R = torch.rand(256, generator=generator, dtype=torch.float64).to(device)
+    found = []
+    for chosen in (None, kernels):
+        peak_R, least_R, sums_RB = _masses(logits_RV, 1.3, chosen)
+        ends_RB = sums_RB.cumsum(dim=-1)
+        search = _search if chosen is None else functools.partial(chosen.find_columns, block=_BLOCK)
+        found.append((peak_R, ends_RB[:, -1], search(logits_RV, least_R, 1.3, ends_RB, draws_R * ends_RB[:, -1])))
+    (peak, mass, columns), (peak_there, mass_there, columns_there) = found
+    close = torch.allclose(peak, peak_there, rtol=1e-6) and torch.allclose(mass, mass_there, rtol=1e-5)
+    return close and int((columns != columns_there).sum()) <= 1
+
+
+def _masses(
+    logits_RV: torch.Tensor, temperature: float, kernels: Any
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Each row's largest logit / temperature, the same but finite, and ``_block_sums`` less the latter."""
+    if kernels is None:
+        # In float32, as the logits are divided: the peak is then exactly the largest of them.
+        peak_R = _scaled(logits_RV.amax(dim=-1), temperature).double()
+    else:
+        peaks_RB, parts_RB = kernels.block_masses(logits_RV, temperature, _BLOCK)
+        peak_R = peaks_RB.amax(dim=-1).double()
+    least_R = peak_R.clamp(min=torch.finfo(torch.float32).min)  # where all of this rank's logits are -inf
+    if kernels is None:
+        return peak_R, least_R, _block_sums(logits_RV, least_R, temperature)
+    return peak_R, least_R, parts_RB.double() * (peaks_RB.double() - least_R[:, None]).exp()
 
 
 def _block_sums(logits_RV: torch.Tensor, peak_R: torch.Tensor, temperature: float) -> torch.Tensor:

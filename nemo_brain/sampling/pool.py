@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import time
 import warnings
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -26,13 +27,49 @@ Answer = TypeVar("Answer")
 
 
 @dataclass
+class ServedWeights:
+    """The weights that the servers are to have, for all who ask them; changed by the training ranks alone.
+
+    directory: where they are; None: nowhere, or those that the servers were started with. version: their name; None:
+    those that the servers were started with. step: the optimizer
+    steps behind them, or behind the older ones while they are being replaced. replaced: the name of these. named: only
+    servers that keep names are used.
+    """
+
+    directory: Path | None = None
+    version: str | None = None
+    step: int = 0
+    replaced: str | None = None
+    named: bool = False
+
+    def replace(self, version: str) -> None:
+        """Servers have either, until ``settle``; those that are lost meanwhile are not taken back."""
+        self.version, self.replaced = version, self.version or ""
+
+    def settle(self, step: int) -> None:
+        """All servers have the new ones."""
+        self.step, self.replaced = step, None
+
+    @property
+    def changing(self) -> bool:
+        return self.replaced is not None
+
+    def admits(self, version: str) -> bool:
+        """Whether a server may have weights of this name."""
+        return self.version is None or version in (self.version, self.replaced)
+
+
+@dataclass
 class _Member:
-    """A server and what it has to do. problem: why it is left out, otherwise None; last: why it last was."""
+    """A server and what it has to do. problem: why it is left out, otherwise None; last: why it last was; life:
+    what it last named with a right version, asked at the time named."""
 
     server: Server
     tokens: int = 0
     problem: str | None = None
     last: str | None = None
+    life: str | None = None
+    named: float = -math.inf
     lost: asyncio.Event = field(default_factory=asyncio.Event)
 
     def leave(self, problem: str) -> None:
@@ -45,18 +82,37 @@ class _Member:
         self.lost = asyncio.Event()
 
 
+@dataclass(frozen=True)
+class _Asked:
+    """A server as it stood when it was asked for something."""
+
+    member: _Member
+    life: str | None
+    lost: asyncio.Event
+
+    async def had_the_weights(self) -> bool:
+        """Whether it has had ours, whichever they were, from then to now. Returns once it has been looked at."""
+        now = time.monotonic()
+        while not self.lost.is_set():
+            if self.member.named > now:
+                return self.life == self.member.life
+            await asyncio.sleep(_WATCH_SECONDS / 10)
+        return False
+
+
 class Pool:
     """Servers with the same weights, for use within one event loop.
 
     Args:
         servers: at least one.
-        directory, version: of the weights that they are to have, as ``Server.bring`` takes them.
+        weights: that they are to have.
+        requests: so many at a time; None: the caller sees to that.
     """
 
-    def __init__(self, servers: Sequence[Server], directory: Path | None, version: str | None):
+    def __init__(self, servers: Sequence[Server], weights: ServedWeights, requests: int | None = None):
         self._members = [_Member(server) for server in servers]
-        self._directory = directory
-        self._version = version
+        self._weights = weights
+        self._places = contextlib.nullcontext() if requests is None else asyncio.Semaphore(requests)
 
     async def bring(self, reload: bool, doubt: bool = False) -> None:
         """Gives all servers that answer the weights: see ``Server.bring``. ValueError: one that answers failed.
@@ -69,7 +125,7 @@ class Pool:
             async with member.server.client() as client:
                 problem = await member.server.failure(client) if len(self._members) > 1 else None
                 if problem is None:
-                    await member.server.bring(client, self._directory, self._version, reload=reload, doubt=doubt)
+                    await self._give(client, member, reload=reload, doubt=doubt)
                     if member.server.waiting:
                         member.problem = _WAITS
                 else:
@@ -82,6 +138,9 @@ class Pool:
     @contextlib.asynccontextmanager
     async def watched(self) -> AsyncIterator[None]:
         """While it lasts, each server's health is looked at, and lost ones are taken back."""
+        for member in self._members:
+            async with member.server.client() as client:
+                await self._look(client, member)
         watchers = [asyncio.create_task(self._watch(member)) for member in self._members]
         try:
             yield
@@ -93,29 +152,44 @@ class Pool:
         """Of the servers that are not left out, or only until a transfer gives them the weights."""
         return [member.server.url for member in self._members if member.problem in (None, _WAITS)]
 
-    async def ask(self, what: str, tokens: int, request: Callable[[Server], Awaitable[Answer]]) -> Answer:
+    async def ask(
+        self, what: str, tokens: int, request: Callable[[Server], Awaitable[Answer]], confirmed: bool = False
+    ) -> Answer:
         """The answer of the server with the least to do; of another one, or later, when it is lost meanwhile.
 
         Args:
             what: names the request in errors.
             tokens: what it costs a server.
+            confirmed: an answer counts once the server has named its weights afterwards: those that it should have, and
+                it has had no others since it was asked.
 
         Raises:
             ValueError: ``request`` did, or no server was there for ``rollout.remote.timeout_seconds``.
         """
+        while True:
+            async with self._places:
+                answer, asked = await self._answer(what, tokens, request)
+            if not confirmed or await asked.had_the_weights():
+                return answer
+
+    async def _answer(
+        self, what: str, tokens: int, request: Callable[[Server], Awaitable[Answer]]
+    ) -> tuple[Answer, _Asked]:
+        """With how the server stood that gave it when it was asked."""
         started = time.monotonic()
         while True:
             member = await self._free(what, started)
             member.tokens += tokens
             try:
+                asked = _Asked(member, member.life, member.lost)
                 answered = asyncio.ensure_future(request(member.server))
-                lost = asyncio.ensure_future(member.lost.wait())
+                waiting = asyncio.ensure_future(asked.lost.wait())
                 try:
-                    await asyncio.wait((answered, lost), return_when=asyncio.FIRST_COMPLETED)
+                    await asyncio.wait((answered, waiting), return_when=asyncio.FIRST_COMPLETED)
                     if answered.done():
-                        return answered.result()
+                        return answered.result(), asked
                 finally:
-                    await _cancelled([answered, lost])
+                    await _cancelled([answered, waiting])
             finally:
                 member.tokens -= tokens
 
@@ -139,13 +213,11 @@ class Pool:
                 await asyncio.sleep(_WATCH_SECONDS)
                 problem = await server.failure(client)
                 if member.problem is not None:
-                    if problem is None:
+                    if problem is None and not self._weights.changing:
                         await self._take_back(client, member)
                     continue
-                if problem is None and self._directory is not None:
-                    version = await server.version(client)
-                    if version not in (None, self._version):
-                        problem, failures = f"its weights are {version!r}, not {self._version!r}", _FAILURES
+                if problem is None and (problem := await self._look(client, member)) is not None:
+                    failures = _FAILURES
                 failures = 0 if problem is None else failures + 1
                 if problem is not None and failures >= _FAILURES:
                     member.leave(problem)
@@ -153,7 +225,7 @@ class Pool:
 
     async def _take_back(self, client: httpx.AsyncClient, member: _Member) -> None:
         try:
-            await member.server.bring(client, self._directory, self._version, reload=False, doubt=True)
+            await self._give(client, member, reload=False, doubt=True)
         except ValueError as error:
             member.problem = str(error)
         else:
@@ -161,6 +233,28 @@ class Pool:
                 member.problem = _WAITS
             else:
                 member.join()
+
+    async def _look(self, client: httpx.AsyncClient, member: _Member) -> str | None:
+        """What is wrong with the weights that a server says it has."""
+        asked = time.monotonic()
+        found = await member.server.named(client)
+        if found is None:
+            return None
+        if not self._weights.admits(found.version):
+            return f"its weights are {found.version!r}, not {self._weights.version!r}"
+        member.life, member.named = found.life, asked
+        return None
+
+    async def _give(self, client: httpx.AsyncClient, member: _Member, *, reload: bool, doubt: bool) -> None:
+        weights = self._weights
+        names = weights.version, weights.replaced
+        await member.server.bring(client, weights.directory, *names, reload=reload, doubt=doubt)
+        if weights.named and await member.server.named(client) is None:
+            raise ValueError(
+                f"rollout.ahead: {member.server.url} does not say which weights it has (as vLLM with "
+                "VLLM_SERVER_DEV_MODE=1 and SGLang do), so that outputs of a server that was started again meanwhile "
+                "could not be told: use one that does, or set rollout.ahead=0"
+            )
 
     def _problems(self) -> str:
         return "; ".join(f"{member.server.url}: {member.problem or member.last}" for member in self._members)

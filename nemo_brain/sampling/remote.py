@@ -21,8 +21,8 @@ import copy
 import hashlib
 import queue
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import httpx
@@ -32,7 +32,7 @@ from nemo_brain.config.brain import RemoteConfig
 from nemo_brain.core.groups import Output, Prompt, SampledGroup
 from nemo_brain.core.http import BadAnswer
 from nemo_brain.sampling.answers import Reader
-from nemo_brain.sampling.pool import Pool
+from nemo_brain.sampling.pool import Pool, ServedWeights
 from nemo_brain.sampling.server import Server
 
 if TYPE_CHECKING:
@@ -59,6 +59,16 @@ def request_seed(seed: int, iteration: int, prompt_id: str, output: int) -> int:
     return (int.from_bytes(key, "little") >> 12) + output
 
 
+@dataclass(frozen=True)
+class Answer:
+    """An output, the sum of the server's log-probs in nats, and the optimizer steps behind the weights that began
+    it."""
+
+    output: Output
+    logprob: float
+    step: int
+
+
 class RemoteSampler:
     """Samples groups from the model that ``rollout.remote`` serves.
 
@@ -68,8 +78,7 @@ class RemoteSampler:
         tokenizer: turns ids into text.
         vocab_size: the model's, without padding; the servers may not return other ids.
         context: so many tokens a prompt and its output may have together.
-        directory: where the weights are that the servers are to have; None: those that they were started with.
-        version: their name.
+        weights: that the servers are to have.
 
     Raises:
         ValueError: the environment variable of the API key is not set.
@@ -82,15 +91,13 @@ class RemoteSampler:
         tokenizer: PreTrainedTokenizerFast,
         vocab_size: int,
         context: int = 0,
-        directory: str | Path | None = None,
-        version: str | None = None,
+        weights: ServedWeights | None = None,
     ):
         self.config = config
         self.options = options
         self._reader = Reader(options, tokenizer, vocab_size)
         self._servers = [Server(config, url, context) for url in config.urls]
-        self._directory = None if directory is None else Path(directory).resolve()
-        self._version = version
+        self._weights = weights or ServedWeights()
 
     def refresh(self, reload: bool) -> list[str]:
         """Sees to it that the servers have the weights, and waits until they serve them, for up to ``timeout_seconds``.
@@ -106,9 +113,9 @@ class RemoteSampler:
             ValueError: a step failed, or a server does not come back, or without ``rollout.remote.model``, or with too
                 short a context.
         """
-        pool = self._pool()
+        pool = Pool(self._servers, self._weights)
         outcome: queue.SimpleQueue = queue.SimpleQueue()
-        with _in_background(lambda: pool.bring(reload), outcome):
+        with in_background(lambda: pool.bring(reload), outcome):
             if (error := outcome.get()) is not None:
                 raise error
         return pool.urls
@@ -167,17 +174,16 @@ class RemoteSampler:
             ValueError: no usable answer within the limits of the configuration; names the prompt.
         """
         wanted = [range(self.options.outputs)] * len(prompts) if numbers is None else numbers
-        most = self.config.outputs_per_request
-        jobs = iter([(p, together) for p, outputs in enumerate(wanted) for together in _requests(outputs, most)])
+        jobs = iter([(p, together) for p, outputs in enumerate(wanted) for together in self.requests(outputs)])
         left = sum(map(len, wanted))
         finished: queue.SimpleQueue = queue.SimpleQueue()
 
         async def worker(pool: Pool, client: httpx.AsyncClient) -> None:
             for p, numbers in jobs:
-                finished.put((p, await self._outputs(pool, client, prompts[p], numbers, seed, iteration)))
+                finished.put((p, await self.outputs(pool, client, prompts[p], numbers, seed, iteration)))
 
         async def work() -> None:
-            pool = self._pool()
+            pool = Pool(self._servers, self._weights)
             if reload:
                 await pool.bring(reload)
             count = min(self.config.concurrency * len(self._servers), left)
@@ -190,8 +196,8 @@ class RemoteSampler:
                         task.cancel()
                     await asyncio.gather(*workers, return_exceptions=True)
 
-        answers: list[dict[int, tuple[Output, float]]] = [{} for _ in prompts]
-        with _in_background(work, finished):
+        answers: list[dict[int, Answer]] = [{} for _ in prompts]
+        with in_background(work, finished):
             while left:
                 try:
                     item = finished.get(timeout=_POLL_SECONDS)
@@ -205,27 +211,49 @@ class RemoteSampler:
                 answers[p] |= outputs_found
                 on_outputs(len(outputs_found))
                 if len(answers[p]) == len(wanted[p]):
-                    outputs, logprobs = zip(*(answers[p].pop(index) for index in wanted[p]), strict=True)
-                    yield p, SampledGroup(prompts[p], list(outputs), proposal_logprobs=list(logprobs))
+                    yield p, group_of(prompts[p], [answers[p].pop(index) for index in wanted[p]])
 
-    def _pool(self) -> Pool:
-        return Pool(self._servers, self._directory, self._version)
+    @contextlib.asynccontextmanager
+    async def connected(self) -> AsyncIterator[tuple[Pool, httpx.AsyncClient]]:
+        """The servers, watched, and connections to them, for ``outputs``; as many requests at a time as may be."""
+        count = self.config.concurrency * len(self._servers)
+        pool = Pool(self._servers, self._weights, count)
+        async with self._servers[0].client(count) as client, pool.watched():
+            yield pool, client
 
-    async def _outputs(
-        self, pool: Pool, client: httpx.AsyncClient, prompt: Prompt, numbers: range, seed: int, iteration: int
-    ) -> dict[int, tuple[Output, float]]:
-        """Outputs of one request, by their numbers; it is repeated as a whole."""
+    def requests(self, numbers: Sequence[int]) -> Iterator[range]:
+        """The numbers of a prompt's outputs, in runs of consecutive ones: each is asked for by one request."""
+        first = 0
+        for i in range(1, len(numbers) + 1):
+            if i == len(numbers) or i - first == self.config.outputs_per_request or numbers[i] != numbers[i - 1] + 1:
+                yield range(numbers[first], numbers[i - 1] + 1)
+                first = i
+
+    async def outputs(
+        self,
+        pool: Pool,
+        client: httpx.AsyncClient,
+        prompt: Prompt,
+        numbers: range,
+        seed: int,
+        iteration: int,
+        confirmed: bool = False,
+    ) -> dict[int, Answer]:
+        """The outputs of one request, by their numbers; it is repeated as a whole. confirmed: see ``Pool.ask``. Raises
+        as ``sample``."""
+
+        def request(server: Server) -> Awaitable[list[Answer]]:
+            step = self._weights.step
+
+            def read(answer: Any) -> list[Answer]:
+                return [Answer(*output, step) for output in self._read(answer, prompt, len(numbers))]
+
+            return server.ask(client, "POST", "/v1/completions", what, read, body)
+
         body = self._body(prompt, request_seed(seed, iteration, prompt.id, numbers[0]), len(numbers))
         what = f"prompt {prompt.id!r}, output {numbers[0]}" + (f" to {numbers[-1]}" if len(numbers) > 1 else "")
         tokens = len(prompt.token_ids) + len(numbers) * self.options.max_new_tokens
-        outputs = await pool.ask(
-            what,
-            tokens,
-            lambda server: server.ask(
-                client, "POST", "/v1/completions", what, lambda answer: self._read(answer, prompt, len(numbers)), body
-            ),
-        )
-        return dict(zip(numbers, outputs, strict=True))
+        return dict(zip(numbers, await pool.ask(what, tokens, request, confirmed), strict=True))
 
     def _body(self, prompt: Prompt, seed: int, outputs: int) -> dict[str, Any]:
         every_token, dialect = _DIALECTS[self.config.server]
@@ -268,18 +296,20 @@ class RemoteSampler:
         return [self._reader.output(choices[numbers.index(number)], prompt) for number in range(outputs)]
 
 
-def _requests(numbers: Sequence[int], most: int) -> Iterator[range]:
-    """The numbers, in runs of consecutive ones, of at most so many."""
-    first = 0
-    for i in range(1, len(numbers) + 1):
-        if i == len(numbers) or i - first == most or numbers[i] != numbers[i - 1] + 1:
-            yield range(numbers[first], numbers[i - 1] + 1)
-            first = i
+def group_of(prompt: Prompt, answers: Sequence[Answer]) -> SampledGroup:
+    """A prompt's group, with the servers' log-probs."""
+    return SampledGroup(
+        prompt,
+        [answer.output for answer in answers],
+        proposal_logprobs=[answer.logprob for answer in answers],
+        policy_steps=[answer.step for answer in answers],
+    )
 
 
 @contextlib.contextmanager
-def _in_background(work: Callable, outcome: queue.SimpleQueue) -> Iterator[None]:
-    """Runs the coroutine function in a thread of its own; its error, or None at its end, is put into ``outcome``.
+def in_background(work: Callable, outcome: queue.SimpleQueue) -> Iterator[asyncio.AbstractEventLoop]:
+    """Runs the coroutine function in a thread and an event loop of its own; its error, or None at its end, is put into
+    ``outcome``.
 
     Leaving the context cancels it and waits for that: no request outlives it.
     """
@@ -302,7 +332,7 @@ def _in_background(work: Callable, outcome: queue.SimpleQueue) -> Iterator[None]
     thread = threading.Thread(target=run, name="rollout.remote", daemon=True)
     thread.start()
     try:
-        yield
+        yield loop
     finally:
         with contextlib.suppress(RuntimeError):  # it has ended by itself
             loop.call_soon_threadsafe(task.cancel)

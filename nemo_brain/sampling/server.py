@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import uuid
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,18 @@ import httpx
 from nemo_brain.config.brain import RemoteConfig
 from nemo_brain.core.http import BadAnswer, HTTPClient, excerpt
 
-_INCOMPLETE = "incomplete"  # the version while weights are on their way
+_INCOMPLETE = "incomplete"  # the version of weights that have not come in full
 _RESET = "/reset_prefix_cache?reset_running_requests=true"
 _PROBE_SECONDS = 10  # for answers that take no computing; a server that is late with them is not yet lost
+
+
+@dataclass(frozen=True)
+class Named:
+    """A server's weights by the name that it was told. life: another one whenever it is given ours and has others, as
+    after a start."""
+
+    version: str
+    life: str
 
 
 class Server(HTTPClient):
@@ -43,6 +54,7 @@ class Server(HTTPClient):
         )
         self.config = config
         self.waiting: str | None = None  # for a transfer of the weights: of "all", or of those that "changed"
+        self._life = ""  # to be told with these weights
         self._context = context
 
     async def failure(self, client: httpx.AsyncClient) -> str | None:
@@ -56,7 +68,14 @@ class Server(HTTPClient):
         return f"HTTP {response.status_code}" if response.status_code >= 500 else None
 
     async def bring(
-        self, client: httpx.AsyncClient, directory: Path | None, version: str | None, *, reload: bool, doubt: bool
+        self,
+        client: httpx.AsyncClient,
+        directory: Path | None,
+        version: str | None,
+        earlier: str | None = None,
+        *,
+        reload: bool,
+        doubt: bool,
     ) -> None:
         """Sees to it that the server has the weights of this version, and serves them; where they come by a process
         group, it is ``waiting`` for them afterwards.
@@ -64,6 +83,7 @@ class Server(HTTPClient):
         Args:
             directory: with these weights; None: there is none, or the server has them from its start.
             version: their name, which a server that can keep one is told.
+            earlier: the name of those before.
             reload: whatever the server says.
             doubt: also if the server cannot say which version it has.
 
@@ -73,35 +93,41 @@ class Server(HTTPClient):
         """
         await self._check(client)
         if self.config.transfer == "process_group" and version is not None:
-            await self._see_whether_to_wait(client, version, reload)
+            await self._see_whether_to_wait(client, version, earlier, reload)
         if directory is None:
             return
-        found = await self.version(client)
-        if reload or (doubt if found is None else found != version):
+        found = await self.named(client)
+        if reload or (doubt if found is None else found.version != version):
             await self._reload(client, directory)
             await self._check(client)
             if found is not None:
-                await self._tell_version(client, str(version))
+                ours = found.version in (version, earlier)
+                await self._tell(client, Named(str(version), found.life if ours else _new_life()))
 
-    async def _see_whether_to_wait(self, client: httpx.AsyncClient, version: str, reload: bool) -> None:
-        found = await self.version(client)
+    async def _see_whether_to_wait(
+        self, client: httpx.AsyncClient, version: str, earlier: str | None, reload: bool
+    ) -> None:
+        found = await self.named(client)
         if found is None:
             raise self.error(
                 "the version of its weights",
                 "it keeps none (GET /weight_info), so that a restart would not be seen: start vLLM with "
                 "VLLM_SERVER_DEV_MODE=1, or set rollout.remote.transfer=directory",
             )
-        if reload or found != version:
+        if reload or found.version != version:
             # Versions of one run differ by the number of steps alone.
-            ours = found.rpartition("-")[0] == version.rpartition("-")[0]
-            self.waiting = "changed" if ours and not (reload and found == version) else "all"
+            ours = found.version.rpartition("-")[0] == version.rpartition("-")[0]
+            self.waiting = "changed" if ours and not (reload and found.version == version) else "all"
+            self._life = found.life if found.version in (version, earlier) else _new_life()
 
-    async def version(self, client: httpx.AsyncClient) -> str | None:
-        """The name that the weights were given, as vLLM keeps it until it ends; None: the server keeps none."""
+    async def named(self, client: httpx.AsyncClient) -> Named | None:
+        """What the server says that it has, as vLLM and SGLang keep it until they end; None: it says nothing."""
         with contextlib.suppress(httpx.RequestError, ValueError, KeyError, TypeError):
-            response = await client.get(self.url + "/weight_info", headers=self._headers(), timeout=_PROBE_SECONDS)
+            path = "/model_info" if self.config.server == "sglang" else "/weight_info"
+            response = await client.get(self.url + path, headers=self._headers(), timeout=_PROBE_SECONDS)
             if response.is_success:
-                return str(response.json()["weight_version"])
+                version, _, life = str(response.json()["weight_version"]).partition(":")
+                return Named(version, life)
         return None
 
     async def workers(self, client: httpx.AsyncClient) -> list[dict[str, Any]]:
@@ -130,20 +156,27 @@ class Server(HTTPClient):
         Raises:
             ValueError: they have not arrived.
         """
-        await self._tell_version(client, _INCOMPLETE)
-        await self._call(client, "its weights (nemo_brain_receive)", _rpc("nemo_brain_receive", **arguments))
+        try:
+            await self._call(client, "its weights (nemo_brain_receive)", _rpc("nemo_brain_receive", **arguments))
+        except ValueError:
+            with contextlib.suppress(ValueError):  # it is gone
+                await self._tell(client, Named(_INCOMPLETE, _new_life()))
+            raise
 
     async def received(self, client: httpx.AsyncClient, version: str) -> None:
         """What there is to do once the weights have come. ValueError: it cannot be done."""
         await self._call(client, "its prefix cache", {"path": _RESET})
         await self._check(client)
-        await self._tell_version(client, version)
+        await self._tell(client, Named(version, self._life))
         self.waiting = None
 
-    async def _tell_version(self, client: httpx.AsyncClient, version: str) -> None:
-        await self._call(
-            client, "the version of its weights", {"path": "/update_weight_version", "json": {"new_version": version}}
-        )
+    async def _tell(self, client: httpx.AsyncClient, named: Named) -> None:
+        name = f"{named.version}:{named.life}"
+        body: dict[str, Any] = {"new_version": name}
+        if self.config.server == "sglang":  # which otherwise ends all requests that are running
+            body["abort_all_requests"] = False
+        step = {"path": "/update_weight_version", "json": body}
+        await self._call(client, "the version of its weights", step)
 
     async def _check(self, client: httpx.AsyncClient) -> None:
         """Returns once the server answers and serves the model; ValueError if it serves none like it."""
@@ -216,6 +249,10 @@ class Server(HTTPClient):
         if process.returncode:
             last = output.decode(errors="replace").strip()[-500:]
             raise self.error(name, f"{command}: exit status {process.returncode}: {last}")
+
+
+def _new_life() -> str:
+    return uuid.uuid4().hex[:8]
 
 
 def _rpc(method: str, **arguments: Any) -> dict[str, Any]:

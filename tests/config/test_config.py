@@ -26,8 +26,9 @@ from nemo_brain.training.build import (
     world_size,
 )
 
-# Configurations of another kind: ServeConfig, and those of test_evaluation.py, test_reward_model.py and test_sft.py.
-OTHERS = {"evaluate", "serve_reward", "reward_model", "sft"}
+# Configurations of another kind: ServeConfig, and those of test_calibrate.py, test_evaluation.py, test_reward_model.py
+# and test_sft.py.
+OTHERS = {"calibrate", "evaluate", "serve_reward", "reward_model", "sft"}
 CONFIGS = sorted({path.stem for path in (ROOT / "conf").glob("*.yaml")} - OTHERS)
 
 

@@ -19,6 +19,7 @@ from toy_runs import ROOT, composed
 from nemo_brain.cli.estimate import estimate
 from nemo_brain.cli.main import COMMANDS
 from nemo_brain.config.brain import Config, check
+from nemo_brain.config.calibrate import check_calibration
 from nemo_brain.config.evaluate import check_evaluation
 from nemo_brain.config.reward_model import check_reward_config
 from nemo_brain.config.serve_reward import check_serve
@@ -30,6 +31,7 @@ CONFIGURED = {
     "sft": ("sft", check_sft_config),
     "reward-model": ("reward_model", check_reward_config),
     "evaluate": ("evaluate", check_evaluation),
+    "calibrate": ("calibrate", check_calibration),
     "serve-reward": ("serve_reward", check_serve),
 }
 RUN_ELSEWHERE = {ROOT / "docs" / "tutorial.md"}  # whole, by test_tutorial.py

@@ -12,6 +12,7 @@ from completion_server import END, VOCAB, CompletionServer, save_model
 from demonstrations import sft_config, write_demonstrations
 from models import chat_llama
 from ranks import run_ranks
+from remote_runs import RELOAD, remote
 from reward_runs import TOY, reward_config, write_pairs
 from small_runs import SMALL
 from toy_runs import ROOT, composed, toy_config
@@ -70,10 +71,8 @@ def test_the_page_names_what_a_training_writes_and_nothing_else(kind, tmp_path):
             (more,) = run_ranks(written, 1, kind, tmp_path / refresh, f"rollout.refresh={refresh}")
             found["iteration"] |= more["iteration"]
         with CompletionServer(save_model(tmp_path / "served", VOCAB, END)) as server:
-            load = "{path: /collective_rpc, json: {method: nemo_brain_load, kwargs: {path: '{path}'}}}"
-            load += ", {path: /reset_prefix_cache}"
-            keys = f"url: {server.url}, model: policy, export_to: {tmp_path}/policy, reload: [{load}]"
-            (more,) = run_ranks(written, 1, kind, tmp_path / "remote", f"rollout.remote={{{keys}}}")
+            ahead = [*remote(server, tmp_path, reload=RELOAD), "rollout.ahead=1", "rollout.rescore_proposal=false"]
+            (more,) = run_ranks(written, 1, kind, tmp_path / "remote", *ahead)
         found["iteration"] |= more["iteration"]
     expected = told(SECTIONS[kind])
     expected["step"] |= told("Every step")["step"]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import os
 import shutil
 import signal
@@ -34,6 +35,7 @@ from nemo_brain.core.groups import Prompt, SampledGroup
 from nemo_brain.data.stop import Stop
 from nemo_brain.model.weights import load_weights
 from nemo_brain.report.metrics import read_metrics
+from nemo_brain.sampling.pool import ServedWeights
 from nemo_brain.sampling.remote import RemoteSampler
 from nemo_brain.sampling.sampler import SamplingOptions
 from nemo_brain.sampling.transfer import Transfer
@@ -115,7 +117,7 @@ class VLLM:
             process.wait()
 
     def version(self) -> str:
-        return httpx.get(f"{self.url}/weight_info").json()["weight_version"]
+        return httpx.get(f"{self.url}/weight_info").json()["weight_version"].partition(":")[0]
 
 
 @pytest.fixture(scope="module")
@@ -142,13 +144,15 @@ def shared_memory():
         yield Path(path)
 
 
-def metrics_of(url: str, *overrides: str, **keys: str) -> list[dict]:
+def metrics_of(url: str, *overrides: str, kept=None, **keys: str) -> list[dict]:
+    """Of a run, whose directory is ``kept`` if it is to stay."""
     logging.disable(logging.WARNING)
     given = {"url": url, "model": "policy", "concurrency": 8, **keys}
     remote = "rollout.remote={" + ", ".join(f"{key}: {value}" for key, value in given.items()) + "}"
     with tempfile.TemporaryDirectory() as scratch:
-        run(composed("quickstart", f"run_dir={scratch}/run", *QUIET, *RUN, remote, *overrides))
-        return read_metrics(Path(scratch, "run", "metrics.jsonl"))
+        run_dir = kept or Path(scratch, "run")
+        run(composed("quickstart", f"run_dir={run_dir}", *QUIET, *RUN, remote, *overrides))
+        return read_metrics(run_dir / "metrics.jsonl")
 
 
 def test_every_iterations_policy_is_sampled_from_by_way_of_shared_memory(server, shared_memory):
@@ -161,6 +165,49 @@ def test_every_iterations_policy_is_sampled_from_by_way_of_shared_memory(server,
     assert all(record["proposal_gap"] < 1e-3 for record in iterations)
     assert iterations[2]["kl_to_prior"] != 0
     assert server.version().endswith("-2"), "the number of optimizer steps"
+
+
+def test_outputs_sampled_ahead_have_the_log_probs_of_the_weights_that_drew_them(server, shared_memory, tmp_path):
+    """Two iterations ahead, so that outputs are under way whenever new weights come: these have an older policy's
+    log-probs up to a token, and a newer one's from there on."""
+    policies, run_dir = shared_memory / "policies", tmp_path / "run"
+    policies.mkdir()
+    keep = f"{{command: [bash, -c, 'cp -r {{path}} {policies}/$(ls {policies} | wc -l)']}}"
+    options = ("trainer.max_iterations=4", "rollout.ahead=2", "rollout.rescore_proposal=false")
+    options += ("rollout.max_new_tokens=48", "rollout.outputs_per_prompt=8", "rollout.save=true")
+    keys = {"export_to": shared_memory / "policy", "reload": f"[{keep}, {LOAD}, {RESET}]"}
+    keys |= {"concurrency": "2", "kept": run_dir}
+    (metrics,) = run_ranks(metrics_of, 1, server.url, *options, **keys)
+    iterations = [record for record in metrics if record["kind"] == "iteration"]
+    print([{k: v for k, v in record.items() if k.startswith("ahead/") or "seconds" in k} for record in iterations])
+    assert [record["ahead/steps"] > 0 for record in iterations] == [False, True, True, True]
+    models = [
+        AutoModelForCausalLM.from_pretrained(policies / str(step), dtype=torch.float32).eval() for step in range(4)
+    ]
+    unmatched, mixed = 0, 0
+    for line in (run_dir / "rollouts.jsonl").read_text().splitlines():
+        group = json.loads(line)
+        for output in group["outputs"]:
+            values = [token_logprobs(model, group["prompt_token_ids"], output["token_ids"]) for model in models]
+            first, total = output["policy_step"], output["proposal_logprob"]
+            sums = [
+                math.fsum(values[first][:t] + values[last][t:])
+                for last in range(first, 4)
+                for t in range(1, len(output["token_ids"]) + 1)
+            ]
+            whole = abs(math.fsum(values[first]) - total) < 2e-3  # fp32, 48 tokens: 2e-5 each
+            mixed += not whole and min(abs(value - total) for value in sums) < 2e-3
+            unmatched += min(abs(value - total) for value in sums) >= 2e-3
+    print("of two policies:", mixed, "unmatched:", unmatched)
+    assert mixed > 0
+    # Between the reload and the reset a token may be drawn by new weights from keys and values of the old ones.
+    assert unmatched <= 2 * 3, "no more than are under way when weights come"
+
+
+def token_logprobs(model: AutoModelForCausalLM, prompt: list[int], tokens: list[int]) -> list[float]:
+    with torch.no_grad():
+        logits = model(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1]
+    return logits.log_softmax(-1).gather(1, torch.tensor(tokens)[:, None])[:, 0].tolist()
 
 
 def test_a_reload_that_leaves_the_tied_output_layer_ends_the_run(server, tmp_path):
@@ -222,7 +269,7 @@ def sampler(server: VLLM, smollm2: Path, directory: Path | None, tokens: int, *o
         ]
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
     options = SamplingOptions(outputs=8, max_new_tokens=tokens, stop=Stop((tokenizer.eos_token_id,)))
-    return RemoteSampler(config, options, tokenizer, len(tokenizer), 128, directory, "a version")
+    return RemoteSampler(config, options, tokenizer, len(tokenizer), 128, ServedWeights(directory, "a version"))
 
 
 def give(ours: RemoteSampler, model: AutoModelForCausalLM, names: str = "") -> list[str]:

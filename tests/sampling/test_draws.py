@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
 import numpy as np
+import pytest
 import torch
 import torch.distributed as dist
 from devices import Operations
@@ -10,7 +17,8 @@ from laws import SIGNIFICANT, chi_square
 from ranks import run_ranks
 from scipy import stats
 
-from nemo_brain.sampling.draws import draw_tokens, uniforms
+from nemo_brain.sampling import draws as draws_module
+from nemo_brain.sampling.draws import agrees, draw_tokens, uniforms
 
 
 def test_uniforms_are_uniform_and_keyed_by_every_part():
@@ -115,6 +123,21 @@ def test_on_a_device_the_number_of_operations_does_not_grow_with_the_rows():
     assert counts[0] == counts[1] < 100 < counts[2]
 
 
+def test_kernels_take_the_place_of_half_of_the_operations(monkeypatch):
+    """Beside the two of them, which are not counted. The meta device has no use for what they compute."""
+    kernels = SimpleNamespace(
+        block_masses=lambda logits, *_: (torch.empty(64, 251, device="meta"), torch.empty(64, 251, device="meta")),
+        find_columns=lambda logits, *_: torch.empty(64, dtype=torch.int64, device="meta"),
+    )
+    monkeypatch.setattr(draws_module, "_kernels", lambda device: kernels)
+    with Operations() as operations:
+        draws = torch.full((64,), 0.5, dtype=torch.float64, device="meta")
+        draw_tokens(torch.zeros(64, 128_256, device="meta"), draws, 128_256)
+    assert len(operations.shapes) < 55
+    made = [shape for shape in operations.shapes if len(shape) == 2 and shape[1] > 251]
+    assert made == [(64, 128_256)], "nothing but the logits has the vocabulary's size"
+
+
 def test_a_row_without_a_law_has_no_token_and_masked_columns_are_never_drawn():
     """Split over ranks as well: one rank alone has the NaN, or nothing but -inf."""
     law = torch.randn(9, 48, generator=torch.Generator().manual_seed(1))
@@ -137,3 +160,82 @@ def test_a_row_without_a_law_has_no_token_and_masked_columns_are_never_drawn():
                 # fp32 exponentials and quotients.
                 torch.testing.assert_close(values[4:], exact.gather(1, found[4:, None])[:, 0], atol=2e-6, rtol=0)
                 assert found[5] >= 24 and found[6] == 17
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """Triton's kernels, interpreted (see conftest.py), in the place of many operations."""
+    pytest.importorskip("triton")
+    found = importlib.import_module("nemo_brain.sampling.draw_kernels")
+    monkeypatch.setattr(draws_module, "_kernels", lambda device: found)
+    return found
+
+
+@pytest.mark.parametrize("temperature", [1.0, 1.7])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kernels_draw_the_first_token_whose_cumulative_probability_exceeds_the_draw(kernels, temperature, dtype):
+    generator = torch.Generator().manual_seed(0)
+    law = (2 * torch.randn(24, 1300, generator=generator)).to(dtype)  # two blocks and a part of one
+    law[:8, 512:1024] = -torch.inf
+    law[8:16, :700] -= 200  # no weight in fp32
+    law[:, 1200:] = 60.0  # padding
+    uniform = torch.rand(24, generator=generator, dtype=torch.float64)
+    uniform[:3] = torch.tensor([1e-300, 1 - 2.0**-53, 0.5])
+    tokens, logprobs = draw_tokens(law, uniform, 1200, temperature=temperature)
+    exact = (law[:, :1200].double() / temperature).log_softmax(-1)
+    assert torch.equal(tokens, (exact.exp().cumsum(-1) <= uniform[:, None]).sum(-1).clamp(max=1199))
+    # fp32 logits, divided by the temperature, and fp32 sums of blocks.
+    torch.testing.assert_close(logprobs, exact.gather(1, tokens[:, None])[:, 0], atol=2e-6, rtol=0)
+
+
+def test_kernels_see_rows_without_a_law_and_never_draw_what_has_no_probability(kernels):
+    law = torch.randn(6, 600, generator=torch.Generator().manual_seed(1))
+    law[0, 30], law[1, 3], law[2] = torch.nan, torch.inf, -torch.inf
+    law[3, :599] = -torch.inf
+    law[4] = torch.tensor([-torch.inf, 0.0]).repeat(300)
+    law[5] = torch.finfo(torch.float32).min
+    # In row 4 the draw equals a cumulative probability, and the next token has none.
+    draws = torch.tensor([0.4, 0.4, 0.4, 1 - 2.0**-53, 0.5, 0.25], dtype=torch.float64)
+    tokens, _ = draw_tokens(law, draws, 600)
+    assert tokens.tolist() == [-1, -1, -1, 599, 301, 150]
+
+
+def test_kernels_are_used_only_where_they_draw_what_they_should(kernels):
+    assert agrees(kernels, torch.device("cpu"))
+    late = SimpleNamespace(
+        block_masses=kernels.block_masses,
+        find_columns=lambda *args, **options: kernels.find_columns(*args, **options) + 1,
+    )
+    assert not agrees(late, torch.device("cpu"))
+    heavy = SimpleNamespace(
+        block_masses=lambda *args: [part * 1.001 for part in kernels.block_masses(*args)],
+        find_columns=kernels.find_columns,
+    )
+    assert not agrees(heavy, torch.device("cpu"))
+
+
+COMPILE = """
+import sys
+from triton import compile
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from nemo_brain.sampling import draw_kernels
+numbers = dict(stride="i32", columns="i32", blocks="i32", temperature="fp32", BLOCK="constexpr", BLOCKS="constexpr")
+masses, find = dict(peaks="*fp32", sums="*fp32"), dict(peaks="*fp64", ends="*fp64", locals_="*fp64", found="*i64")
+for capability in (80, 90, 100):
+    for logits in ("*fp32", "*bf16"):
+        for kernel, given, blocks in ((draw_kernels._masses, masses, 8), (draw_kernels._find, find, 256)):
+            sizes = {"BLOCK": 512, "BLOCKS": blocks}
+            source = ASTSource(kernel, signature={"logits": logits, **given, **numbers}, constexprs=sizes)
+            print(len(compile(source, target=GPUTarget("cuda", capability, 32)).asm["cubin"]))
+"""
+
+
+def test_kernels_compile_for_cards(tmp_path):
+    """Ampere, Hopper and Blackwell: what no interpreter shows."""
+    pytest.importorskip("triton")
+    environment = {"TRITON_CACHE_DIR": str(tmp_path), "TRITON_INTERPRET": "0"}
+    run = subprocess.run(
+        [sys.executable, "-c", COMPILE], env=os.environ | environment, capture_output=True, text=True, check=True
+    )
+    assert len([int(size) for size in run.stdout.split() if int(size) > 0]) == 12

@@ -34,6 +34,7 @@ from nemo_brain.data.stop import Stop
 from nemo_brain.data.tokenizers import decode
 from nemo_brain.sampling import pool as pool_module
 from nemo_brain.sampling import remote as remote_module
+from nemo_brain.sampling.pool import ServedWeights
 from nemo_brain.sampling.remote import RemoteSampler, request_seed
 from nemo_brain.sampling.sampler import SamplingOptions
 
@@ -58,7 +59,7 @@ def sampler(where: CompletionServer | str | list[str], options: SamplingOptions 
     directory, version = config.pop("directory", None), config.pop("version", None)
     limits = {"timeout_seconds": 20.0, "request_timeout_seconds": 10.0, "concurrency": 8}
     remote = RemoteConfig(url=url, model="policy", **{**limits, **config})
-    return RemoteSampler(remote, options, TOKENIZER, VOCAB, directory=directory, version=version)
+    return RemoteSampler(remote, options, TOKENIZER, VOCAB, weights=ServedWeights(directory, version))
 
 
 def finished(sampler: RemoteSampler, prompts=PROMPTS, seed=1, iteration=2, **options) -> Iterator:
@@ -479,7 +480,7 @@ def test_ranks_share_a_server(directory, tmp_path):
         ({"path": "/gone", "method": "PUT"}, r"PUT \S+/gone: HTTP 501"),
         (
             {"path": "/update_weights_from_disk", "json": {"model_path": "{path}"}},
-            r"HTTP 200: .*Failed to load the weights",
+            r"HTTP 400: .*sees no safetensors files in /policy",
         ),
         ({"url": "http://127.0.0.1:9/x"}, r"POST http://127\.0\.0\.1:9/x: ConnectError"),
         ({"command": ["/no/such/program"]}, r"No such file"),
@@ -553,11 +554,11 @@ def test_what_a_server_serves_is_looked_at_before_it_is_changed(directory, polic
         with pytest.raises(ValueError, match=r"rollout\.remote\.model=other is not served; served: policy"):
             wrong.refresh(reload=True)
         server.context = 99
-        long = RemoteSampler(wrong.config, OPTIONS, TOKENIZER, VOCAB, 100, policy, "1")
+        long = RemoteSampler(wrong.config, OPTIONS, TOKENIZER, VOCAB, 100, ServedWeights(policy, "1"))
         long.config.model = "policy"
         with pytest.raises(ValueError, match=r"the context of policy there is 99 tokens.* are 100: .*--max-model-len"):
             long.refresh(reload=True)
-        gone = sampler(server, reload=LOAD, directory="/gone", version="1")
+        gone = sampler(server, reload=LOAD, directory=Path("/gone"), version="1")
         with pytest.raises(ValueError, match=r"reload\[0\].*this server sees no safetensors files in /gone"):
             gone.refresh(reload=True)
         assert not server.loads and server.version == "default"
@@ -569,7 +570,7 @@ def test_weights_are_loaded_again_only_where_the_server_has_others(directory, po
         ours = sampler(server, reload=LOAD, directory=policy, version="1")
         ours.refresh(reload=True)
         ours.refresh(reload=False)
-        assert len(server.loads) == 1 and server.version == "1"
+        assert len(server.loads) == 1 and server.version.startswith("1:")
         server.kill()
         server.restart()
         assert server.version == "default"
@@ -577,13 +578,21 @@ def test_weights_are_loaded_again_only_where_the_server_has_others(directory, po
         assert len(server.loads) == 2 and are_of(sampled(ours), policy)
 
 
-@pytest.mark.parametrize("versions", [True, False], ids=["it says which weights it has", "it does not"])
+@pytest.mark.parametrize(
+    ("kind", "versions"),
+    [("vllm", True), ("vllm", False), ("sglang", True)],
+    ids=["it says which weights it has", "it does not", "SGLang"],
+)
 @pytest.mark.parametrize("end", ["kill", "terminate"])
-def test_a_server_that_is_started_again_meanwhile_gets_the_weights_first(directory, policy, short_watch, end, versions):
+def test_a_server_that_is_started_again_meanwhile_gets_the_weights_first(
+    directory, policy, short_watch, end, kind, versions
+):
     """Requests that hang are given up when /health fails; the same outputs come as without it."""
-    with CompletionServer(directory) as server:
+    with CompletionServer(directory, kind) as server:
         server.versions = versions
-        ours = sampler(server, reload=LOAD, directory=policy, version="1", request_timeout_seconds=300.0)
+        load = LOAD if kind == "vllm" else [{"path": "/update_weights_from_disk", "json": {"model_path": "{path}"}}]
+        keys = {"server": kind, "reload": load, "request_timeout_seconds": 300.0}
+        ours = sampler(server, directory=policy, version="1", **keys)
         ours.refresh(reload=True)
         expected = sampled(ours)
         assert are_of(expected, policy)
@@ -613,7 +622,7 @@ def test_weights_that_a_server_changes_on_its_own_are_seen_by_their_version(dire
 
         server.before = other
         sampled(ours)
-        assert len(server.loads) == 2 and server.version == "1"
+        assert len(server.loads) == 2 and server.version.startswith("1:")
 
         def always(body) -> None:
             server.version = "another run's"
@@ -645,7 +654,7 @@ def test_several_servers_share_the_work_and_a_lost_one_is_taken_back(directory, 
         first.before = lambda body: time.sleep(0.05)
         groups = sampled(ours, many)
         assert len(groups) == 12 and are_of(groups, policy)
-        assert len(second.loads) == 2 and second.version == "1", "taken back, with the weights"
+        assert len(second.loads) == 2 and second.version.startswith("1:"), "taken back, with the weights"
 
         second.kill()
         with pytest.warns(UserWarning, match=rf"{second.url} is left out: ConnectError"):
@@ -665,7 +674,7 @@ def test_a_slower_server_gets_less(directory):
 def test_a_server_whose_model_a_reload_has_destroyed_is_not_waited_for_forever(directory, short_watch):
     """vLLM's own reload of a directory that it does not see: /health says nothing, the next request ends it."""
     with CompletionServer(directory) as server:
-        gone = sampler(server, reload=RELOAD, directory="/gone", version="1", timeout_seconds=1.5)
+        gone = sampler(server, reload=RELOAD, directory=Path("/gone"), version="1", timeout_seconds=1.5)
         with pytest.raises(ValueError, match=r"reload\[0\].*Repo id must be in the form"):
             gone.refresh(reload=True)
         with pytest.raises(ValueError, match=r"within rollout\.remote\.timeout"):

@@ -20,6 +20,7 @@ from nemo_brain.core import http as http_client
 from nemo_brain.core.groups import Prompt, SampledGroup
 from nemo_brain.data.stop import Stop
 from nemo_brain.sampling import transfer as transfer_module
+from nemo_brain.sampling.pool import ServedWeights
 from nemo_brain.sampling.remote import RemoteSampler
 from nemo_brain.sampling.sampler import SamplingOptions
 from nemo_brain.sampling.transfer import Transfer
@@ -49,12 +50,12 @@ def policy(start):
     return model
 
 
-def sampler(*servers: CompletionServer, version: str = "run-1", **keys) -> RemoteSampler:
+def sampler(*servers: CompletionServer, version: str | None = "run-1", **keys) -> RemoteSampler:
     options = SamplingOptions(outputs=3, max_new_tokens=6, stop=Stop((END,)))
     limits = {"timeout_seconds": 20.0, "request_timeout_seconds": 10.0, "concurrency": 4}
     url = [server.url for server in servers]
     config = RemoteConfig(url=url, model="policy", transfer="process_group", **{**limits, **keys})
-    return RemoteSampler(config, options, TOKENIZER, VOCAB, version=version)
+    return RemoteSampler(config, options, TOKENIZER, VOCAB, weights=ServedWeights(version=version))
 
 
 def give(sampler: RemoteSampler, model, version: str = "run-1", names=lambda name: True) -> list[str]:
@@ -89,7 +90,9 @@ def test_every_server_has_the_weights_as_they_were_sent(start, policy, monkeypat
         assert not are_of(sampler(first, second, version=None), policy)
         assert give(ours, policy) == [first.url, second.url]
         for server in first, second:
-            assert server.version == "run-1" and list(server.received[0]) == [n for n, _ in policy.named_parameters()]
+            assert server.version.startswith("run-1:") and list(server.received[0]) == [
+                n for n, _ in policy.named_parameters()
+            ]
             assert are_of(sampler(server), policy)
         assert not ours.waiting
 
@@ -170,7 +173,7 @@ def test_a_worker_that_fails_in_the_middle_ends_the_transfer_with_its_error(star
         server.during = fail
         with pytest.raises(ValueError, match=r"its weights \(nemo_brain_receive\).*HTTP 500.*no place for model\."):
             give(sampler(server), policy)
-        assert server.version == "incomplete", "it is not taken for one that has the weights"
+        assert server.version.startswith("incomplete:"), "it is not taken for one that has the weights"
 
 
 def test_a_transfer_that_is_cut_short_leaves_a_server_that_can_be_given_them_again(start, policy, monkeypatch):
@@ -184,7 +187,7 @@ def test_a_transfer_that_is_cut_short_leaves_a_server_that_can_be_given_them_aga
         del transfer  # as when its process ends
         with pytest.raises(ValueError, match="the weights did not arrive in full"):
             answer.result(20)
-        assert server.version == "incomplete"
+        assert server.version.startswith("incomplete:")
         with contextlib.suppress(ValueError):
             assert not are_of(sampler(server, version=None), policy)
         assert give(sampler(server), policy) == [server.url] and are_of(sampler(server), policy)

@@ -18,7 +18,9 @@ from pathlib import Path
 import lightning.pytorch as pl
 import pytest
 import torch
+from completion_server import TINY, CompletionServer, save_model
 from ranks import run_ranks
+from remote_runs import RELOAD, remote
 from tokenizers import Tokenizer, models, pre_tokenizers
 from toy_runs import toy_config
 from transformers import PreTrainedTokenizerFast
@@ -151,3 +153,17 @@ def test_a_higher_reward_is_not_the_posterior():
     dpo_sft = trained(*DPO_SFT)
     assert mean_reward(dpo_sft.policy) > mean_reward(dpo_sft.posterior(min(GAMMAS)))
     assert min(dpo_sft.distance(gamma) for gamma in GAMMAS) > 4 * BOUND
+
+
+@pytest.mark.slow
+def test_samples_of_older_policies_lead_to_the_posterior_too(tmp_path):
+    """A server samples two iterations ahead, so that most outputs are of a policy that is none any more."""
+    gamma, other = GAMMAS
+    with CompletionServer(save_model(tmp_path / "other", TINY, END)) as server:
+        options = remote(server, tmp_path, reload=RELOAD, concurrency=16)
+        ahead = ("rollout.ahead=2", "rollout.rescore_proposal=false", "rollout.outputs_per_prompt=32")
+        brain = trained(f"objective.gamma={gamma}", *options, *ahead)
+        assert len(server.named) == 40
+    assert variation(brain.prior, brain.posterior(gamma)) > 4 * BOUND
+    assert brain.distance(gamma) < BOUND
+    assert brain.distance(other) > 4 * BOUND

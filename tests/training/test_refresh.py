@@ -123,13 +123,39 @@ def test_the_proposal_is_refreshed_where_the_policy_is_nearer_to_the_target(adap
         moved = moved or nearer[iteration]
 
 
+OFFLOAD = "prior.placement=offload"
+LORA = ("model.peft={dim: 4}", "optim.lr=3e-2")
+
+
+def trained(run_dir: Path, *overrides: str) -> tuple[list[dict], list[dict]]:
+    """All outputs with their log-probs, and what each iteration's record says of the proposal."""
+    train(run_dir, "trainer.max_iterations=6", "rollout.save=true", *ADAPTIVE, *overrides)
+    return outputs(run_dir), [record["kl_target_proposal"] for record in records(run_dir, "iteration")]
+
+
+def test_an_offloaded_proposal_is_the_resident_one_to_the_last_bit(adaptive, tmp_path):
+    resident = outputs(adaptive), [record["kl_target_proposal"] for record in records(adaptive, "iteration")]
+    assert trained(tmp_path, OFFLOAD) == resident
+
+
+def test_with_adapters_the_proposal_is_another_set_of_them_wherever_the_prior_is(tmp_path):
+    placements = ("resident", "offload", "adapter_off")
+    first, *others = (trained(tmp_path / where, *LORA, f"prior.placement={where}") for where in placements)
+    assert any(abs(o["proposal_logprob"] - o["prior_logprob"]) > 1e-3 for o in first[0]), "one has been taken"
+    assert others == [first, first]
+
+
 def test_where_it_is_asked_less_often_it_changes_less_often(adaptive, tmp_path):
     train(tmp_path, "trainer.max_iterations=6", *ADAPTIVE, "rollout.refresh_every=4")
     asked = ["kl_target_policy" in record for record in records(tmp_path, "iteration")]
     assert asked == [True, False, False, False, True, False]
 
 
-@pytest.mark.parametrize("layout", [[TP2], [PP2], [PP2, VIRTUAL], []], ids=["TP2", "PP2", "PP2, virtual stages", "DP2"])
+@pytest.mark.parametrize(
+    "layout",
+    [[TP2], [PP2], [PP2, VIRTUAL], [], [TP2, OFFLOAD], [PP2, OFFLOAD]],
+    ids=["TP2", "PP2", "PP2, virtual stages", "DP2", "TP2, offloaded", "PP2, offloaded"],
+)
 def test_an_adaptive_proposal_is_the_same_in_every_layout(layout):
     # Four iterations, so that a refreshed one samples.
     several = (*RUN, *ADAPTIVE, "rollout.prompts_per_iteration=4", "trainer.max_iterations=4")
@@ -137,13 +163,29 @@ def test_an_adaptive_proposal_is_the_same_in_every_layout(layout):
     compare(one[0], two, records=11)
 
 
-@pytest.mark.parametrize("step, other", [(7, []), (9, []), (9, [TP2])], ids=["in 7", "in 9", "in 9, on as TP2"])
-def test_an_adaptive_run_that_goes_on_has_the_proposal_that_it_had(tmp_path, step, other):
+@pytest.mark.parametrize(
+    "step, first, other",
+    [(7, [], []), (9, [], []), (9, [], [TP2]), (9, [OFFLOAD], [OFFLOAD]), (9, [OFFLOAD], [TP2])],
+    ids=["in 7", "in 9", "in 9, on as TP2", "offloaded", "offloaded, on as TP2 beside the policy"],
+)
+def test_an_adaptive_run_that_goes_on_has_the_proposal_that_it_had(tmp_path, step, first, other):
     options = (*ADAPTIVE, "optim.sched=null", "optim.lr=1e-3", "seed=2")
     expected, _ = resumed_runs.undisturbed(*options)
     kinds = [r for r in expected if r["kind"] == "iteration"]
     assert kinds[1]["kl_target_policy"] < kinds[1]["kl_target_proposal"], "the third iteration has another proposal"
-    assert run_ranks(resumed_runs.train, 1, str(tmp_path), *options, stop_after=step) == ["signal SIGTERM"]
+    assert run_ranks(resumed_runs.train, 1, str(tmp_path), *options, *first, stop_after=step) == ["signal SIGTERM"]
+    ranks = 1 + (TP2 in other)
+    assert run_ranks(resumed_runs.train, ranks, str(tmp_path), *options, *other) == ["finished"] * ranks
+    resumed_runs.compare(tmp_path, expected, tolerance=1e-5 if TP2 in other else 0)
+
+
+@pytest.mark.parametrize("other", [[], [PP2]], ids=["as it was", "on as PP2"])
+def test_an_adaptive_run_with_adapters_that_goes_on_has_those_that_it_had(tmp_path, other):
+    options = (*ADAPTIVE, *LORA, "optim.lr=1e-2", "prior.placement=adapter_off", "optim.sched=null", "seed=2")
+    expected, _ = resumed_runs.undisturbed(*options)
+    kinds = [r for r in expected if r["kind"] == "iteration"]
+    assert kinds[1]["kl_target_policy"] < kinds[1]["kl_target_proposal"], "the third iteration has another proposal"
+    assert run_ranks(resumed_runs.train, 1, str(tmp_path), *options, stop_after=9) == ["signal SIGTERM"]
     ranks = 1 + len(other)
     assert run_ranks(resumed_runs.train, ranks, str(tmp_path), *options, *other) == ["finished"] * ranks
     resumed_runs.compare(tmp_path, expected, tolerance=1e-5 if other else 0)
@@ -155,9 +197,8 @@ REMOTE = "rollout.remote={url: 'http://127.0.0.1:1', model: policy%s}"
 @pytest.mark.parametrize(
     "overrides, message",
     [
-        (["rollout.refresh=kl_adaptive", "prior.placement=offload"], "it needs prior.placement=resident"),
         (["rollout.refresh=kl_adaptive", "rollout.rescore_proposal=false"], "set rollout.rescore_proposal=true"),
-        (["rollout.refresh=kl_adaptive", REMOTE % ""], r"set rollout\.remote=null"),
+        (["rollout.refresh=kl_adaptive", REMOTE % ""], r"set rollout\.remote\.reload and rollout\.remote\.export_to"),
         (["rollout.refresh=sometimes"], "rollout.refresh must be .*always.*never"),
         (
             ["rollout.refresh=never", "data.train=null", "data.rollouts=x.jsonl"],

@@ -10,18 +10,9 @@ import torch
 from completion_server import END, VOCAB, CompletionServer, save_model
 from layouts import PP2, TP2
 from ranks import run_ranks
+from remote_runs import RUN, remote
 from toy_runs import recorded_run
 from transformers import AutoConfig, AutoModelForCausalLM
-
-RUN = (
-    "trainer.max_iterations=2",
-    "rollout.prompts_per_iteration=8",
-    "rollout.outputs_per_prompt=4",
-    "train.global_batch_size=4",
-    "train.micro_batch_tokens=64",
-    "data.holdout=4",
-    "optim.lr=3e-2",
-)
 
 
 @pytest.fixture
@@ -33,23 +24,7 @@ def server(tmp_path):
 
 def by_group(server: CompletionServer, **changes) -> list[str]:
     """``remote`` without a directory: over a process group."""
-    return remote(server, "", transfer="process_group", export_to="null", reload="null", **changes)
-
-
-def remote(server: CompletionServer, tmp_path, **changes) -> list[str]:
-    reload = "[{path: /collective_rpc, json: {method: nemo_brain_load, kwargs: {path: '{path}'}}},"
-    reload += "{path: /reset_prefix_cache}]"
-    keys = {
-        "url": server.url,
-        "model": "policy",
-        "concurrency": 4,
-        "timeout_seconds": 30,
-        "request_timeout_seconds": 20,
-        "export_to": f"{tmp_path}/policy",
-        "reload": reload,
-        **changes,
-    }
-    return ["rollout.remote={" + ", ".join(f"{key}: {value}" for key, value in keys.items()) + "}"]
+    return remote(server, Path(), transfer="process_group", export_to="null", reload="null", **changes)
 
 
 @pytest.mark.parametrize(
@@ -114,7 +89,14 @@ def recorded_by_client(server: CompletionServer, *overrides: str) -> dict:
     return recorded_run(*overrides)
 
 
-@pytest.mark.parametrize(("ranks", "layout"), [(1, []), (4, [PP2])], ids=["one process", "PP2 x DP2"])
+AHEAD = ["rollout.ahead=1", "rollout.rescore_proposal=false"]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "layout"),
+    [(1, []), (4, [PP2]), (2, [PP2, *AHEAD])],
+    ids=["one process", "PP2 x DP2", "PP2, sampling ahead"],
+)
 def test_a_server_that_comes_back_while_it_samples_is_given_the_weights_by_all_ranks(tmp_path, ranks, layout):
     """Its requests wait for that, and each replica gives them by itself."""
     with CompletionServer(another(start_model(tmp_path))) as server:
@@ -133,7 +115,7 @@ def test_a_server_that_comes_back_while_it_samples_is_given_the_weights_by_all_r
         not losses and len(server.received) >= 4 and all(received == server.received[0] for received in server.received)
     )
     iterations = [record for record in result["metrics"] if record["kind"] == "iteration"]
-    assert all(record["proposal_gap"] < 1e-4 for record in iterations)
+    assert len(iterations) == 2 and all(record.get("proposal_gap", 0) < 1e-4 for record in iterations)
 
 
 def fails(match: str, server: CompletionServer, tmp_path, *overrides: str, **keys) -> None:
@@ -249,6 +231,28 @@ def test_a_server_samples_from_the_start_model_that_is_not_refreshed(server, tmp
         assert all(body["temperature"] == 0.8 for body in right.bodies)
     gaps = [record["proposal_gap"] for record in result["metrics"] if record["kind"] == "iteration"]
     assert len(gaps) == 2 and max(gaps) < 1e-4
+
+
+ADAPTIVE = ("rollout.refresh=kl_adaptive", "objective.name=gdc++", "trainer.max_iterations=4", "optim.lr=3e-3")
+
+
+@pytest.mark.parametrize("ranks, placement", [(1, "resident"), (2, "offload")], ids=["one process", "PP2, offloaded"])
+def test_a_server_gets_the_proposal_when_that_changes_and_is_held_to_it(server, tmp_path, ranks, placement):
+    """The policy's own ranks sample for validations."""
+    layout = (f"prior.placement={placement}", *[PP2] * (ranks - 1))
+    result, *_ = run_ranks(recorded_run, ranks, *RUN, *ADAPTIVE, *layout, *remote(server, tmp_path))
+    iterations = [record for record in result["metrics"] if record["kind"] == "iteration"]
+    assert max(record["proposal_gap"] for record in iterations) < 1e-4
+    nearer = [record["kl_target_policy"] < record["kl_target_proposal"] for record in iterations]
+    assert 0 < sum(nearer[:3]) < 3
+    assert len(server.loads) == 1 + sum(nearer[:3]), "the start model, and each that sampled"
+
+
+def test_a_server_that_keeps_the_start_model_for_a_proposal_ends_the_run(server, tmp_path):
+    load = server.load
+    server.load = lambda path: load(path) if not server.loads[1:] else None
+    match = r"away from those of the proposal .*: it has the start model's weights"
+    fails(match, server, tmp_path, *ADAPTIVE, "data.holdout=4")
 
 
 def test_a_server_that_fails_ends_every_rank_with_its_error(server, tmp_path):

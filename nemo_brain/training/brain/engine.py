@@ -11,8 +11,11 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
+
+import torch
 
 from nemo_brain.config.brain import Config
 from nemo_brain.core.groups import Prompt, SampledGroup
@@ -23,6 +26,7 @@ from nemo_brain.training.brain.provenance import OUTLIER, diagnosis, gap_per_tok
 from nemo_brain.training.brain.strategy import BRAInStrategy
 
 _ATTEMPTS = 4  # an output is drawn at most so many times
+_MODELS = {"always": "the policy", "never": "the start model", "kl_adaptive": "the proposal"}
 _PROBES, _PROBE_TOKENS = 4, 16  # prompts that every engine samples for first, and tokens of each output
 
 
@@ -50,7 +54,7 @@ class EngineRollout:
         self._block = block
         self._max_gap = config.max_proposal_gap
         self._layout = config.layout
-        self._of_prior = config.rollout.refresh == "never"
+        self._refresh = config.rollout.refresh
         self._prompts: list[Prompt] = []
 
     @property
@@ -82,6 +86,23 @@ class EngineRollout:
             Interrupted: on every rank, when the run was asked to end meanwhile.
         """
         raise NotImplementedError
+
+    def begin(
+        self, prompts: Sequence[Prompt], options: SamplingOptions, seed: int, iteration: int
+    ) -> Iterator[tuple[int, SampledGroup]]:
+        """The groups of an iteration to come, for ``rollout.ahead``. On a replica's first rank alone."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Ends what ``begin`` has begun."""
+
+    @property
+    def lacking(self) -> bool:
+        """Whether what ``begin`` has begun waits, as far as this rank knows, for an engine that lacks the weights."""
+        return False
+
+    def mend(self, strategy: BRAInStrategy) -> None:
+        """Gives it the policy as it stands, which has not changed since ``refresh``. A collective of all ranks."""
 
     def _drawn(
         self,
@@ -122,13 +143,12 @@ class EngineRollout:
                 of_start = score(groups, lambda tokens: None, (temperature,))[0].tolist()
             reason = diagnosis(
                 raw=temperature != 1.0 and gap_per_token(answers, ours[0][mine]) <= self._max_gap,
-                start=not self._of_prior and gap_per_token(answers, of_start[mine]) <= self._max_gap,
+                start=self._refresh != "never" and gap_per_token(answers, of_start[mine]) <= self._max_gap,
             )
-            model = "the start model" if self._of_prior else "the policy"
             return (
                 f"{self._section}: {who}: its log-probs of {count} outputs of its own are {gap:.3g} nats per token "
-                f"away from those of {model} (rollout.max_proposal_gap is {self._max_gap:g}): {reason}. Nothing was "
-                "trained on its outputs"
+                f"away from those of {_MODELS[self._refresh]} (rollout.max_proposal_gap is {self._max_gap:g}): "
+                f"{reason}. Nothing was trained on its outputs"
             )
         return None
 
@@ -199,36 +219,33 @@ class EngineRollout:
     def _scorer(self, strategy: BRAInStrategy, temperature: float) -> Iterator[Callable[..., list[SampledGroup]]]:
         """Adds the log-probs that the ranks of this replica compute: ``f(groups)``."""
         temperatures = _temperatures(temperature)
-        with contextlib.ExitStack() as stack:
-            if self._of_prior:
-                prior = stack.enter_context(strategy.prior(alone=True))
-            else:
-                strategy.wait_for_param_gather()
+        # What else they are known to be, at temperature 1; a proposal of its own is neither.
+        name = {"always": "policy_logprobs", "never": "prior_logprobs"}.get(self._refresh)
+        with self._logprobs(strategy, alone=True) as logprobs:
 
             def score(groups: Sequence[SampledGroup]) -> list[SampledGroup]:
                 if not groups or not self._held:
                     return list(groups)
-                if self._of_prior:
-                    values_EGN = prior(groups, lambda tokens: None, temperatures)
-                else:
-                    values_EGN = strategy.policy_logprobs(groups, temperatures, lambda tokens: None, alone=True)
+                values_EGN = logprobs(groups, lambda tokens: None, temperatures)
                 plain, ours = values_EGN[0].tolist(), values_EGN[-1].tolist()
-                name = "prior_logprobs" if self._of_prior else "policy_logprobs"
                 scored = []
                 for group, first, last in zip(groups, plain, ours, strict=True):
                     n = len(group.outputs)
-                    scored.append(replace(group, rescored_logprobs=last[:n], **{name: first[:n]}))
+                    known: dict[str, Any] = {name: first[:n]} if name else {}
+                    scored.append(replace(group, rescored_logprobs=last[:n], **known))
                 return scored
 
             yield score
 
     def _scored(self, strategy: BRAInStrategy, groups: Sequence[SampledGroup], temperature: float) -> list[list]:
         """The model's log-probs at temperature 1 and the proposal's, [E, G, N]. A collective of all ranks."""
-        temperatures = _temperatures(temperature)
-        if not self._of_prior:
-            return strategy.policy_logprobs(groups, temperatures, lambda tokens: None).tolist()
-        with strategy.prior() as score:
-            return score(groups, lambda tokens: None, temperatures).tolist()
+        with self._logprobs(strategy, alone=False) as logprobs:
+            return logprobs(groups, lambda tokens: None, _temperatures(temperature)).tolist()
+
+    def _logprobs(self, strategy: BRAInStrategy, alone: bool) -> AbstractContextManager[Callable[..., torch.Tensor]]:
+        """Log-probs of the model that the servers are to have, as ``BRAInStrategy.prior`` gives the prior's."""
+        of = {"always": strategy.policy, "never": strategy.prior, "kl_adaptive": strategy.proposal}
+        return of[self._refresh](alone)
 
     def _blocks(self, answers: Iterable[tuple[int, SampledGroup] | None]) -> Iterator[list[tuple[int, SampledGroup]]]:
         """What the engine has finished, enough for a scoring pass at a time; nothing where they are waited for."""

@@ -20,7 +20,7 @@ from nemo_brain.data.rollouts import write_rollout
 from nemo_brain.data.stop import Stop
 from nemo_brain.durability.guards import nonfinite_rewards, warn_of_collapse, write_groups
 from nemo_brain.objectives import Objective, target_divergences
-from nemo_brain.report.evaluate import evaluate, rollout_metrics
+from nemo_brain.report.evaluate import evaluate, rollout_metrics, staleness_metrics
 from nemo_brain.report.progress import progress
 from nemo_brain.report.run_dir import writing
 from nemo_brain.sampling.sampler import SamplingOptions
@@ -64,6 +64,7 @@ class BRAInLoop:
         self.offline: list[SampledGroup] = [dataclasses.replace(group, prior_logprobs=None) for group in data.offline]
         rollout = config.rollout
         self._from_prior = rollout.refresh == "never"
+        self._ahead = rollout.ahead
         self._sampling = SamplingOptions(
             outputs=rollout.outputs_per_prompt,
             max_new_tokens=rollout.max_new_tokens,
@@ -83,14 +84,23 @@ class BRAInLoop:
         """Algorithm 1."""
         state, total = self.frame.state, self.config.trainer.max_iterations
         self.worker.setup()
+        try:
+            yield from self._iterations(state, total)
+        finally:
+            self.worker.close()
+
+    def _iterations(self, state: BRAInState, total: int) -> Steps:
         if self.held_out and not state.start:
             self._validate(0)
         elif self._validation_due():  # a run that was stopped in one
             self._validate(state.step // self.config.steps_per_iteration)
         for iteration in range(state.step // self.config.steps_per_iteration, total):
-            if not state.rollout:
-                with self.frame.saved_if_interrupted():
+            with self.frame.saved_if_interrupted():
+                if not state.rollout:
                     state.rollout = self._make_rollout(iteration)
+                elif self._ahead:  # a run that was stopped in its steps
+                    self.worker.refresh(state.step, self._sampling, self._prompts(iteration), iteration)
+                    self._begin(iteration)
             with progress(self.config.steps_per_iteration, f"iteration {iteration}: training", "steps") as bar:
                 bar.update(state.step % self.config.steps_per_iteration)
                 for batch, last in self._batches(iteration, state.rollout):
@@ -121,8 +131,12 @@ class BRAInLoop:
             else:
                 prompts = self._prompts(iteration)
                 # q' <- q
-                record |= self.worker.refresh(self.frame.state.step, self._sampling, prompts, iteration)
-                sampled = self.worker.sample(prompts, self._sampling, iteration, f"iteration {iteration}: sampling")
+                own = self.config.rollout.refresh == "kl_adaptive"
+                steps = self.frame.state.refreshed * self.config.steps_per_iteration if own else self.frame.state.step
+                record |= self.worker.refresh(steps, self._sampling, prompts, iteration)
+                with _timed(record, "ahead/wait_seconds") if self._ahead else contextlib.nullcontext():
+                    sampled = self.worker.sample(prompts, self._sampling, iteration, f"iteration {iteration}: sampling")
+                self._begin(iteration)
                 rewarded = self.worker.reward(sampled)
                 temperature = self._sampling.temperature if self.config.rollout.rescore_proposal else None
         with _timed(record, "score_seconds"):
@@ -133,6 +147,12 @@ class BRAInLoop:
         if self.config.rollout.refresh == "kl_adaptive" and iteration % self.config.rollout.refresh_every == 0:
             self._refresh_proposal(iteration, scored)
         return scored
+
+    def _begin(self, iteration: int) -> None:
+        """Has the server sample for the iterations after this one, as far as ``rollout.ahead`` says."""
+        for later in range(iteration + 1, min(iteration + 1 + self._ahead, self.config.trainer.max_iterations)):
+            if later not in self.worker.begun:
+                self.worker.begin(self._prompts(later), self._sampling, later)
 
     def _refresh_proposal(self, iteration: int, groups: Sequence[ScoredGroup]) -> None:
         """q' <- q for the outputs to come, where by these the policy is nearer to the target than the proposal is."""
@@ -155,7 +175,8 @@ class BRAInLoop:
             epoch, start = divmod(step * size, count)
             members = shuffled(count, f"{seed}/{iteration}/{epoch}")[start : start + size]
             # The first step after a refresh: the scoring pass has just computed log q.
-            fresh = step == 0 and self.config.rollout.rescore_proposal and not self.offline
+            rescored = self.config.rollout.rescore_proposal or self._ahead > 0
+            fresh = step == 0 and rescored and not self.offline
             batch = TrainStep(
                 [groups[g] for g in members], Scores(**scores.rows(members)), policy_GN[members] if fresh else None
             )
@@ -190,6 +211,8 @@ class BRAInLoop:
                 if rollout.save:
                     write_rollout(frame.run_dir / "rollouts.jsonl", Rollout(iteration, groups))
         metrics = rollout_metrics(groups, rollout.outputs_per_prompt, gap, self._from_prior)
+        if self._ahead:
+            metrics |= staleness_metrics(groups, frame.state.step)
         return {**metrics, "groups/zero_gradient": int(out.zero_gradient_G.sum())}
 
     def _report_nonfinite_rewards(self, iteration: int, groups: Sequence[ScoredGroup]) -> None:

@@ -5,16 +5,11 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from megatron.core import dist_checkpointing
 
 from nemo_brain.model.lora import switched_off
-from nemo_brain.model.parameters import unwrap
-
-_PROPOSAL = "proposal."  # what precedes its tensors in a checkpoint
 
 
 class Prior(Protocol):
@@ -35,26 +30,6 @@ class ResidentPrior:
         """The chunks to score with."""
         yield self._chunks
 
-    @torch.no_grad()
-    def take(self, policy: Sequence[torch.nn.Module]) -> None:
-        """Takes the policy's weights: it is a proposal then, and no prior."""
-        for mine, theirs in zip(self._chunks, policy, strict=True):
-            pairs = zip(unwrap(mine).parameters(), unwrap(theirs).parameters(), strict=True)
-            for own, parameter in pairs:
-                own.copy_(parameter)
-
-    def sharded_state(self) -> dict[str, Any]:
-        """Its tensors, chunk by chunk, as Megatron's distributed checkpoints have them, apart from the policy's."""
-        chunks = [unwrap(chunk) for chunk in self._chunks]
-        return {str(number): chunk.sharded_state_dict(prefix=_PROPOSAL) for number, chunk in enumerate(chunks)}
-
-    def load(self, weights: Path) -> None:
-        """Takes what ``sharded_state`` gave a checkpoint. A collective of all ranks."""
-        found = dist_checkpointing.load({"proposal": self.sharded_state()}, str(weights))["proposal"]
-        for number, chunk in enumerate(self._chunks):
-            state = {name.removeprefix(_PROPOSAL): value for name, value in found[str(number)].items()}
-            unwrap(chunk).load_state_dict(state)
-
 
 class OffloadedPrior:
     """The prior's weights in host memory, moved into the policy's own parameters for the scoring only.
@@ -66,19 +41,22 @@ class OffloadedPrior:
 
     Args:
         policy: this rank's chunks, holding the prior's weights at this moment.
+        beside: another such model, whose buffer for the policy serves both: they are not used at the same time.
     """
 
-    def __init__(self, policy: Sequence[torch.nn.Module]):
+    def __init__(self, policy: Sequence[torch.nn.Module], beside: OffloadedPrior | None = None):
         self._cuda = torch.cuda.is_available()
-        self._prior = [_host_buffer(parameter, self._cuda).copy_(parameter) for parameter in _parameters(policy)]
-        self._policy = [_host_buffer(parameter, self._cuda) for parameter in _parameters(policy)]
+        parameters = list(trained_parameters(policy))
+        self._weights = [_host_buffer(parameter, self._cuda).copy_(parameter) for parameter in parameters]
+        room = [_host_buffer(parameter, self._cuda) for parameter in parameters] if beside is None else beside._policy
+        self._policy: list[torch.Tensor] = room
         self._streams = (torch.cuda.Stream(), torch.cuda.Stream()) if self._cuda else None
 
     @contextlib.contextmanager
     def chunks(self, policy: Sequence[torch.nn.Module]) -> Iterator[Sequence[torch.nn.Module]]:
         """The policy's chunks, with the prior's weights while the context lasts; the policy's return bit by bit."""
-        parameters = list(_parameters(policy))
-        self._exchange(parameters, self._policy, self._prior)
+        parameters = list(trained_parameters(policy))
+        self._exchange(parameters, self._policy, self._weights)
         try:
             yield policy
         finally:
@@ -118,7 +96,7 @@ class AdapterOffPrior:
             yield policy
 
 
-def _parameters(chunks: Sequence[torch.nn.Module]) -> Iterator[torch.Tensor]:
+def trained_parameters(chunks: Sequence[torch.nn.Module]) -> Iterator[torch.Tensor]:
     """Those that are trained."""
     for chunk in chunks:
         for parameter in chunk.parameters():

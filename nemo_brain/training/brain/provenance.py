@@ -5,6 +5,7 @@ Two kernels differ by rounding; another law differs by more, and by the more the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from nemo_brain.core.groups import SampledGroup
@@ -30,6 +31,20 @@ def gap_per_token(groups: Sequence[SampledGroup], ours: Sequence[Sequence[float]
             total += gap * len(output.token_ids)
             tokens += len(output.token_ids)
     return total / tokens
+
+
+def repeated_gap(before: Sequence[SampledGroup], again: Sequence[SampledGroup]) -> float:
+    """``gap_per_token`` between a sampler's two answers to the same requests, over the outputs that have come again;
+    infinite where none has. Rounding may change an output, but hardly all of them."""
+    pairs = [(a, b) for a, b in zip(before, again, strict=True) if _tokens(a) == _tokens(b)]
+    if not pairs:
+        return math.inf
+    first, second = zip(*pairs, strict=True)
+    return gap_per_token(first, [group.proposal_logprobs for group in second])
+
+
+def _tokens(group: SampledGroup) -> list[list[int]]:
+    return [output.token_ids for output in group.outputs]
 
 
 def diagnosis(raw: bool, start: bool) -> str:

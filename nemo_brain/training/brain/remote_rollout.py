@@ -10,7 +10,10 @@ import functools
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
 
+import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from nemo.collections.llm.gpt.model.base import GPTConfig
@@ -19,14 +22,17 @@ from nemo_brain.config.brain import Config, RemoteConfig
 from nemo_brain.convert.export import export_model, gathered_tensors, make_export
 from nemo_brain.core.groups import Prompt, SampledGroup
 from nemo_brain.core.interruption import Interruption
-from nemo_brain.core.ranks import on_first_rank
+from nemo_brain.core.ranks import on_all_ranks, on_first_rank
 from nemo_brain.data.stop import Stop
 from nemo_brain.model.weights import Weights
+from nemo_brain.sampling.ahead import AheadSampler
+from nemo_brain.sampling.pool import ServedWeights
 from nemo_brain.sampling.remote import RemoteSampler
 from nemo_brain.sampling.sampler import SamplingOptions
 from nemo_brain.sampling.server import Server
 from nemo_brain.sampling.transfer import Transfer
 from nemo_brain.training.brain.engine import EngineRollout, probe_options
+from nemo_brain.training.brain.provenance import repeated_gap
 from nemo_brain.training.brain.strategy import BRAInStrategy
 from nemo_brain.training.build import export_for
 
@@ -57,8 +63,12 @@ class RemoteRollout(EngineRollout):
         self._adapted = config.model.peft is not None
         self._weights = weights
         self._run = uuid.uuid4().hex[:8]
-        self._version: str | None = None
+        directory = None if remote.export_to is None else Path(remote.export_to).resolve()
+        self._holds = config.rollout.ahead > 0
+        self._served = ServedWeights(directory, named=self._holds)
         self._step: int | None = None
+        self._ahead: AheadSampler | None = None
+        self._probes: tuple[SamplingOptions, dict[str, list[SampledGroup]]] | None = None
         for url in remote.urls:
             Server(remote, url, self._context)
         self._export = export_for(_EXPORT_KEY, remote.export_to, gpt, weights, stop.token_ids)
@@ -68,7 +78,7 @@ class RemoteRollout(EngineRollout):
     @property
     def follows(self) -> bool:
         """Whether the servers get the policy's weights."""
-        return self._export is not None
+        return self._export is not None and self._refresh == "always"
 
     def refresh(
         self,
@@ -80,25 +90,54 @@ class RemoteRollout(EngineRollout):
     ) -> dict[str, float]:
         """See ``EngineRollout.refresh``. Servers that have the weights, by their versions, are not given them again."""
         changed = self._export is not None and step != self._step
+        if changed and self._holds and self._probes is not None:
+            last = self._probes
+            on_first_rank(lambda: self._hold(*last), interruption=interruption)
         self._moved = self._moving = 0.0
         if self._export is not None and changed:
-            strategy.wait_for_param_gather()
-            self._version = on_first_rank(lambda: f"{self._run}-{step}")
+            version = on_first_rank(lambda: f"{self._run}-{step}")
+            on_all_ranks(lambda: self._served.replace(version))  # every replica's requests see to it
             if self.config.export_to is not None:
                 started = time.perf_counter()
-                self._moved = export_model(strategy.chunks, self._export, self.config.export_to)
+                with self._model(strategy) as chunks:
+                    self._moved = export_model(chunks, self._export, self.config.export_to)
                 self._moving = time.perf_counter() - started
         self._remember(prompts)
         problem = self._bring(strategy, options, interruption, reload=changed)
-        if problem and self._export is not None:  # what it had it has lost; by its version, if it was new
+        if problem and self._export is not None:
+            # What it had it has lost; what it has just got only by a start in between, after which it says so.
             problem = self._bring(strategy, options, interruption, reload=not changed)
         if problem:
             raise ValueError(problem)
+        self._served.settle(step)
         self._step = step
-        if not self.follows:
+        if self._export is None:
             return {}
         rate = self._moved / self._moving if self._moved else 0.0
         return {"refresh_bytes": self._moved, "refresh_bytes_per_second": rate}
+
+    def begin(
+        self, prompts: Sequence[Prompt], options: SamplingOptions, seed: int, iteration: int
+    ) -> Iterator[tuple[int, SampledGroup]]:
+        """The groups of an iteration to come, as ``AheadSampler.begin``. On a replica's first rank alone.
+
+        The ranks cannot score them with the weights that drew them, which they no longer have.
+        """
+        if self._ahead is None:
+            self._ahead = AheadSampler(self._sampler(options), seed)
+        return self._ahead.begin(iteration, prompts)
+
+    def close(self) -> None:
+        """Ends what ``begin`` has begun."""
+        if self._ahead is not None:
+            self._ahead.close()
+
+    @property
+    def lacking(self) -> bool:
+        return self._ahead is not None and bool(self._ahead.sampler.waiting)
+
+    def mend(self, strategy: BRAInStrategy) -> None:
+        self._transfer(strategy, lambda: self._ahead.sampler.waiting if self._ahead else [], None)
 
     def _bring(
         self, strategy: BRAInStrategy, options: SamplingOptions, interruption: Interruption, reload: bool
@@ -108,11 +147,32 @@ class RemoteRollout(EngineRollout):
             urls = self._given(strategy, options, interruption, reload)
             if not self._held:
                 return None
-            probe = functools.partial(self._sampler(probe_options(options)).probe, urls, self._prompts, seed=0)
-            probes = on_first_rank(probe, interruption=interruption)
+            probes = on_first_rank(functools.partial(self._probed, urls, options), interruption=interruption)
             if len(probes) == len(urls):
-                return self._problem(strategy, probes, options.temperature)
+                problem = self._problem(strategy, probes, options.temperature)
+                self._probes = self._probes if problem else (options, probes)
+                return problem
             reload = False  # one was started again meanwhile, as its version says
+
+    def _probed(self, urls: Sequence[str], options: SamplingOptions) -> dict[str, list[SampledGroup]]:
+        return self._sampler(probe_options(options)).probe(urls, self._prompts, seed=0)
+
+    def _hold(self, options: SamplingOptions, probes: dict[str, list[SampledGroup]]) -> None:
+        """ValueError where a server answers its last probe otherwise than it did: it has been sampling from weights of
+        its own since, under the name of the policy's."""
+        for _ in range(2):  # between the two questions a server may have been started again
+            there = [url for url in self._sampler(options).refresh(reload=False) if url in probes]
+            answers = self._probed(there, options)
+            gaps = {url: repeated_gap(probes[url], groups) for url, groups in answers.items()}
+            if all(gap <= self._max_gap for gap in gaps.values()):
+                return
+        url = max(gaps, key=lambda url: gaps[url])
+        raise ValueError(
+            f"rollout.remote: {url}: asked for the outputs of its last probe once more, it gives others, or log-probs "
+            f"that are {gaps[url]:.3g} nats per token away (rollout.max_proposal_gap is {self._max_gap:g}): its "
+            "weights were changed under the name that they had. Outputs that it has sampled ahead since are not "
+            "trained on"
+        )
 
     def _given(
         self, strategy: BRAInStrategy, options: SamplingOptions, interruption: Interruption, reload: bool
@@ -126,7 +186,7 @@ class RemoteRollout(EngineRollout):
                 self._moving += time.perf_counter() - started
             if not on_first_rank(lambda: bool(sampler.waiting)):
                 return urls
-            lost = self._transfer(strategy, sampler, None, interruption)
+            lost = self._transfer(strategy, lambda: sampler.waiting, None, interruption)
             if len(lost) < len(urls):
                 return [url for url in urls if url not in lost]
         raise ValueError(
@@ -137,12 +197,12 @@ class RemoteRollout(EngineRollout):
     def _transfer(
         self,
         strategy: BRAInStrategy,
-        sampler: RemoteSampler,
+        waiting: Callable[[], list[Server]],
         replica: dist.ProcessGroup | None,
         interruption: Interruption | None = None,
     ) -> list[str]:
-        """Gives the servers that wait for them the weights. A collective of ``replica``, or, if it is None, of all
-        ranks, of which the first replica gathers.
+        """Gives the servers that wait for them, as the first rank knows, the weights. A collective of ``replica``, or,
+        if it is None, of all ranks, of which the first replica gathers.
 
         Returns:
             The addresses of those that were lost meanwhile.
@@ -152,9 +212,9 @@ class RemoteRollout(EngineRollout):
 
         def join() -> tuple[list[str], bool]:
             nonlocal transfer
-            servers = sampler.waiting
+            servers = waiting()
             adapted = self._adapted and all(server.waiting == "changed" for server in servers)
-            transfer = Transfer(servers, str(self._version))
+            transfer = Transfer(servers, str(self._served.version))
             return [server.url for server in servers], adapted
 
         def finish() -> list[str]:
@@ -162,9 +222,10 @@ class RemoteRollout(EngineRollout):
 
         urls, adapted = on_first_rank(join, replica, interruption)
         if replica is not None or parallel_state.get_data_parallel_rank() == 0:
-            for name, tensor in gathered_tensors(strategy.chunks, self._export, adapted):
-                assert transfer is not None  # only its first rank is given any
-                transfer.add(name, tensor)
+            with self._model(strategy) as chunks:
+                for name, tensor in gathered_tensors(chunks, self._export, adapted):
+                    assert transfer is not None  # only its first rank is given any
+                    transfer.add(name, tensor)
         done = on_first_rank(finish, replica, interruption)
         if transfer is not None:
             self._moved, self._moving = self._moved + transfer.bytes, self._moving + transfer.seconds
@@ -187,14 +248,16 @@ class RemoteRollout(EngineRollout):
         blocks = self._blocks(sampler.sample(prompts, seed, iteration, numbers, on_outputs, again))
         for block, waits in _on_all_ranks(blocks, lambda: bool(sampler.waiting), stop):
             if waits:  # a server that has come back, and can be given weights by all ranks only
-                self._transfer(strategy, sampler, parallel_state.get_model_parallel_group())
+                self._transfer(strategy, lambda: sampler.waiting, parallel_state.get_model_parallel_group())
             yield block
 
     def _sampler(self, options: SamplingOptions) -> RemoteSampler:
-        weights, directory = self._weights, self.config.export_to
-        return RemoteSampler(
-            self.config, options, weights.tokenizer, weights.vocab_size, self._context, directory, self._version
-        )
+        weights = self._weights
+        return RemoteSampler(self.config, options, weights.tokenizer, weights.vocab_size, self._context, self._served)
+
+    def _model(self, strategy: BRAInStrategy) -> AbstractContextManager[Sequence[torch.nn.Module]]:
+        """That model, where servers are given one."""
+        return strategy.proposal_chunks() if self._refresh == "kl_adaptive" else strategy.policy_chunks()
 
 
 def _on_all_ranks(

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ from nemo_brain.core.groups import (
 )
 from nemo_brain.core.interruption import Interrupted, Interruption
 from nemo_brain.core.packing import chunk_tokens
-from nemo_brain.core.ranks import gathered, on_all_ranks, on_first_rank
+from nemo_brain.core.ranks import gathered, in_thread, on_all_ranks, on_first_rank
 from nemo_brain.data.rollouts import write_rollout
 from nemo_brain.data.stop import Stop
 from nemo_brain.report.progress import progress
@@ -50,6 +51,7 @@ from nemo_brain.training.brain.engine import EngineRollout
 from nemo_brain.training.brain.rewarding import RewardThread
 from nemo_brain.training.brain.strategy import BRAInStrategy
 
+_POLL_SECONDS = 0.5
 VALIDATION = -1  # the "iteration" of validation draws: the same at every validation, so that its noise is shared
 
 
@@ -66,6 +68,14 @@ class Sampling:
     groups: dict[int, SampledGroup]
     rewards: RewardThread | None
     failure: ValueError | None = None
+
+    def take(self, groups: Iterator[tuple[int, SampledGroup]]) -> dict[int, SampledGroup]:
+        """Adds groups as they come, and has them rewarded; returns all."""
+        for place, group in groups:
+            self.groups[place] = group
+            if self.rewards is not None:
+                self.rewards.add(group)
+        return self.groups
 
     @property
     def interrupted(self) -> bool:
@@ -122,6 +132,7 @@ class RolloutWorker:
         self._skip_nonfinite = skip_nonfinite
         self._max_gap = max_gap
         self._refresh = refresh
+        self._begun: dict[int, tuple[Sampling, Future | None]] = {}
         self._collective = getattr(reward, "collective", False)
 
     def setup(self) -> None:
@@ -151,7 +162,10 @@ class RolloutWorker:
     def refresh(
         self, step: int, options: SamplingOptions, prompts: Sequence[Prompt], iteration: int
     ) -> dict[str, float]:
-        """q' <- q: from now on the policy as it stands, after ``step`` optimizer steps, is sampled from.
+        """q' <- q: from now on the policy as it stands is sampled from; or the proposal's own weights.
+
+        Args:
+            step: optimizer steps behind it.
 
         Returns:
             What that took, where it takes anything.
@@ -173,18 +187,65 @@ class RolloutWorker:
         Args:
             iteration: of the draws; that of a validation asks the policy, the others the proposal.
         """
+        if iteration in self._begun:
+            return self._ahead(iteration, description)
+        share, sampling = self._share(prompts, iteration)
+        with progress(len(share) * options.outputs, description, "outputs") as bar:
+            try:
+                sampling.take(self._sampled(share, options, iteration, bar.update))
+            except ValueError as error:
+                sampling.failure = error  # the other replicas are told when they reward theirs
+        return sampling
+
+    def begin(self, prompts: Sequence[Prompt], options: SamplingOptions, iteration: int) -> None:
+        """Has the server sample for an iteration to come, and begins to reward what it has done, while the ranks go on.
+        ``sample`` of that iteration then waits for what is left. Once for each iteration.
+        """
+        share, sampling = self._share(prompts, iteration)
+        taking = None
+        if self._first:
+            assert self.remote is not None
+            groups = self.remote.begin(share, options, self._seed, iteration)
+            taking = in_thread(lambda: sampling.take(groups), "rollout.ahead")
+        self._begun[iteration] = sampling, taking
+
+    @property
+    def begun(self) -> Container[int]:
+        """The iterations that ``begin`` has begun, and ``sample`` not asked for."""
+        return self._begun
+
+    def close(self) -> None:
+        """Ends what is under way."""
+        if self.remote is not None:
+            self.remote.close()
+
+    def _share(self, prompts: Sequence[Prompt], iteration: int) -> tuple[list[Prompt], Sampling]:
+        """This replica's prompts, and what is to be sampled for them."""
         rank, ranks = self._replicas.rank(), self._replicas.size()
         share = list(prompts[rank::ranks])
         rewards = RewardThread(self._reward_groups) if self._first and not self._collective else None
-        sampling = Sampling(iteration, len(prompts), len(share), {}, rewards)
-        with progress(len(share) * options.outputs, description, "outputs") as bar:
-            try:
-                for place, group in self._sampled(share, options, iteration, bar.update):
-                    sampling.groups[place] = group
-                    if rewards is not None:
-                        rewards.add(group)
-            except ValueError as error:
-                sampling.failure = error  # the other replicas are told when they reward theirs
+        return share, Sampling(iteration, len(prompts), len(share), {}, rewards)
+
+    def _ahead(self, iteration: int, description: str) -> Sampling:
+        """What ``begin`` has begun, once it is done on all replicas or the run was asked to end."""
+        assert self.remote is not None
+        sampling, taking = self._begun.pop(iteration)
+        waiting, shown = True, 0
+        with progress(sampling.share, description, "prompts") as bar:
+            while waiting:
+                left = taking is not None and not wait([taking], _POLL_SECONDS).done
+                interrupted, waiting, lacking = self.interruption.agreed(left, self.remote.lacking)
+                if interrupted:
+                    sampling.groups = {}
+                    return sampling
+                if lacking:
+                    self.remote.mend(self.strategy)
+                bar.update(len(sampling.groups) - shown)
+                shown = len(sampling.groups)
+        try:
+            sampling.groups = on_first_rank(lambda: taking.result() if taking else {}, self._members)
+        except ValueError as error:
+            sampling.failure = error
         return sampling
 
     def reward(self, sampling: Sampling) -> list[RewardedGroup]:
@@ -294,6 +355,7 @@ class RolloutWorker:
                 prior_logprobs=prior[g],
                 proposal_logprobs=proposal[g],
                 policy_logprobs=policy[g],
+                policy_steps=group.policy_steps,
             )
             for g, group in enumerate(groups)
         ]
@@ -338,7 +400,7 @@ class RolloutWorker:
         return self.strategy.sample(*arguments)
 
     def _by_server(self, iteration: int) -> bool:
-        """Whether the engine samples. Validations ask the policy, and not a server that keeps its first weights."""
+        """Whether the engine samples. Validations ask the policy, and not a server that has other weights."""
         return self.remote is not None and (iteration != VALIDATION or self.remote.follows)
 
     def _stop(self) -> bool:

@@ -17,6 +17,7 @@ from nemo_brain.durability.checkpoint import read_json
 from nemo_brain.sampling.sampler import SamplingOptions
 from nemo_brain.training.brain.passes import BRAInPasses, Scores, StepResult
 from nemo_brain.training.brain.prior import AdapterOffPrior, OffloadedPrior, Prior, ResidentPrior
+from nemo_brain.training.brain.proposal import OffloadedProposal, Proposal, ResidentProposal, load_proposal
 from nemo_brain.training.strategy import PackedStrategy
 
 
@@ -35,7 +36,7 @@ class BRAInStrategy(PackedStrategy):
 
     Args:
         prior_placement: ``resident``, ``offload`` or, for a model with adapters, ``adapter_off``: see ``prior``.
-        own_proposal: the proposal has weights of its own, beside a resident prior; at first they are the prior's.
+        own_proposal: the proposal has weights of its own, at first the prior's: see ``proposal``.
         **options: PackedStrategy's own.
     """
 
@@ -43,7 +44,7 @@ class BRAInStrategy(PackedStrategy):
         super().__init__(**options)
         self._prior_placement = prior_placement
         self._own_proposal = own_proposal
-        self._proposal: ResidentPrior | None = None
+        self._proposal: Proposal | None = None
         self.proposal_moved = False
         self._passes: BRAInPasses | None = None
         self._prior: Prior | None = None
@@ -59,8 +60,11 @@ class BRAInStrategy(PackedStrategy):
             self._prior = OffloadedPrior(self.chunks)
         else:
             self._prior = ResidentPrior(self.build_frozen_chunks(model.config, model.weights))
-        if self._own_proposal:
-            self._proposal = ResidentPrior(self.build_frozen_chunks(model.config, model.weights))
+        if self._own_proposal and isinstance(self._prior, ResidentPrior) and model.lora is None:
+            self._proposal = ResidentProposal(self.build_frozen_chunks(model.config, model.weights))
+        elif self._own_proposal:
+            beside = self._prior if isinstance(self._prior, OffloadedPrior) else None
+            self._proposal = OffloadedProposal(self.chunks, beside)
 
     @property
     def passes(self) -> BRAInPasses:
@@ -72,15 +76,11 @@ class BRAInStrategy(PackedStrategy):
         return self.passes.train(self.chunks, batch.groups, batch.scores, objective, batch.policy_logprobs_GN)
 
     def policy_logprobs(
-        self,
-        groups: Sequence[Group],
-        temperatures: tuple[float, ...],
-        on_tokens: Callable[[int], None],
-        alone: bool = False,
+        self, groups: Sequence[Group], temperatures: tuple[float, ...], on_tokens: Callable[[int], None]
     ) -> torch.Tensor:
-        """log q of the policy as it stands, by the training kernels: [E, G, N], the same on every rank, or with
-        ``alone`` as ``prior`` has it; an overlapped gather of the weights has then ended."""
-        return self.passes.logprobs(self.chunks, groups, temperatures, on_tokens, alone)
+        """log q of the policy as it stands, by the training kernels: [E, G, N], the same on every rank; an overlapped
+        gather of the weights has then ended."""
+        return self.passes.logprobs(self.chunks, groups, temperatures, on_tokens)
 
     def refresh_proposal(self) -> None:
         """From now on the proposal's own weights are the policy's as they stand."""
@@ -90,21 +90,26 @@ class BRAInStrategy(PackedStrategy):
         self.proposal_moved = True
 
     @contextlib.contextmanager
-    def proposal(self) -> Iterator[Callable[..., torch.Tensor]]:
-        """As ``prior``, of the proposal's own weights."""
-        assert self._proposal is not None
-        with self._proposal.chunks(self.chunks) as chunks:
-            yield functools.partial(self._frozen_logprobs, chunks, False)
-
-    @contextlib.contextmanager
     def prior(self, alone: bool = False) -> Iterator[Callable[..., torch.Tensor]]:
         """While the context lasts: ``f(groups, on_tokens, temperatures)`` is log p by the training kernels, [E, G, N],
         at temperature 1 unless others are given; the same on every rank, or with ``alone`` on those of this
         model-parallel group, whose own groups they are."""
         with self._prior_chunks() as chunks:
-            yield functools.partial(self._frozen_logprobs, chunks, alone)
+            yield functools.partial(self._logprobs, chunks, alone)
 
-    def _frozen_logprobs(
+    @contextlib.contextmanager
+    def policy(self, alone: bool = False) -> Iterator[Callable[..., torch.Tensor]]:
+        """As ``prior``, of the policy as it stands."""
+        with self.policy_chunks() as chunks:
+            yield functools.partial(self._logprobs, chunks, alone)
+
+    @contextlib.contextmanager
+    def proposal(self, alone: bool = False) -> Iterator[Callable[..., torch.Tensor]]:
+        """As ``prior``, of the proposal's own weights."""
+        with self.proposal_chunks() as chunks:
+            yield functools.partial(self._logprobs, chunks, alone)
+
+    def _logprobs(
         self, chunks: Any, alone: bool, groups: Any, on_tokens: Any, temperatures: tuple[float, ...] = (1.0,)
     ) -> torch.Tensor:
         return self.passes.logprobs(chunks, groups, temperatures, on_tokens, alone)
@@ -113,9 +118,20 @@ class BRAInStrategy(PackedStrategy):
         self, prompts: Sequence[Prompt], options: SamplingOptions, *arguments: Any
     ) -> Iterator[tuple[int, SampledGroup]]:
         """As ``sample``, from the proposal's own weights, or where there are none from the prior."""
-        frozen = self._prior_chunks() if self._proposal is None else self._proposal.chunks(self.chunks)
+        frozen = self._prior_chunks() if self._proposal is None else self.proposal_chunks()
         with frozen as chunks:
             yield from self.sampler(chunks, options).sample(prompts, *arguments)
+
+    def policy_chunks(self) -> AbstractContextManager[Sequence[torch.nn.Module]]:
+        """The chunks in training, all of whose weights are there."""
+        self.wait_for_param_gather()
+        return contextlib.nullcontext(self.chunks)
+
+    def proposal_chunks(self) -> AbstractContextManager[Sequence[torch.nn.Module]]:
+        """The chunks with the proposal's own weights, while the context lasts."""
+        assert self._proposal is not None
+        self.wait_for_param_gather()
+        return self._proposal.chunks(self.chunks)
 
     def _prior_chunks(self) -> AbstractContextManager[Sequence[torch.nn.Module]]:
         assert self._prior is not None, "the strategy has not been set up"
@@ -127,7 +143,7 @@ class BRAInStrategy(PackedStrategy):
     def save_checkpoint(self, checkpoint: dict, *args: Any, **kwargs: Any) -> None:
         """NeMo's, with the proposal."""
         if self._proposal is not None and self.proposal_moved:
-            checkpoint["proposal"] = self._proposal.sharded_state()
+            checkpoint["proposal"] = self._proposal.sharded_state(self.chunks)
         super().save_checkpoint(checkpoint, *args, **kwargs)
 
     def load_checkpoint(self, checkpoint_path: Any, selective_restore: bool = False) -> dict:
@@ -135,6 +151,6 @@ class BRAInStrategy(PackedStrategy):
         checkpoint = super().load_checkpoint(checkpoint_path, selective_restore)
         path = self.resumed_from
         if self._proposal is not None and path is not None and read_json(path / "state.json")["state"]["refreshed"]:
-            self._proposal.load(path / "weights")
+            load_proposal(self._proposal, self.chunks, path / "weights")
             self.proposal_moved = True
         return checkpoint
