@@ -213,7 +213,8 @@ class Pool:
                 await asyncio.sleep(_WATCH_SECONDS)
                 problem = await server.failure(client)
                 if member.problem is not None:
-                    if problem is None and not self._weights.changing:
+                    # What a directory holds may be half of it meanwhile.
+                    if problem is None and not (self._weights.changing and self._weights.directory):
                         await self._take_back(client, member)
                     continue
                 if problem is None and (problem := await self._look(client, member)) is not None:

@@ -54,6 +54,7 @@ class Server(HTTPClient):
         )
         self.config = config
         self.waiting: str | None = None  # for a transfer of the weights: of "all", or of those that "changed"
+        self._doubted = False  # it is, though it names the right ones
         self._life = ""  # to be told with these weights
         self._context = context
 
@@ -118,7 +119,10 @@ class Server(HTTPClient):
             # Versions of one run differ by the number of steps alone.
             ours = found.version.rpartition("-")[0] == version.rpartition("-")[0]
             self.waiting = "changed" if ours and not (reload and found.version == version) else "all"
+            self._doubted = self._doubted or found.version == version
             self._life = found.life if found.version in (version, earlier) else _new_life()
+        elif not self._doubted:  # another replica has given it the weights
+            self.waiting = None
 
     async def named(self, client: httpx.AsyncClient) -> Named | None:
         """What the server says that it has, as vLLM and SGLang keep it until they end; None: it says nothing."""
@@ -168,7 +172,7 @@ class Server(HTTPClient):
         await self._call(client, "its prefix cache", {"path": _RESET})
         await self._check(client)
         await self._tell(client, Named(version, self._life))
-        self.waiting = None
+        self.waiting, self._doubted = None, False
 
     async def _tell(self, client: httpx.AsyncClient, named: Named) -> None:
         name = f"{named.version}:{named.life}"

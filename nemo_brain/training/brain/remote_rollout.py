@@ -161,7 +161,10 @@ class RemoteRollout(EngineRollout):
         """ValueError where a server answers its last probe otherwise than it did: it has been sampling from weights of
         its own since, under the name of the policy's."""
         for _ in range(2):  # between the two questions a server may have been started again
-            there = [url for url in self._sampler(options).refresh(reload=False) if url in probes]
+            sampler = self._sampler(options)
+            urls = sampler.refresh(reload=False)
+            lacking = {server.url for server in sampler.waiting}  # for weights that the policy no longer has
+            there = [url for url in urls if url in probes and url not in lacking]
             answers = self._probed(there, options)
             gaps = {url: repeated_gap(probes[url], groups) for url, groups in answers.items()}
             if all(gap <= self._max_gap for gap in gaps.values()):
