@@ -17,6 +17,7 @@ import torch
 from megatron.core.transformer.module import MegatronModule
 from torch.nn.functional import scaled_dot_product_attention
 
+from nemo_brain.model.prefix_attention import find_merging, parts_of, prefix_attention
 from nemo_brain.model.varlen import find_kernel, sequences, varlen_attention
 
 
@@ -66,6 +67,8 @@ def packed_attention(
 ) -> torch.Tensor:
     """Attention of a packed row: each block's prefix is causal, each segment sees the prefix and itself. [H, S, D]."""
     blocks = _blocks(tuple(map(tuple, layout.tolist())))
+    if (merging := find_merging(q_HSD, k_KSD)) is not None:
+        return prefix_attention(q_HSD, k_KSD, v_KSD, parts_of(blocks, q_HSD.device), scale, merging)
     if (kernel := find_kernel(q_HSD)) is not None:
         return varlen_attention(q_HSD, k_KSD, v_KSD, sequences(blocks, q_HSD.device), scale, kernel)
     return _cascade(q_HSD, k_KSD, v_KSD, blocks, scale)

@@ -11,6 +11,7 @@ from typing import Any
 import httpx
 
 from nemo_brain.core.http import BadAnswer, HTTPClient, ServerError, excerpt
+from nemo_brain.core.together import together
 from nemo_brain.rewards.protocol import OutputError
 
 _LARGEST = sys.float_info.max
@@ -71,13 +72,8 @@ class HTTPReward:
         slots = asyncio.Semaphore(self._concurrency)  # the budget of a request starts when it is sent
         async with self._http.client() as client:
             starts = range(0, len(items), self._batch_size)
-            requests = [asyncio.create_task(self._request(client, slots, items, start)) for start in starts]
-            try:
-                return [reward for part in await asyncio.gather(*requests) for reward in part]
-            finally:
-                for request in requests:
-                    request.cancel()
-                await asyncio.gather(*requests, return_exceptions=True)
+            parts = await together(self._request(client, slots, items, start) for start in starts)
+        return [reward for part in parts for reward in part]
 
     async def _request(
         self, client: httpx.AsyncClient, slots: asyncio.Semaphore, items: list[dict], start: int

@@ -18,6 +18,7 @@ from typing import IO, Any
 import httpx
 
 from nemo_brain.core.http import BadAnswer, HTTPClient
+from nemo_brain.core.together import together
 
 PROMPT = """\
 Two assistants have answered the same request. Say which answer is better: more helpful, correct, relevant and concise.
@@ -179,13 +180,7 @@ class Judge:
                 file.flush()
                 on_answers(1)
 
-            tasks = [asyncio.create_task(fetch(question)) for question in questions]
-            try:
-                await asyncio.gather(*tasks)
-            finally:
-                for task in tasks:
-                    task.cancel()
-                await asyncio.gather(*tasks, return_exceptions=True)
+            await together(fetch(question) for question in questions)
 
     async def _answer(self, client: httpx.AsyncClient, question: str) -> dict[str, Any]:
         body = {

@@ -44,21 +44,28 @@ class KVCache:
         self._prompt: dict[int, list[torch.Tensor]] = {}  # by layer: keys and values, at least [G, K, P, D]
         self._output: dict[int, list[torch.Tensor]] = {}  # by layer: keys and values, at least [R, K, T, D]
         self._pass = _Pass([], (0, 0), (0, 0))
+        self.moves = 0  # so often have buffers been replaced by larger ones
 
-    def plan(self, prompt_lengths: Sequence[int] = (), outputs: int = 0, steps: int = 1) -> None:
+    def plan(
+        self, prompt_lengths: Sequence[int] = (), outputs: int = 0, steps: int = 1, kept: KeptRows | None = None
+    ) -> None:
         """The next pass: these prompts one after another, then one token of every row, then padding if need be.
 
         Each of the prompts becomes a group with ``outputs`` rows behind the others, which hold nothing yet.
 
         With ``steps`` above 1 so many passes follow, of one token of every row each and without prompts. They are the
-        same operations on the same tensors: the host does nothing between them but call ``advance``.
+        same operations on the same tensors: the host does nothing between them but call ``advance``. With ``kept`` they
+        are also those of the last such plan with it, unless ``moves`` has changed since.
         """
-        parts: list[_Prompts | _Rows] = []
+        parts: list[_Prompts | _Rows | KeptRows] = []
         new = np.array(prompt_lengths, dtype=np.int64)
         groups = len(self.prompt_lengths) + np.arange(len(new))
         if len(new):
             parts.append(_Prompts(groups, new, self.device))
-        if len(self.group_of_row):
+        if kept is not None:
+            kept.load(self.prompt_lengths, self.group_of_row, self.length_of_row)
+            parts.append(kept)
+        elif len(self.group_of_row):
             parts.append(_Rows(self.prompt_lengths, self.group_of_row, self.length_of_row, steps, self.device))
         self.prompt_lengths = np.concatenate([self.prompt_lengths, new])
         self.group_of_row = np.concatenate([self.group_of_row, groups.repeat(outputs)])
@@ -67,13 +74,17 @@ class KVCache:
             (len(lengths), int(lengths.max(initial=0))) for lengths in (self.prompt_lengths, self.length_of_row)
         )
         self._pass = _Pass(parts, prompt_size, output_size)
+        if kept is not None:
+            self._pass = _Pass(parts, prompt_size, (kept.tokens, output_size[1]))
+            for layer, (keys_RKTD, _) in list(self._output.items()):
+                self._grown(self._output, layer, *self._pass.output_size, keys_RKTD[0])
 
     def attend(
         self, layer: int, q_HSD: torch.Tensor, k_KSD: torch.Tensor, v_KSD: torch.Tensor, scale: float | None
     ) -> torch.Tensor:
         """Adds the pass's keys and values to the layer's cache; attention output [H, S, D], zeros for padding."""
-        prompt = _grown(self._prompt, layer, *self._pass.prompt_size, k_KSD)
-        output = _grown(self._output, layer, *self._pass.output_size, k_KSD)
+        prompt = self._grown(self._prompt, layer, *self._pass.prompt_size, k_KSD)
+        output = self._grown(self._output, layer, *self._pass.output_size, k_KSD)
         outs, start = [], 0
         for part in self._pass.parts:
             end = start + part.tokens
@@ -88,7 +99,7 @@ class KVCache:
     def advance(self) -> None:
         """Between two of the passes that ``plan`` has planned together."""
         (rows,) = self._pass.parts
-        assert isinstance(rows, _Rows)
+        assert not isinstance(rows, _Prompts)
         rows.advance()
 
     def drop(self, rows: Sequence[int]) -> None:
@@ -106,12 +117,28 @@ class KVCache:
             self.group_of_row[self.group_of_row == mover] = place
         _move(self._prompt, places, movers)
 
+    def _grown(
+        self, buffers: dict[int, list[torch.Tensor]], layer: int, rows: int, positions: int, like_KSD: torch.Tensor
+    ) -> list:
+        """The layer's two buffers, enlarged where they hold fewer rows or positions. Zeros, because what a row does not
+        use is multiplied by weights of zero."""
+        pair = buffers.get(layer)
+        held = (0, 0) if pair is None else (pair[0].shape[0], pair[0].shape[2])
+        if rows > held[0] or positions > held[1]:
+            sizes = [_size(need, old) for need, old in zip((rows, positions), held, strict=True)]
+            grown = [like_KSD.new_zeros(sizes[0], len(like_KSD), sizes[1], like_KSD.shape[2]) for _ in range(2)]
+            for new, old in zip(grown, pair or (), strict=False):
+                new[: held[0], :, : held[1]] = old
+            buffers[layer] = grown
+            self.moves += 1
+        return buffers[layer]
+
 
 @dataclass(frozen=True)
 class _Pass:
     """A pass, and what the cache holds after it: how many groups or rows, and the positions of the longest."""
 
-    parts: list[_Prompts | _Rows]
+    parts: list[_Prompts | _Rows | KeptRows]
     prompt_size: tuple[int, int]
     output_size: tuple[int, int]
 
@@ -214,6 +241,43 @@ class _Rows:
         return slots.reshape(groups * self._slots, kv_heads, per_kv, last)[self._slot_of_row]
 
 
+class KeptRows:
+    """As ``_Rows``, by a kernel that reads on the device how much there is: the same operations on the same tensors.
+
+    Args:
+        count: of rows. Those beyond the rows that there are see a prompt of no positions, and change nothing but what
+            they have in the cache.
+    """
+
+    def __init__(self, count: int, device: torch.device | str):
+        self.tokens = count
+        self._held = torch.zeros(3, count, dtype=torch.int64, device=device)
+
+    def load(self, prompt_lengths: np.ndarray, group_of_row: np.ndarray, length_of_row: np.ndarray) -> None:
+        """What the cache holds before the pass; the arguments are those of ``_Rows``."""
+        held = np.zeros(self._held.shape, dtype=np.int64)
+        held[:, : len(group_of_row)] = group_of_row, prompt_lengths[group_of_row], length_of_row
+        self._held.copy_(torch.from_numpy(held), non_blocking=True)
+
+    def advance(self) -> None:
+        self._held[2] += 1
+
+    def attend(
+        self,
+        prompt: Any,
+        output: Any,
+        q_HRD: torch.Tensor,
+        k_KRD: torch.Tensor,
+        v_KRD: torch.Tensor,
+        scale: float | None,
+    ) -> torch.Tensor:
+        from nemo_brain.sampling.decode_kernels import attend
+
+        q_RHD, k_RKD, v_RKD = (tensor.transpose(0, 1) for tensor in (q_HRD, k_KRD, v_KRD))
+        scale = q_HRD.shape[2] ** -0.5 if scale is None else scale
+        return attend(q_RHD, k_RKD, v_RKD, prompt, output, self._held, scale).transpose(0, 1)
+
+
 def _tensor(array: np.ndarray, device: torch.device | str) -> torch.Tensor:
     return torch.from_numpy(array).to(device, non_blocking=True)
 
@@ -235,19 +299,3 @@ def _move(buffers: dict[int, list[torch.Tensor]], places: list[int], movers: lis
 def _size(need: int, old: int) -> int:
     """Enough, and so much more than before that what is copied in all stays a multiple of what there is in the end."""
     return old if need <= old else -(-max(need, old + old // 2) // _BLOCK) * _BLOCK
-
-
-def _grown(
-    buffers: dict[int, list[torch.Tensor]], layer: int, rows: int, positions: int, new_KSD: torch.Tensor
-) -> list:
-    """The layer's two buffers, enlarged where they hold fewer rows or positions. Zeros, because what a row does not
-    use is multiplied by weights of zero."""
-    pair = buffers.get(layer)
-    held = (0, 0) if pair is None else (pair[0].shape[0], pair[0].shape[2])
-    if rows > held[0] or positions > held[1]:
-        sizes = [_size(need, old) for need, old in zip((rows, positions), held, strict=True)]
-        grown = [new_KSD.new_zeros(sizes[0], len(new_KSD), sizes[1], new_KSD.shape[2]) for _ in range(2)]
-        for new, old in zip(grown, pair or (), strict=False):
-            new[: held[0], :, : held[1]] = old
-        buffers[layer] = grown
-    return buffers[layer]

@@ -17,6 +17,7 @@ from typing import TypeVar
 import httpx
 
 from nemo_brain.core.heartbeat import heartbeat
+from nemo_brain.core.together import cancelled, together
 from nemo_brain.sampling.server import Server
 
 _WATCH_SECONDS = 1.0  # between looks at a server's health
@@ -131,7 +132,7 @@ class Pool:
                 else:
                     member.leave(problem)
 
-        await _together([one(member) for member in self._members])
+        await together(one(member) for member in self._members)
         if all(member.problem not in (None, _WAITS) for member in self._members):
             raise ValueError(f"rollout.remote: none of the servers answers: {self._problems()}")
 
@@ -145,7 +146,7 @@ class Pool:
         try:
             yield
         finally:
-            await _cancelled(watchers)
+            await cancelled(watchers)
 
     @property
     def urls(self) -> list[str]:
@@ -189,7 +190,7 @@ class Pool:
                     if answered.done():
                         return answered.result(), asked
                 finally:
-                    await _cancelled([answered, waiting])
+                    await cancelled([answered, waiting])
             finally:
                 member.tokens -= tokens
 
@@ -259,18 +260,3 @@ class Pool:
 
     def _problems(self) -> str:
         return "; ".join(f"{member.server.url}: {member.problem or member.last}" for member in self._members)
-
-
-async def _together(work: Sequence[Awaitable[None]]) -> None:
-    """All of it, or the first error; nothing goes on behind its back."""
-    tasks = [asyncio.ensure_future(one) for one in work]
-    try:
-        await asyncio.gather(*tasks)
-    finally:
-        await _cancelled(tasks)
-
-
-async def _cancelled(tasks: Sequence[asyncio.Future]) -> None:
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)

@@ -31,6 +31,7 @@ from transformers import PreTrainedTokenizerFast
 from nemo_brain.config.brain import RemoteConfig
 from nemo_brain.core.groups import Output, Prompt, SampledGroup
 from nemo_brain.core.http import BadAnswer
+from nemo_brain.core.together import together
 from nemo_brain.sampling.answers import Reader
 from nemo_brain.sampling.pool import Pool, ServedWeights
 from nemo_brain.sampling.server import Server
@@ -188,13 +189,7 @@ class RemoteSampler:
                 await pool.bring(reload)
             count = min(self.config.concurrency * len(self._servers), left)
             async with self._servers[0].client(count) as client, pool.watched():
-                workers = [asyncio.create_task(worker(pool, client)) for _ in range(count)]
-                try:
-                    await asyncio.gather(*workers)
-                finally:
-                    for task in workers:
-                        task.cancel()
-                    await asyncio.gather(*workers, return_exceptions=True)
+                await together(worker(pool, client) for _ in range(count))
 
         answers: list[dict[int, Answer]] = [{} for _ in prompts]
         with in_background(work, finished):

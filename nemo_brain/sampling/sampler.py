@@ -12,9 +12,12 @@ by the inverse of the cumulative distribution over the whole vocabulary, so ever
 
 from __future__ import annotations
 
+import importlib.util
+import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,10 +32,11 @@ from nemo_brain.logprobs import vocab_parallel_logprobs
 from nemo_brain.model.gpt import PackedGPTConfig
 from nemo_brain.model.parameters import unwrap
 from nemo_brain.sampling.draws import draw_tokens, gather, truncate, uniforms
-from nemo_brain.sampling.kv_cache import KVCache, vacate
+from nemo_brain.sampling.kv_cache import KeptRows, KVCache, vacate
 
 _STOP_TICKS = 16  # between two questions whether to stop
 _STEPS = {"cpu": 1, "cuda": 16}  # tokens of every row between two looks at them
+_ROWS = 16  # passes whose tensors are kept have a multiple of so many rows, and a graph each
 
 
 @dataclass(frozen=True)
@@ -87,7 +91,7 @@ class _Pass:
     """One way through the pipeline, of the new groups' prompts and then the last token of every row, packed.
 
     ``select_T``: the positions that need logits. ``stage``: the virtual pipeline stage that the pass is at; ``hidden``:
-    what it got there. ``steps``: how often the rows get a token, see ``Sampler._decode``.
+    what it got there. ``steps``: how often the rows get a token, see ``Sampler._decode``; ``kept``: on these tensors.
     """
 
     lane: _Lane
@@ -96,23 +100,58 @@ class _Pass:
     positions_1S: torch.Tensor
     select_T: torch.Tensor
     steps: int
+    kept: _Kept | None = None
     stage: int = 0
     hidden: torch.Tensor | None = None
+
+
+class _Kept:
+    """What a pass of up to so many rows reads and writes, and, with CUDA, the graph that has been recorded of it.
+
+    Args:
+        rows, steps: at most.
+    """
+
+    def __init__(self, rows: int, steps: int, device: torch.device | str):
+        self.rows = KeptRows(rows, device)
+        self.inputs_2S = torch.zeros(2, rows, dtype=torch.int64, device=device)
+        self.select_T = torch.arange(rows, device=device)
+        self.uniforms_KR = torch.full((steps, rows), 0.5, dtype=torch.float64, device=device)
+        self.drawn_K3R = torch.zeros(steps, 3, rows, dtype=torch.float64, device=device)
+        self.k_1 = torch.zeros(1, dtype=torch.int64, device=device)
+        self.graph: Any = None
+        self.moves = 0  # of the cache, when that was recorded
+
+
+def kernel_usable(device: torch.device, config: PackedGPTConfig) -> bool:
+    """Whether the attention of what is behind the prompts can be that of ``decode_kernels``."""
+    if device.type != "cuda" or importlib.util.find_spec("triton") is None:
+        return False
+    from nemo_brain.sampling.decode_kernels import usable
+
+    per_kv = config.num_attention_heads // (config.num_query_groups or config.num_attention_heads)
+    return usable(device, config.params_dtype, per_kv, config.kv_channels)
 
 
 class _Lane:
     """Rows that go through the pipeline together, in the order of this rank's cache of them.
 
-    ``current``: the pass that they are in; None between passes.
+    ``current``: the pass that they are in; None between passes. ``kept``: for passes of several steps, by the number of
+    rows.
     """
 
     def __init__(self, cache: KVCache):
         self.cache = cache
         self.rows: list[_Row] = []
         self.current: _Pass | None = None
+        self.kept: dict[int, _Kept] = {}
 
-    def begin(self, admitted: list[_Group], outputs: int, multiple: int, steps: int) -> None:
-        """Prepares a pass, if there is anything for one; of ``steps`` tokens if no prompt comes with it."""
+    def begin(self, admitted: list[_Group], outputs: int, multiple: int, steps: int, most: int) -> None:
+        """Prepares a pass, if there is anything for one; of ``steps`` tokens if no prompt comes with it.
+
+        Args:
+            most: steps of any pass whose tensors are kept; 0: none are.
+        """
         if not admitted and not self.rows:
             return
         lengths = [len(group.prompt.token_ids) for group in admitted]
@@ -121,14 +160,28 @@ class _Lane:
         select = list(np.cumsum(lengths, dtype=int) - 1) + list(range(len(tokens), len(tokens) + len(self.rows)))
         tokens += [row.tokens[-1] for row in self.rows]
         positions += [len(row.group.prompt.token_ids) + len(row.tokens) - 1 for row in self.rows]
-        padding = [0] * (-len(tokens) % multiple)
         steps = 1 if admitted else steps
+        if steps > 1 and most:
+            self._begin_kept(tokens, positions, math.lcm(multiple, _ROWS), steps, most)
+            return
+        padding = [0] * (-len(tokens) % multiple)
         self.cache.plan(lengths, outputs, steps)
         tokens_1S, positions_1S, select_T = (
             torch.tensor(part).to(self.cache.device, non_blocking=True)
             for part in ([tokens + padding], [positions + padding], select)
         )
         self.current = _Pass(self, admitted, tokens_1S, positions_1S, select_T, steps)
+
+    def _begin_kept(self, tokens: list[int], positions: list[int], multiple: int, steps: int, most: int) -> None:
+        rows = -(-len(tokens) // multiple) * multiple
+        kept = self.kept.get(rows)
+        if kept is None:
+            kept = self.kept[rows] = _Kept(rows, most, self.cache.device)
+        inputs = torch.tensor([part + [0] * (rows - len(part)) for part in (tokens, positions)])
+        kept.inputs_2S.copy_(inputs, non_blocking=True)
+        self.cache.plan(steps=steps, kept=kept.rows)
+        tokens_1S, positions_1S = kept.inputs_2S[:1], kept.inputs_2S[1:]
+        self.current = _Pass(self, [], tokens_1S, positions_1S, kept.select_T, steps, kept)
 
     def end(self, new_rows: list[_Row]) -> None:
         """The pass has gone through all stages: the new rows take part from now on."""
@@ -172,6 +225,9 @@ class Sampler:
         tensor_parallel = parallel_state.get_tensor_model_parallel_group()
         self._tensor_parallel = tensor_parallel if tensor_parallel.size() > 1 else None
         self._graph: torch.cuda.CUDAGraph | None = None
+        self._records = torch.cuda.is_available()
+        self._most_steps = options.steps or _STEPS[torch.device(self.device).type]
+        self._kernel = kernel_usable(torch.device(self.device), config)
 
     @torch.no_grad()
     def sample(
@@ -231,7 +287,8 @@ class Sampler:
             lane = lanes[tick % self._size]
             if lane.current is None:
                 admitted = self._admit(lane, waiting, rows)
-                lane.begin(admitted, self.options.outputs, self.config.row_multiple, self._steps_of(lane))
+                steps, most = self._steps_of(lane), self._most_steps if self._kernel else 0
+                lane.begin(admitted, self.options.outputs, self.config.row_multiple, steps, most)
             yield self._tick(lanes, seed, iteration)
             tick += 1
 
@@ -250,8 +307,7 @@ class Sampler:
         """How many tokens the lane's rows get at once: no more than one of them may still get."""
         if self._size > 1 or not lane.rows:
             return 1
-        steps = self.options.steps or _STEPS[torch.device(self.device).type]
-        return min(steps, max(self.options.max_new_tokens - len(row.tokens) for row in lane.rows))
+        return min(self._most_steps, max(self.options.max_new_tokens - len(row.tokens) for row in lane.rows))
 
     def _tick(self, lanes: list[_Lane], seed: int, iteration: int) -> list[_Row]:
         running = [lane.current for lane in lanes if lane.current is not None]
@@ -314,11 +370,16 @@ class Sampler:
 
     def _decode(self, pass_: _Pass) -> list[_Row]:
         """As many tokens for each of the lane's rows as the pass has steps, and no look at any of them meanwhile."""
-        lane, rows = pass_.lane, pass_.lane.rows
+        lane, rows, kept = pass_.lane, pass_.lane.rows, pass_.kept
         uniforms_KR = self._uniforms(rows, pass_.steps)
-        drawn_K3R = torch.empty(pass_.steps, 3, len(rows), dtype=torch.float64, device=self.device)
-        k_1 = torch.zeros(1, dtype=torch.int64, device=self.device)
-        tokens_R, positions_R = pass_.tokens_1S[0, : len(rows)], pass_.positions_1S[0, : len(rows)]
+        if kept is None:
+            drawn_K3R = torch.empty(pass_.steps, 3, len(rows), dtype=torch.float64, device=self.device)
+            k_1 = torch.zeros(1, dtype=torch.int64, device=self.device)
+        else:
+            kept.uniforms_KR[: pass_.steps, : len(rows)] = uniforms_KR
+            uniforms_KR, drawn_K3R, k_1 = kept.uniforms_KR, kept.drawn_K3R, kept.k_1.zero_()
+        count = drawn_K3R.shape[2]
+        tokens_R, positions_R = pass_.tokens_1S[0, :count], pass_.positions_1S[0, :count]
 
         def step() -> None:
             logits_RV = self.chunks[0](pass_.tokens_1S, pass_.positions_1S, lane.cache, pass_.select_T)
@@ -330,20 +391,32 @@ class Sampler:
             k_1.add_(1)
             lane.cache.advance()
 
-        self._repeat(step, pass_.steps)
+        self._repeat(step, pass_.steps, kept, lane.cache.moves)
         lane.end([])
-        return self._take(lane, drawn_K3R)
+        return self._take(lane, drawn_K3R[: pass_.steps, :, : len(rows)])
 
-    def _repeat(self, step: Callable[[], None], times: int) -> None:
+    def _repeat(self, step: Callable[[], None], times: int, kept: _Kept | None, moves: int) -> None:
         """Calls ``step``, which always does the same to the same tensors and reads nothing of them.
 
-        With CUDA the second call is recorded in a graph instead, which is replayed: one launch for each step.
+        With CUDA the second call is recorded in a graph instead, which is replayed: one launch for each step. With
+        ``kept`` tensors it is replayed from then on, until the cache's buffers are others.
         """
-        if not torch.cuda.is_available() or times < 3:
+        if kept is not None and kept.graph is not None and kept.moves == moves:
+            for _ in range(times):
+                kept.graph.replay()
+            return
+        if not self._records or times < (3 if kept is None else 2):
             for _ in range(times):
                 step()
             return
         step()  # what is made at the first use must not be made in the graph
+        graph = self._recorded(step)
+        if kept is not None:
+            kept.graph, kept.moves = graph, moves
+        for _ in range(times - 1):
+            graph.replay()
+
+    def _recorded(self, step: Callable[[], None]) -> Any:
         graph, stream, current = torch.cuda.CUDAGraph(), torch.cuda.Stream(), torch.cuda.current_stream()
         stream.wait_stream(current)
         with torch.cuda.stream(stream):
@@ -353,8 +426,7 @@ class Sampler:
             graph.capture_end()
         current.wait_stream(stream)
         self._graph = graph
-        for _ in range(times - 1):
-            graph.replay()
+        return graph
 
     def _uniforms(self, rows: Sequence[_Row], steps: int) -> torch.Tensor:
         """The rows' next draws [steps, R] float64, the last one again where there are no more."""

@@ -5,6 +5,8 @@ Shapes: H query heads, K key-value heads, S positions of a row, D head width.
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from devices import Operations
@@ -12,6 +14,7 @@ from qkv import D, H, dense, draw
 
 from nemo_brain.model import attention
 from nemo_brain.model.attention import packed_attention
+from nemo_brain.model.prefix_attention import largest_gaps
 
 LAYOUTS = {
     "unequal segments": [[3, 2, 4, 1]],
@@ -51,11 +54,49 @@ def one_by_one(q_SHD, k_MKD, v_MKD, sequences, scale) -> torch.Tensor:
     return torch.cat(outs)
 
 
-@pytest.fixture(params=["cascade", "one variable-length call"])
+class SlowKernel:
+    """A variable-length kernel and its backward pass, which takes the output and the lse that it is given."""
+
+    def forward(self, q, k, v, lengths, causal, scale):
+        outs, lses = [], []
+        for _, _, (_, _, v_HSD), scores in self._sequences(q, k, v, lengths, causal, scale):
+            outs.append((scores.softmax(-1) @ v_HSD).transpose(0, 1))
+            lses.append(scores.logsumexp(-1))
+        return torch.cat(outs), torch.cat(lses, dim=1)
+
+    def backward(self, d_out, q, k, v, out, lse, lengths, causal, scale):
+        gradients = [torch.zeros_like(tensor) for tensor in (q, k, v)]
+        for queries, keys, (q_HSD, k_HSD, v_HSD), scores in self._sequences(q, k, v, lengths, causal, scale):
+            probs = (scores - lse[:, queries, None]).exp()
+            d_HSD = d_out[queries].transpose(0, 1)
+            drift = (d_HSD * out[queries].transpose(0, 1)).sum(-1, keepdim=True)
+            d_scores = probs * (d_HSD @ v_HSD.transpose(1, 2) - drift) * scale
+            shares = (d_scores @ k_HSD, d_scores.transpose(1, 2) @ q_HSD, probs.transpose(1, 2) @ d_HSD)
+            for gradient, place, share in zip(gradients, (queries, keys, keys), shares, strict=True):
+                heads = gradient.shape[1]
+                gradient[place] += share.unflatten(0, (heads, -1)).sum(1).transpose(0, 1)
+        return gradients
+
+    def _sequences(self, q, k, v, lengths, causal, scale):
+        assert lengths.query_ends.dtype == lengths.key_ends.dtype == torch.int32
+        ends = zip(lengths.query_ends.tolist(), lengths.key_ends.tolist(), strict=True)
+        for (q0, k0), (q1, k1) in itertools.pairwise(ends):
+            assert 0 < q1 - q0 <= lengths.longest_query and 0 < k1 - k0 <= lengths.longest_key
+            q_HSD = q[q0:q1].transpose(0, 1)
+            k_HSD, v_HSD = (t[k0:k1].transpose(0, 1).repeat_interleave(q.shape[1] // t.shape[1], 0) for t in (k, v))
+            scores = q_HSD @ k_HSD.transpose(1, 2) * scale
+            if causal:
+                scores = scores.masked_fill(~torch.ones_like(scores[0], dtype=torch.bool).tril(), -torch.inf)
+            yield slice(q0, q1), slice(k0, k1), (q_HSD, k_HSD, v_HSD), scores
+
+
+@pytest.fixture(params=["cascade", "one variable-length call", "two parts merged"])
 def kernel(request, monkeypatch):
-    """Both ways to compute a row: the second as with CUDA, but for the kernel itself."""
-    if request.param != "cascade":
+    """All ways to compute a row: the second and third as with CUDA, but for the kernel itself."""
+    if request.param == "one variable-length call":
         monkeypatch.setattr(attention, "find_kernel", lambda q: one_by_one)
+    if request.param == "two parts merged":
+        monkeypatch.setattr(attention, "find_merging", lambda q, k: SlowKernel())
 
 
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
@@ -107,6 +148,36 @@ def test_rows_without_a_prefix_make_no_mask():
     assert attention._segment_mask.cache_info().currsize == 0
     packed_attention(*inputs, torch.tensor([[2, 4, 6]]))
     assert attention._segment_mask.cache_info().currsize == 1
+
+
+def test_merging_is_held_to_float64_where_it_is_used():
+    """In single precision; and parts that are merged by their sizes, say, are not taken."""
+
+    class Unmerged(SlowKernel):
+        def forward(self, *arguments):
+            out, lse = super().forward(*arguments)
+            return out, torch.zeros_like(lse)
+
+    values, gradients = largest_gaps(SlowKernel(), torch.device("cpu"), torch.float32)
+    assert values < 2e-6 and gradients < 2e-5  # fp32, sums of tens
+    values, gradients = largest_gaps(Unmerged(), torch.device("cpu"), torch.float32)
+    assert values > 0.1 and gradients > 0.3
+
+
+def test_merging_gives_the_kernel_no_copies_of_a_prefix():
+    """Its keys are as many as the row's positions, and once more the prefixes."""
+    seen = []
+
+    class Counting(SlowKernel):
+        def forward(self, q, k, *arguments):
+            seen.append((len(q), len(k)))
+            return super().forward(q, k, *arguments)
+
+    q, k, v = draw(40 + 8 * 5, 2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention, "find_merging", lambda q, k: Counting())
+        packed_attention(q, k, v, torch.tensor([[40, *[5] * 8]]))
+    assert seen == [(80, 80), (40, 40)]
 
 
 @pytest.mark.gpu
