@@ -140,7 +140,8 @@ class RemoteSampler:
                 alone = copy.copy(self)
                 alone._servers = [server]
                 found: dict[int, SampledGroup] = {}
-                with contextlib.closing(alone.sample(prompts, seed, PROBE, [[0]] * len(prompts))) as answers:
+                sampling: Any = alone.sample(prompts, seed, PROBE, [[0]] * len(prompts))
+                with contextlib.closing(sampling) as answers:
                     for answer in answers:
                         if answer is not None:
                             found |= [answer]

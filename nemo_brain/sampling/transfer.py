@@ -7,6 +7,7 @@ group lasts for one transfer.
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import time
 import warnings
@@ -55,7 +56,7 @@ class Transfer:
         # In the order of the configuration, one after the other: two replicas that give the same servers weights would
         # otherwise wait for each other.
         for server in servers:
-            self._receivers += self._attempt(server, lambda server=server: [_Receiver(server)]) or []
+            self._receivers += self._attempt(server, functools.partial(_joined, server)) or []
         if self._error is not None:
             raise self._error
 
@@ -79,7 +80,7 @@ class Transfer:
             self._send()
         self._send()  # the empty one, which is the last
         for receiver in list(self._receivers):
-            self._attempt(receiver.server, lambda receiver=receiver: receiver.finish(self._version))
+            self._attempt(receiver.server, functools.partial(receiver.finish, self._version))
         self.seconds = time.perf_counter() - self._started
         if self._error is not None:
             raise self._error
@@ -90,7 +91,7 @@ class Transfer:
         self.bytes += self._bucket_bytes
         self._bucket_bytes = 0
         for receiver in list(self._receivers):
-            self._attempt(receiver.server, lambda receiver=receiver: receiver.begin(self._number, bucket))
+            self._attempt(receiver.server, functools.partial(receiver.begin, self._number, bucket))
         for receiver in list(self._receivers):
             self._attempt(receiver.server, receiver.wait)
         self._number += 1
@@ -178,6 +179,10 @@ class _Receiver:
             if time.monotonic() > ended:
                 raise RuntimeError(f"nothing within {self._patience:g} seconds")
             time.sleep(_POLL_SECONDS)
+
+
+def _joined(server: Server) -> list[_Receiver]:
+    return [_Receiver(server)]
 
 
 async def _with_client(server: Server, work: Callable[[httpx.AsyncClient], Coroutine[Any, Any, Any]]) -> Any:

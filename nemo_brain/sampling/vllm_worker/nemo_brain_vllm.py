@@ -84,17 +84,18 @@ def process_group(store: dist.Store, rank: int, size: int, device: str, address:
         address: of this machine, where gloo is to listen.
     """
     limit = timedelta(seconds=seconds)
+    kinds: Any = dist  # whose stubs lack what follows
     store.set_timeout(limit)
     if device == "cuda":
-        options = dist.ProcessGroupNCCL.Options()
+        options = kinds.ProcessGroupNCCL.Options()
         options._timeout = limit
-        group = dist.ProcessGroupNCCL(store, rank, size, options)
+        group = kinds.ProcessGroupNCCL(store, rank, size, options)
         group.broadcast(torch.zeros(1, device="cuda"), 0).wait()  # it connects at its first use
         return group
-    options = dist.ProcessGroupGloo._Options()
-    options._devices = [dist.ProcessGroupGloo.create_device(hostname=address)]
+    options = kinds.ProcessGroupGloo._Options()
+    options._devices = [kinds.ProcessGroupGloo.create_device(hostname=address)]
     options._timeout = limit
-    return dist.ProcessGroupGloo(store, rank, size, options)
+    return kinds.ProcessGroupGloo(store, rank, size, options)
 
 
 def address_towards(host: str, port: int) -> str:
