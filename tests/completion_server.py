@@ -3,10 +3,11 @@
 It samples for real, request by request, from the seed that comes with the request. What vLLM 0.32 does that one would
 not expect, it does too: it keeps what it has computed of a prefix until /reset_prefix_cache, also after new weights
 have been loaded; reload_weights leaves a tied output layer as it was; a reload of a directory that it does not see
-destroys the model, though /health says nothing of it, and the next request ends it; started again it has its first
-weights; new weights come to outputs that are being drawn between two tokens, and while there are any, prefixes are only
-forgotten if these are reset too; it ignores fields that it does not know; told to end, it no longer listens, and
-requests in flight hang.
+destroys the model, though /health says nothing of it, and the next request ends it; a module that is given some of
+its weights loses the others; started again it has its first weights; new weights come to outputs that are being drawn
+between two tokens, and while there are any, prefixes are only forgotten if these are reset too; it ignores fields that
+it does not know; told to end, it no longer listens, and requests in flight hang. Its worker takes weights by the
+extension that a real one has.
 """
 
 from __future__ import annotations
@@ -20,11 +21,13 @@ from collections import Counter
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from nemo_brain.data.tokenizers import byte_tokenizer
+from nemo_brain.sampling.vllm_worker.nemo_brain_vllm import Weights
 
 TOKENIZER = byte_tokenizer()
 END, VOCAB = TOKENIZER.eos_token_id, len(TOKENIZER)
@@ -76,6 +79,9 @@ class CompletionServer:
         self.before: Callable[[dict], None] = lambda body: None  # called before a request is looked at
         self.answered = 0
         self.loads: list[Path] = []
+        self.received: list[dict[str, int]] = []  # of each transfer, the bytes of each tensor
+        self.during: Callable[[str], None] = lambda name: None  # called for each tensor that arrives
+        self.engines = 1
         self.named: dict[str, LlamaForCausalLM] = {}  # the weights that it was told a version of
         self.running = 0
         self._first = directory
@@ -112,6 +118,15 @@ class CompletionServer:
             if method == "reload_weights" and self.model.config.tie_word_embeddings:
                 self.model.get_output_embeddings().weight = torch.nn.Parameter(head)
         return ""
+
+    def call(self, method: str, arguments: dict) -> tuple[int, dict]:
+        """A worker's method, called by name: status and answer."""
+        try:
+            with self._lock if method == "nemo_brain_receive" else contextlib.nullcontext():
+                result = getattr(_Worker(self), method)(**arguments)
+        except Exception as error:
+            return 500, {"error": {"message": f"{type(error).__name__}: {error}", "code": 500}}
+        return 200, {"results": [result]}
 
     def __enter__(self) -> CompletionServer:
         outer = self
@@ -191,6 +206,8 @@ class CompletionServer:
             _send(handler, 500, {"error": {"message": problem}}) if problem else _send(
                 handler, 200, {"results": [None]}
             )
+        elif handler.path == "/collective_rpc":
+            _send(handler, *self.call(body["method"], body["kwargs"]))
         elif handler.path == "/update_weight_version" and self.versions:
             assert self.kind == "vllm" or not body["abort_all_requests"], "SGLang ends all running requests otherwise"
             self.version = body["new_version"]
@@ -268,23 +285,17 @@ class CompletionServer:
         return ""
 
     def _answer(self, body: dict) -> dict:
-        """Samples. The end token is in the ids and log-probs."""
-        generator = torch.Generator().manual_seed(body["seed"])
-        ids, logprobs, reason = [], [], "length"
-        for _ in range(body["max_tokens"]):
-            plain = self._logits((*body["prompt"], *ids)).double()
-            law = (plain / body["temperature"]).log_softmax(-1)
-            token = int(torch.multinomial(law.exp(), 1, generator=generator))
-            logprobs.append((law if self.processed else plain.log_softmax(-1))[token].item())
-            ids.append(token)
-            text = TOKENIZER.decode(ids)
-            if token in body["stop_token_ids"] or token == self.end or any(end in text for end in body["stop"]):
-                reason = "stop"
-                break
+        """Samples. Of several outputs each has a seed of its own, except by SGLang."""
+        seeds = [body["seed"] + (0 if self.kind == "sglang" else i) for i in range(body["n"])]
+        choices = [{**self._choice(body, seed), "index": i} for i, seed in enumerate(seeds)]
+        return {"id": "cmpl-1", "object": "text_completion", "model": body["model"], "choices": choices}
+
+    def _choice(self, body: dict, seed: int) -> dict:
+        """The end token is in the ids and log-probs."""
+        ids, logprobs, reason = draw(self._logits, body, seed, self.end, self.processed)
         as_ids = self.kind in ("vllm", "old vllm") and body["return_tokens_as_token_ids"]
         tokens = [f"token_id:{token}" if as_ids else f"<{token}>" for token in ids]
         choice = {
-            "index": 0,
             "text": "not to be used",
             "logprobs": {"token_logprobs": logprobs, "tokens": tokens, "top_logprobs": [], "text_offset": []},
             "finish_reason": reason,
@@ -294,7 +305,7 @@ class CompletionServer:
             choice["token_ids"] = ids if not body["detokenize"] else None
         elif self.kind != "old vllm" and body["return_token_ids"]:
             choice |= {"token_ids": ids, "prompt_token_ids": body["prompt"]}
-        return {"id": "cmpl-1", "object": "text_completion", "model": body["model"], "choices": [choice]}
+        return choice
 
     @torch.no_grad()
     def _logits(self, tokens: tuple) -> torch.Tensor:
@@ -302,6 +313,66 @@ class CompletionServer:
             if tokens not in self._cache:
                 self._cache[tokens] = self.model(torch.tensor([tokens])).logits[0, -1]
             return self._cache[tokens]
+
+
+def draw(logits: Callable, body: dict, seed: int, end: int, processed: bool) -> tuple[list[int], list[float], str]:
+    """Samples an output: its tokens, their log-probs, and why it ended."""
+    generator = torch.Generator().manual_seed(seed)
+    ids, logprobs = [], []
+    for _ in range(body["max_tokens"]):
+        plain = logits((*body["prompt"], *ids)).double()
+        law = (plain / body["temperature"]).log_softmax(-1)
+        token = int(torch.multinomial(law.exp(), 1, generator=generator))
+        logprobs.append((law if processed else plain.log_softmax(-1))[token].item())
+        ids.append(token)
+        text = TOKENIZER.decode(ids)
+        if token in body["stop_token_ids"] or token == end or any(string in text for string in body["stop"]):
+            return ids, logprobs, "stop"
+    return ids, logprobs, "length"
+
+
+class _Worker(Weights):
+    """A vLLM worker, which takes weights as one on a CPU does."""
+
+    def __init__(self, server: CompletionServer):
+        self.server = server
+        self.device = torch.device("cpu")
+        self.parallel_config = SimpleNamespace(rank=0, data_parallel_size=server.engines)
+        self.model_runner = self
+
+    @property
+    def model_config(self):
+        return SimpleNamespace(hf_config=self.server.model.config)
+
+    def get_model(self):
+        return SimpleNamespace(modules=lambda: [ParallelLMHead(self.server.model)])
+
+    @torch.no_grad()
+    def reload_weights(self, weights_iterator) -> None:
+        model = self.server.model
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        if model.config.tie_word_embeddings:  # what it multiplies by is a copy
+            model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+        sizes = {}
+        self.server.received.append(sizes)
+        for name, tensor in weights_iterator:
+            self.server.during(name)
+            sizes[name] = tensor.nbytes
+            parameters[name].copy_(tensor)
+        for layer in {name.rpartition(".")[0].rpartition(".")[0] for name in sizes}:
+            for whole in ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"):
+                parts = [f"{layer}.{part}.weight" for part in whole]
+                if any(part in sizes for part in parts):
+                    for part in parts:
+                        if part not in sizes:
+                            parameters[part].fill_(float("nan"))
+
+
+class ParallelLMHead:
+    """vLLM's output layer, by this name, whose packed copy of a tied embedding is made on request."""
+
+    def __init__(self, model):
+        self.quant_method = SimpleNamespace(process_weights_after_loading=lambda module: model.tie_weights())
 
 
 def _send(handler, status: int, answer, headers: dict | None = None) -> None:

@@ -74,6 +74,7 @@ class RemoteConfig:
     )
     api_key_env: str | None = key(None, "the environment variable with the key that is sent; null: no key")
     concurrency: int = key(64, "requests at a time to each server, by each data-parallel replica", at_least=1)
+    outputs_per_request: int = key(1, "of a prompt; more than 1: vLLM only", at_least=1)
     request_timeout_seconds: float = key(600.0, "of one attempt; ended early where /health fails", above=0)
     timeout_seconds: float = key(
         1200.0,
@@ -85,6 +86,14 @@ class RemoteConfig:
         "an output whose log-prob there is not ours",
         among={"redraw": "asked for again", "keep": "with the server's log q'"},
     )
+    transfer: str = key(
+        "directory",
+        "how the policy's weights get there",
+        among={
+            "directory": "export_to and reload; without them the server keeps its first ones",
+            "process_group": "to vLLM's workers over NCCL or gloo, no file between",
+        },
+    )
     export_to: str | None = key(None, "a directory for each new proposal, which reload names")
     reload: list[dict[str, Any]] | None = key(
         None, "how the server loads it, step by step: {path or url: ..., method: POST, json: ...} | {command: [...]}"
@@ -94,9 +103,32 @@ class RemoteConfig:
     def urls(self) -> list[str]:
         return self.url if isinstance(self.url, list) else [self.url]
 
+    @property
+    def follows(self) -> bool:
+        """Whether the servers are given the policy's weights."""
+        return self.transfer == "process_group" or self.reload is not None
+
 
 @dataclass
 class RolloutConfig(OutputsConfig):
+    engine: str | None = key(
+        None,
+        "what samples",
+        among={
+            None: "server with rollout.remote, otherwise own",
+            "own": "the training kernels",
+            "server": "see remote",
+            "colocated": "vLLM in the training processes, on their GPUs",
+        },
+        resumable=True,
+    )
+    colocated_memory: float = key(
+        0.4,
+        "the fraction of a GPU's memory that a colocated vLLM has while it samples",
+        above=0,
+        below=1,
+        resumable=True,
+    )
     prompts_per_iteration: int = key(MISSING, "a multiple of train.global_batch_size", at_least=1, resumable=STEPS)
     outputs_per_prompt: int = key(MISSING, "n; as many as the objective needs, most of them 2", at_least=1)
     temperature: float = key(1.0, "of the proposal; enters log q' alone", above=0)
@@ -236,6 +268,7 @@ def check(cfg: DictConfig) -> Config:
     _check_adapters(config.model, config.prior)
     _check_refresh(config.rollout)
     _check_truncation(config.rollout)
+    _check_engine(config.rollout)
     _check_ahead(config.rollout, config.data)
     if config.rollout.remote is not None:
         _check_remote(config.rollout.remote, config.rollout, config.trainer)
@@ -285,10 +318,11 @@ def _check_refresh(rollout: RolloutConfig) -> None:
 def _check_ahead(rollout: RolloutConfig, data: DataConfig) -> None:
     if not rollout.ahead:
         return
-    if rollout.remote is None or rollout.remote.reload is None or rollout.refresh != "always" or data.rollouts:
+    if rollout.remote is None or not rollout.remote.follows or rollout.refresh != "always" or data.rollouts:
         raise ValueError(
             "rollout.ahead has an inference server sample with the policy while the training ranks do something else: "
-            "it needs rollout.remote with reload and export_to, rollout.refresh=always, and no data.rollouts"
+            "it needs rollout.remote with reload and export_to, or transfer=process_group, rollout.refresh=always, and "
+            "no data.rollouts"
         )
     if rollout.rescore_proposal:
         raise ValueError(
@@ -314,6 +348,21 @@ def _check_truncation(rollout: RolloutConfig) -> None:
         )
 
 
+def _check_engine(rollout: RolloutConfig) -> None:
+    name = "rollout.engine"
+    if rollout.remote is None and rollout.engine == "server":
+        raise ValueError(f"{name}=server needs rollout.remote, which says where it is and how it is asked")
+    if rollout.remote is not None and rollout.engine in ("own", "colocated"):
+        raise ValueError(
+            f"rollout.remote is what {name}=server samples with, and {name} is {rollout.engine}: set "
+            f"rollout.remote=null, or leave {name} out"
+        )
+    if rollout.engine == "colocated" and rollout.refresh != "always":
+        raise ValueError(
+            f"{name}=colocated samples from the policy as it stands: rollout.refresh={rollout.refresh} needs {name}=own"
+        )
+
+
 def _check_remote(remote: RemoteConfig, rollout: RolloutConfig, trainer: TrainerConfig) -> None:
     name = "rollout.remote"
     check_patience(f"{name}.timeout_seconds", remote.timeout_seconds, trainer)
@@ -334,21 +383,38 @@ def _check_remote(remote: RemoteConfig, rollout: RolloutConfig, trainer: Trainer
             f"{name}.export_to (where each new proposal is written) and {name}.reload (how the server loads it) "
             "go together: set both, or neither"
         )
-    if rollout.refresh == "kl_adaptive" and remote.reload is None:
+    if remote.outputs_per_request > 1 and remote.server != "vllm":
+        raise ValueError(
+            f"{name}.outputs_per_request={remote.outputs_per_request} needs {name}.server=vllm, which draws each "
+            "output of a request by a seed of its own (SGLang's deterministic mode draws all alike): set it to 1"
+        )
+    if remote.transfer == "process_group":
+        if remote.server != "vllm":
+            raise ValueError(
+                f"{name}.transfer=process_group needs {name}.server=vllm, whose workers take an extension of ours: set "
+                f"{name}.transfer=directory for {remote.server}"
+            )
+        if remote.reload is not None:
+            raise ValueError(
+                f"{name}.transfer=process_group needs neither {name}.export_to nor {name}.reload: leave them out, or "
+                f"set {name}.transfer=directory"
+            )
+    if rollout.refresh == "kl_adaptive" and not remote.follows:
         raise ValueError(
             f"rollout.refresh=kl_adaptive gives the server another proposal from time to time: set {name}.reload and "
-            f"{name}.export_to"
+            f"{name}.export_to, or {name}.transfer=process_group"
         )
-    if rollout.refresh == "never" and remote.reload is not None:
+    if rollout.refresh == "never" and remote.follows:
         raise ValueError(
             f"rollout.refresh=never samples from the start model, with which the server is started: set {name}.reload "
-            f"and {name}.export_to to null"
+            f"and {name}.export_to to null, and {name}.transfer to directory"
         )
     always = rollout.refresh == "always"
-    if always and remote.reload is None and rollout.rescore_proposal and trainer.max_iterations > 1:
+    if always and not remote.follows and rollout.rescore_proposal and trainer.max_iterations > 1:
         raise ValueError(
             f"without {name}.reload the server keeps its first weights, and rollout.rescore_proposal would score its "
-            f"outputs with newer ones: set {name}.reload, rollout.rescore_proposal=false or trainer.max_iterations=1"
+            f"outputs with newer ones: set {name}.transfer=process_group (vLLM), {name}.reload, "
+            "rollout.rescore_proposal=false or trainer.max_iterations=1"
         )
     for number, step in enumerate(remote.reload or ()):
         _check_reload_step(f"{name}.reload[{number}]", step)

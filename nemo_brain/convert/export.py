@@ -97,7 +97,7 @@ def export_model(
     export: Export,
     directory: str | Path,
     max_shard_bytes: int = MAX_SHARD_BYTES,
-) -> None:
+) -> int:
     """Writes the model to ``directory``, in the parameters' own dtype: what transformers and inference servers load.
 
     A collective of all ranks. The ranks of the first data-parallel replica gather, rank 0 writes, the others wait. No
@@ -111,12 +111,40 @@ def export_model(
         directory: on a file system that rank 0 writes to.
         max_shard_bytes: the largest safetensors file, except that a larger tensor has one to itself.
 
+    Returns:
+        The bytes of its tensors, on rank 0; 0 on others.
+
     Raises:
         OSError: on every rank, when rank 0 could not write; an earlier export is unharmed.
         ValueError: on every rank, when ``directory`` exists and is not an earlier export.
     """
     writer = Writer(export, Path(directory), max_shard_bytes) if dist.get_rank() == 0 else None
     write_parameters([p for chunk in chunks for p in merged_parameters(unwrap(chunk))], writer)
+    return writer.total_bytes if writer else 0
+
+
+@torch.no_grad()
+def gathered_tensors(
+    chunks: Sequence[torch.nn.Module], export: Export, adapted: bool = False, everywhere: bool = False
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The model by Hugging Face's names, in the parameters' own dtype, one full tensor at a time, on the first rank of
+    the replica; its other ranks yield nothing.
+
+    A collective of one replica's ranks, who have to come to its end.
+
+    Args:
+        chunks, export: as in ``export_model``.
+        adapted: only the layers that have adapters.
+        everywhere: on all ranks of the replica.
+    """
+    mine = [p for chunk in chunks for p in merged_parameters(unwrap(chunk), adapted)]
+    for name, full in _full_tensors(mine, everywhere):
+        yield from _exported(export, name, full)
+
+
+def _exported(export: Export, name: str, full: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+    """Hugging Face's names and tensors of the full tensor of a canonical name, without padding."""
+    return export.tensors(name, full[: export.vocab_size] if name in VOCABULARY_TENSORS else full)
 
 
 @torch.no_grad()
@@ -136,11 +164,13 @@ def write_parameters(mine: Sequence[GlobalParameter], writer: DirectoryWriter | 
         raise kind(message)
 
 
-def _full_tensors(mine: Sequence[GlobalParameter]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every tensor of all ranks once, by canonical name, on the replica's first rank; the others yield nothing.
+def _full_tensors(mine: Sequence[GlobalParameter], everywhere: bool = False) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every tensor of all ranks once, by canonical name, on the replica's first rank, or ``everywhere`` in the replica;
+    otherwise the others yield nothing.
 
     A collective of one replica's ranks.
     """
+    replica = parallel_state.get_model_parallel_group()
     group = parallel_state.get_pipeline_model_parallel_group()
     ranks, stage = dist.get_process_group_ranks(group), group.rank()
     first_shard = parallel_state.get_tensor_model_parallel_rank() == 0
@@ -161,7 +191,10 @@ def _full_tensors(mine: Sequence[GlobalParameter]) -> Iterator[tuple[str, torch.
             elif first_shard and stage == 0:
                 full = torch.empty(shape, dtype=dtype, device=mine[0].parameter.device)
                 dist.recv(full, ranks[owner], group=group)
-            if first_shard and stage == 0:
+            if everywhere and replica.size() > 1:
+                full = torch.empty(shape, dtype=dtype, device=mine[0].parameter.device) if full is None else full
+                dist.broadcast(full, dist.get_process_group_ranks(replica)[0], group=replica)
+            if everywhere or (first_shard and stage == 0):
                 yield name, full
 
 
@@ -246,9 +279,8 @@ class Writer(DirectoryWriter):
 
     def add(self, name: str, full: torch.Tensor) -> None:
         if name in VOCABULARY_TENSORS:
-            full = full[: self._export.vocab_size]
             self._export.config.torch_dtype = full.dtype
-        for theirs, tensor in self._export.tensors(name, full):
+        for theirs, tensor in _exported(self._export, name, full):
             tensor = tensor.cpu().contiguous()
             size = tensor.numel() * tensor.element_size()
             if self._tensors and self._shard_bytes + size > self._max_shard_bytes:

@@ -118,7 +118,7 @@ class HTTPClient:
                 refused(response)
                 problem = f"HTTP {response.status_code}: {excerpt(response)}"
                 if response.status_code < 500 and response.status_code not in _PASSING:
-                    raise self._error(what, problem + self._hint(response.status_code))
+                    raise self.error(what, problem + self._hint(response.status_code))
                 bad = 0
                 pause = max(pause, _retry_after(response))
             except asyncio.TimeoutError:
@@ -129,12 +129,12 @@ class HTTPClient:
                 problem = str(error)
                 bad += 1
                 if bad == _BAD_ANSWERS:
-                    failure = self._error(what, f"{bad} wrong answers in a row, the last: {problem}")
+                    failure = self.error(what, f"{bad} wrong answers in a row, the last: {problem}")
                     failure.item = error.item
                     raise failure from None
             left = self.timeout_seconds - (time.monotonic() - started)
             if left <= pause:
-                raise self._error(
+                raise self.error(
                     what,
                     f"no usable answer within {self._section}.timeout_seconds={self.timeout_seconds:g} "
                     f"({attempt} attempts), the last: {problem}",
@@ -150,7 +150,8 @@ class HTTPClient:
             return ""
         return f" (the key comes from the environment variable that {self._section}.api_key_env names)"
 
-    def _error(self, what: str, problem: str) -> ServerError:
+    def error(self, what: str, problem: str) -> ServerError:
+        """The error that ``what`` was asked of this server, and met with this problem."""
         message = f"{self._section}: {self.url}: {what}: {problem}"
         return ServerError(message.replace(self._key, "***") if self._key else message)
 

@@ -88,17 +88,28 @@ def switched_off(chunks: Sequence[torch.nn.Module]) -> Iterator[None]:
             layer.on = True
 
 
-def merged_parameters(chunk: GPTModel) -> Iterator[GlobalParameter]:
-    """The parameters of an unwrapped chunk but for the adapters', which are part of the ``full`` tensors instead."""
+def merged_parameters(chunk: GPTModel, adapted: bool = False) -> Iterator[GlobalParameter]:
+    """The parameters of an unwrapped chunk but for the adapters', which are part of the ``full`` tensors instead.
+
+    Args:
+        adapted: only those of layers that have an adapter, their biases included: all others are as they were.
+    """
     parameters = {id(parameter.parameter): parameter for parameter in global_parameters(chunk)}
     adapters = {id(layer.to_wrap.weight): layer.adapter for layer in chunk.modules() if isinstance(layer, LoRALinear)}
+    modules = {_module(parameters[key].name) for key in adapters}
     for key, parameter in parameters.items():
+        if adapted and _module(parameter.name) not in modules:
+            continue
         if key in adapters:
             adapter = adapters[key]
             a, b = (parameters[id(linear.weight)] for linear in (adapter.linear_in, adapter.linear_out))
             yield _Merged(**vars(parameter), a=a, b=b, scale=adapter.alpha / adapter.dim)
         elif not is_adapter(parameter.name):
             yield parameter
+
+
+def _module(name: str) -> str:
+    return name.rpartition(".")[0]
 
 
 @dataclass(frozen=True)

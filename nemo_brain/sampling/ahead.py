@@ -38,7 +38,7 @@ class AheadSampler:
     """
 
     def __init__(self, sampler: RemoteSampler, seed: int):
-        self._sampler = sampler
+        self.sampler = sampler
         self._seed = seed
         self._open: set[queue.SimpleQueue] = set()
         self._begun: asyncio.Queue[_Batch] = asyncio.Queue()
@@ -64,36 +64,38 @@ class AheadSampler:
         self._running.close()
 
     def _groups(self, prompts: Sequence[Prompt], found: queue.SimpleQueue) -> Iterator[tuple[int, SampledGroup]]:
-        n = self._sampler.options.outputs
+        n = self.sampler.options.outputs
         answers: list[dict[int, Answer]] = [{} for _ in prompts]
-        for _ in range(len(prompts) * n):
+        left = len(prompts) * n
+        while left:
             item = found.get()
             if isinstance(item, BaseException):
                 raise item
-            p, i, answer = item
-            answers[p][i] = answer
+            p, outputs = item
+            left -= len(outputs)
+            answers[p] |= outputs
             if len(answers[p]) == n:
                 yield p, group_of(prompts[p], [answers[p].pop(index) for index in range(n)])
         self._open.discard(found)
 
     async def _work(self) -> None:
         try:
-            async with self._sampler.connected() as (pool, client), asyncio.TaskGroup() as tasks:
+            async with self.sampler.connected() as (pool, client), asyncio.TaskGroup() as tasks:
                 while True:
                     batch = await self._begun.get()
                     for p in range(len(batch.prompts)):
-                        for i in range(self._sampler.options.outputs):
-                            tasks.create_task(self._draw(pool, client, batch, p, i))
+                        for numbers in self.sampler.requests(range(self.sampler.options.outputs)):
+                            tasks.create_task(self._draw(pool, client, batch, p, numbers))
         except BaseException as error:  # being closed, too: nobody waits for what does not come
             for found in self._open:
                 found.put(error)
             raise
 
-    async def _draw(self, pool: Pool, client: httpx.AsyncClient, batch: _Batch, p: int, i: int) -> None:
+    async def _draw(self, pool: Pool, client: httpx.AsyncClient, batch: _Batch, p: int, numbers: range) -> None:
         prompt, iteration = batch.prompts[p], batch.iteration
         try:
-            answer = await self._sampler.output(pool, client, prompt, i, self._seed, iteration, confirmed=True)
+            outputs = await self.sampler.outputs(pool, client, prompt, numbers, self._seed, iteration, confirmed=True)
         except Exception as error:  # whoever reads the iteration raises it
             batch.found.put(error)
         else:
-            batch.found.put((p, i, answer))
+            batch.found.put((p, outputs))

@@ -22,6 +22,7 @@ from nemo_brain.sampling.server import Server
 
 _WATCH_SECONDS = 1.0  # between looks at a server's health
 _FAILURES = 2  # so many in a row, and it is lost
+_WAITS = "it waits for the weights"
 
 Answer = TypeVar("Answer")
 
@@ -30,7 +31,8 @@ Answer = TypeVar("Answer")
 class ServedWeights:
     """The weights that the servers are to have, for all who ask them; changed by the training ranks alone.
 
-    directory: where they are; None: those that the servers were started with. version: their name. step: the optimizer
+    directory: where they are; None: nowhere, or those that the servers were started with. version: their name; None:
+    those that the servers were started with. step: the optimizer
     steps behind them, or behind the older ones while they are being replaced. replaced: the name of these. named: only
     servers that keep names are used.
     """
@@ -55,7 +57,7 @@ class ServedWeights:
 
     def admits(self, version: str) -> bool:
         """Whether a server may have weights of this name."""
-        return self.directory is None or version in (self.version, self.replaced)
+        return self.version is None or version in (self.version, self.replaced)
 
 
 @dataclass
@@ -116,7 +118,8 @@ class Pool:
     async def bring(self, reload: bool, doubt: bool = False) -> None:
         """Gives all servers that answer the weights: see ``Server.bring``. ValueError: one that answers failed.
 
-        A server that does not answer is left out, unless it is the only one: that is waited for.
+        A server that does not answer is left out, unless it is the only one: that is waited for. One that is
+        ``waiting`` for a transfer of the weights is left out until it has them.
         """
 
         async def one(member: _Member) -> None:
@@ -124,11 +127,13 @@ class Pool:
                 problem = await member.server.failure(client) if len(self._members) > 1 else None
                 if problem is None:
                     await self._give(client, member, reload=reload, doubt=doubt)
+                    if member.server.waiting:
+                        member.problem = _WAITS
                 else:
                     member.leave(problem)
 
         await together(one(member) for member in self._members)
-        if all(member.problem is not None for member in self._members):
+        if all(member.problem not in (None, _WAITS) for member in self._members):
             raise ValueError(f"rollout.remote: none of the servers answers: {self._problems()}")
 
     @contextlib.asynccontextmanager
@@ -145,8 +150,8 @@ class Pool:
 
     @property
     def urls(self) -> list[str]:
-        """Of the servers that are not left out."""
-        return [member.server.url for member in self._members if member.problem is None]
+        """Of the servers that are not left out, or only until a transfer gives them the weights."""
+        return [member.server.url for member in self._members if member.problem in (None, _WAITS)]
 
     async def ask(
         self, what: str, tokens: int, request: Callable[[Server], Awaitable[Answer]], confirmed: bool = False
@@ -209,7 +214,8 @@ class Pool:
                 await asyncio.sleep(_WATCH_SECONDS)
                 problem = await server.failure(client)
                 if member.problem is not None:
-                    if problem is None and not self._weights.changing:
+                    # What a directory holds may be half of it meanwhile.
+                    if problem is None and not (self._weights.changing and self._weights.directory):
                         await self._take_back(client, member)
                     continue
                 if problem is None and (problem := await self._look(client, member)) is not None:
@@ -225,7 +231,10 @@ class Pool:
         except ValueError as error:
             member.problem = str(error)
         else:
-            member.join()
+            if member.server.waiting:
+                member.problem = _WAITS
+            else:
+                member.join()
 
     async def _look(self, client: httpx.AsyncClient, member: _Member) -> str | None:
         """What is wrong with the weights that a server says it has."""

@@ -9,8 +9,8 @@ see docs/remote_sampling.md) and decides how they are asked:
   request, TensorRT-LLM with ``detokenize: false``; it refuses fields it does not know.
 - vLLM and TensorRT-LLM may take defaults of sampling from the model's generation_config.json: every parameter that
   changes the law is therefore sent.
-- Each output is a request of its own. vLLM splits a request with ``n`` into such requests anyway; SGLang's
-  deterministic mode would give all n outputs of a request the same draws.
+- vLLM splits a request with ``n`` into n such requests, the i-th with the seed + i. SGLang's deterministic mode would
+  give all n outputs of a request the same draws.
 """
 
 from __future__ import annotations
@@ -19,9 +19,7 @@ import asyncio
 import contextlib
 import copy
 import hashlib
-import math
 import queue
-import re
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -34,6 +32,7 @@ from nemo_brain.config.brain import RemoteConfig
 from nemo_brain.core.groups import Output, Prompt, SampledGroup
 from nemo_brain.core.http import BadAnswer
 from nemo_brain.core.together import together
+from nemo_brain.sampling.answers import Reader
 from nemo_brain.sampling.pool import Pool, ServedWeights
 from nemo_brain.sampling.server import Server
 
@@ -46,17 +45,19 @@ _DIALECTS: dict[str, tuple[int, dict[str, Any]]] = {
     "sglang": (-1, {"return_token_ids": True}),
     "trtllm": (0, {"detokenize": False}),
 }
-_TOKEN_ID = re.compile(r"token_id:(\d+)")
 _POLL_SECONDS = 1.0
-_PROBE = -2  # the "iteration" of a probe's draws: the same whenever a server is looked at
-_ROUNDING = 1e-3  # a log-prob may exceed 0 by this: fp32, or bf16 on the server
-_IMPOSSIBLE = -9999.0  # how servers write minus infinity in JSON
+PROBE = -2  # the "iteration" of a probe's draws: the same whenever a server is looked at
 
 
 def request_seed(seed: int, iteration: int, prompt_id: str, output: int) -> int:
-    """The seed of one output's request: 53 bits, which every JSON library keeps."""
-    key = hashlib.blake2b(f"{seed}\x1f{iteration}\x1f{output}\x1f{prompt_id}".encode(), digest_size=8).digest()
-    return int.from_bytes(key, "little") >> 11
+    """The seed of one output: 53 bits, which every JSON library keeps.
+
+    Those of a prompt's outputs follow one another, as a server counts them within a request: an output's seed does not
+    depend on how many are asked for together, and no two outputs of a prompt share one. Other prompts' are apart but
+    by chance, once in 2^52 over twice the number of outputs.
+    """
+    key = hashlib.blake2b(f"{seed}\x1f{iteration}\x1f{prompt_id}".encode(), digest_size=8).digest()
+    return (int.from_bytes(key, "little") >> 12) + output
 
 
 @dataclass(frozen=True)
@@ -95,8 +96,7 @@ class RemoteSampler:
     ):
         self.config = config
         self.options = options
-        self.tokenizer = tokenizer
-        self.vocab_size = vocab_size
+        self._reader = Reader(options, tokenizer, vocab_size)
         self._servers = [Server(config, url, context) for url in config.urls]
         self._weights = weights or ServedWeights()
 
@@ -121,8 +121,15 @@ class RemoteSampler:
                 raise error
         return pool.urls
 
+    @property
+    def waiting(self) -> list[Server]:
+        """The servers that are there and lack the weights, which a transfer has to give them."""
+        return [server for server in self._servers if server.waiting]
+
     def probe(self, urls: Sequence[str], prompts: Sequence[Prompt], seed: int) -> dict[str, list[SampledGroup]]:
         """Each server's output for each prompt, by its address: what its weights and its log-probs are to be seen from.
+
+        A server that is ``waiting`` for the weights again meanwhile is left out.
 
         Raises:
             ValueError: as ``sample``.
@@ -132,9 +139,16 @@ class RemoteSampler:
             if server.url in urls:
                 alone = copy.copy(self)
                 alone._servers = [server]
-                answers = alone.sample(prompts, seed, _PROBE, [[0]] * len(prompts))
-                found = dict(answer for answer in answers if answer is not None)
-                groups[server.url] = [found[p] for p in range(len(prompts))]
+                found: dict[int, SampledGroup] = {}
+                sampling: Any = alone.sample(prompts, seed, PROBE, [[0]] * len(prompts))
+                with contextlib.closing(sampling) as answers:
+                    for answer in answers:
+                        if answer is not None:
+                            found |= [answer]
+                        elif server.waiting:
+                            break
+                if len(found) == len(prompts):
+                    groups[server.url] = [found[p] for p in range(len(prompts))]
         return groups
 
     def sample(
@@ -162,13 +176,13 @@ class RemoteSampler:
             ValueError: no usable answer within the limits of the configuration; names the prompt.
         """
         wanted = [range(self.options.outputs)] * len(prompts) if numbers is None else numbers
-        jobs = iter([(p, i) for p, outputs in enumerate(wanted) for i in outputs])
+        jobs = iter([(p, together) for p, outputs in enumerate(wanted) for together in self.requests(outputs)])
         left = sum(map(len, wanted))
         finished: queue.SimpleQueue = queue.SimpleQueue()
 
         async def worker(pool: Pool, client: httpx.AsyncClient) -> None:
-            for p, i in jobs:
-                finished.put((p, i, await self.output(pool, client, prompts[p], i, seed, iteration)))
+            for p, numbers in jobs:
+                finished.put((p, await self.outputs(pool, client, prompts[p], numbers, seed, iteration)))
 
         async def work() -> None:
             pool = Pool(self._servers, self._weights)
@@ -186,54 +200,63 @@ class RemoteSampler:
                 except queue.Empty:
                     yield None
                     continue
-                left -= 1
-                if isinstance(item, BaseException):
-                    raise item
-                p, i, answer = item
-                answers[p][i] = answer
-                on_outputs(1)
+                if item is None or isinstance(item, BaseException):
+                    raise item or AssertionError("every output is waited for")
+                p, outputs_found = item
+                left -= len(outputs_found)
+                answers[p] |= outputs_found
+                on_outputs(len(outputs_found))
                 if len(answers[p]) == len(wanted[p]):
                     yield p, group_of(prompts[p], [answers[p].pop(index) for index in wanted[p]])
 
     @contextlib.asynccontextmanager
     async def connected(self) -> AsyncIterator[tuple[Pool, httpx.AsyncClient]]:
-        """The servers, watched, and connections to them, for ``output``; as many requests at a time as may be."""
+        """The servers, watched, and connections to them, for ``outputs``; as many requests at a time as may be."""
         count = self.config.concurrency * len(self._servers)
         pool = Pool(self._servers, self._weights, count)
         async with self._servers[0].client(count) as client, pool.watched():
             yield pool, client
 
-    async def output(
+    def requests(self, numbers: Sequence[int]) -> Iterator[range]:
+        """The numbers of a prompt's outputs, in runs of consecutive ones: each is asked for by one request."""
+        first = 0
+        for i in range(1, len(numbers) + 1):
+            if i == len(numbers) or i - first == self.config.outputs_per_request or numbers[i] != numbers[i - 1] + 1:
+                yield range(numbers[first], numbers[i - 1] + 1)
+                first = i
+
+    async def outputs(
         self,
         pool: Pool,
         client: httpx.AsyncClient,
         prompt: Prompt,
-        index: int,
+        numbers: range,
         seed: int,
         iteration: int,
         confirmed: bool = False,
-    ) -> Answer:
-        """One output. confirmed: see ``Pool.ask``. Raises as ``sample``."""
+    ) -> dict[int, Answer]:
+        """The outputs of one request, by their numbers; it is repeated as a whole. confirmed: see ``Pool.ask``. Raises
+        as ``sample``."""
 
-        def request(server: Server) -> Awaitable[Answer]:
+        def request(server: Server) -> Awaitable[list[Answer]]:
             step = self._weights.step
 
-            def read(answer: Any) -> Answer:
-                return Answer(*self._read(answer, prompt), step)
+            def read(answer: Any) -> list[Answer]:
+                return [Answer(*output, step) for output in self._read(answer, prompt, len(numbers))]
 
             return server.ask(client, "POST", "/v1/completions", what, read, body)
 
-        body = self._body(prompt, request_seed(seed, iteration, prompt.id, index))
-        what = f"prompt {prompt.id!r}, output {index}"
-        tokens = len(prompt.token_ids) + self.options.max_new_tokens
-        return await pool.ask(what, tokens, request, confirmed)
+        body = self._body(prompt, request_seed(seed, iteration, prompt.id, numbers[0]), len(numbers))
+        what = f"prompt {prompt.id!r}, output {numbers[0]}" + (f" to {numbers[-1]}" if len(numbers) > 1 else "")
+        tokens = len(prompt.token_ids) + len(numbers) * self.options.max_new_tokens
+        return dict(zip(numbers, await pool.ask(what, tokens, request, confirmed), strict=True))
 
-    def _body(self, prompt: Prompt, seed: int) -> dict[str, Any]:
+    def _body(self, prompt: Prompt, seed: int, outputs: int) -> dict[str, Any]:
         every_token, dialect = _DIALECTS[self.config.server]
         return {
             "model": self.config.model,
             "prompt": prompt.token_ids,
-            "n": 1,
+            "n": outputs,
             "max_tokens": self.options.max_new_tokens,
             "min_tokens": 0,
             "seed": seed,
@@ -256,52 +279,17 @@ class RemoteSampler:
             **dialect,
         }
 
-    def _read(self, answer: Any, prompt: Prompt) -> tuple[Output, float]:
-        """The output in an answer; BadAnswer where anything about it cannot be."""
-        try:
-            (choice,) = answer["choices"]
-            logprobs = choice["logprobs"]
-            values = logprobs["token_logprobs"]
-            reason = choice["finish_reason"]
-            ids = choice.get("token_ids")
-            if ids is None:
-                ids = [_token_id(token) for token in logprobs["tokens"]]
-            lengths = len(ids), len(values)
-        except (KeyError, TypeError, ValueError, AttributeError):
-            raise BadAnswer(_malformed(answer)) from None
-        if choice.get("prompt_token_ids") not in (None, prompt.token_ids):
-            raise BadAnswer("the server sampled from another prompt: its prompt_token_ids are not those that were sent")
-        if lengths[0] != lengths[1] or not 1 <= lengths[0] <= self.options.max_new_tokens:
-            raise BadAnswer(
-                f"{lengths[0]} token ids and {lengths[1]} log-probs; as many of both are expected, between 1 and "
-                f"rollout.max_new_tokens={self.options.max_new_tokens}"
-            )
-        for token in ids:
-            if type(token) is not int or not 0 <= token < self.vocab_size:
-                raise BadAnswer(f"token id {token!r} is not in the vocabulary of {self.vocab_size} tokens")
-        for value in values:
-            if type(value) not in (int, float) or not _IMPOSSIBLE < value <= _ROUNDING:
-                raise BadAnswer(f"{value!r} is not the log-prob of a sampled token")
-        stop = self.options.stop
-        output = stop.output(self.tokenizer, ids)
-        if early := sorted(set(ids[:-1]) & set(stop.token_ids)):
-            raise BadAnswer(f"the end token {early[0]} stands before the end of the output {ids}")
-        if stop.strings and ids[:-1] and stop.ended(self.tokenizer, ids[:-1]):
-            raise BadAnswer(f"the output goes on behind one of rollout.stop_strings={list(stop.strings)}: {ids}")
-        if reason not in ("stop", "length"):
-            raise BadAnswer(f"finish_reason is {reason!r}, neither 'stop' nor 'length'")
-        if reason == "stop" and not output.ended:
-            raise BadAnswer(
-                f"the server stopped at token {ids[-1]}, which is none of the end tokens {list(stop.token_ids)}: it "
-                "stops at other tokens too (eos_token_id in the served config.json or generation_config.json; "
-                "rollout.stop_token_ids names them)"
-            )
-        if reason == "length" and not output.ended and len(ids) < self.options.max_new_tokens:
-            raise BadAnswer(
-                f"the output was cut after {len(ids)} of rollout.max_new_tokens={self.options.max_new_tokens} tokens: "
-                "the server's context is too short"
-            )
-        return output, math.fsum(values)
+    def _read(self, answer: Any, prompt: Prompt, outputs: int) -> list[tuple[Output, float]]:
+        """The outputs in an answer, in their order; BadAnswer where anything about it cannot be."""
+        choices = answer.get("choices") if isinstance(answer, dict) else None
+        if not isinstance(choices, list):
+            raise BadAnswer(f"no choices in {str(answer)[:200]}")
+        if len(choices) != outputs:
+            raise BadAnswer(f"{len(choices)} choices, {outputs} {'was' if outputs == 1 else 'were'} asked for")
+        numbers = [choice.get("index", 0) if isinstance(choice, dict) else None for choice in choices]
+        if any(number not in numbers for number in range(outputs)):
+            raise BadAnswer(f"the choices are numbered {numbers}, not 0 to {outputs - 1}")
+        return [self._reader.output(choices[numbers.index(number)], prompt) for number in range(outputs)]
 
 
 def group_of(prompt: Prompt, answers: Sequence[Answer]) -> SampledGroup:
@@ -311,24 +299,6 @@ def group_of(prompt: Prompt, answers: Sequence[Answer]) -> SampledGroup:
         [answer.output for answer in answers],
         proposal_logprobs=[answer.logprob for answer in answers],
         policy_steps=[answer.step for answer in answers],
-    )
-
-
-def _token_id(token: str) -> int:
-    """The number in "token_id:123". AttributeError: it is none of these."""
-    return int(_TOKEN_ID.fullmatch(token)[1])  # type: ignore[index]  # the caller takes it for a malformed answer
-
-
-def _malformed(answer: Any) -> str:
-    """What an answer of another form lacks."""
-    choices = answer.get("choices") if isinstance(answer, dict) else None
-    if not isinstance(choices, list):
-        return f"no choices in {str(answer)[:200]}"
-    if len(choices) != 1:
-        return f"{len(choices)} choices, 1 was asked for"
-    return (
-        f"no token ids with log-probs in {str(choices[0])[:200]} (rollout.remote.server says which server it is; "
-        "older versions of it may lack them)"
     )
 
 

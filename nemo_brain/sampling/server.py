@@ -17,6 +17,8 @@ import httpx
 from nemo_brain.config.brain import RemoteConfig
 from nemo_brain.core.http import BadAnswer, HTTPClient, excerpt
 
+_INCOMPLETE = "incomplete"  # the version of weights that have not come in full
+_RESET = "/reset_prefix_cache?reset_running_requests=true"
 _PROBE_SECONDS = 10  # for answers that take no computing; a server that is late with them is not yet lost
 
 
@@ -51,6 +53,9 @@ class Server(HTTPClient):
             timeout_seconds=config.timeout_seconds,
         )
         self.config = config
+        self.waiting: str | None = None  # for a transfer of the weights: of "all", or of those that "changed"
+        self._doubted = False  # it is, though it names the right ones
+        self._life = ""  # to be told with these weights
         self._context = context
 
     async def failure(self, client: httpx.AsyncClient) -> str | None:
@@ -73,10 +78,11 @@ class Server(HTTPClient):
         reload: bool,
         doubt: bool,
     ) -> None:
-        """Sees to it that the server has the weights of this version, and serves them.
+        """Sees to it that the server has the weights of this version, and serves them; where they come by a process
+        group, it is ``waiting`` for them afterwards.
 
         Args:
-            directory: with these weights; None: the server has them from its start.
+            directory: with these weights; None: there is none, or the server has them from its start.
             version: their name, which a server that can keep one is told.
             earlier: the name of those before.
             reload: whatever the server says.
@@ -87,6 +93,8 @@ class Server(HTTPClient):
                 model or one of too short a context. These are looked at before anything is changed on it.
         """
         await self._check(client)
+        if self.config.transfer == "process_group" and version is not None:
+            await self._see_whether_to_wait(client, version, earlier, reload)
         if directory is None:
             return
         found = await self.named(client)
@@ -95,7 +103,26 @@ class Server(HTTPClient):
             await self._check(client)
             if found is not None:
                 ours = found.version in (version, earlier)
-                await self._tell(client, Named(str(version), found.life if ours else uuid.uuid4().hex[:8]))
+                await self._tell(client, Named(str(version), found.life if ours else _new_life()))
+
+    async def _see_whether_to_wait(
+        self, client: httpx.AsyncClient, version: str, earlier: str | None, reload: bool
+    ) -> None:
+        found = await self.named(client)
+        if found is None:
+            raise self.error(
+                "the version of its weights",
+                "it keeps none (GET /weight_info), so that a restart would not be seen: start vLLM with "
+                "VLLM_SERVER_DEV_MODE=1, or set rollout.remote.transfer=directory",
+            )
+        if reload or found.version != version:
+            # Versions of one run differ by the number of steps alone.
+            ours = found.version.rpartition("-")[0] == version.rpartition("-")[0]
+            self.waiting = "changed" if ours and not (reload and found.version == version) else "all"
+            self._doubted = self._doubted or found.version == version
+            self._life = found.life if found.version in (version, earlier) else _new_life()
+        elif not self._doubted:  # another replica has given it the weights
+            self.waiting = None
 
     async def named(self, client: httpx.AsyncClient) -> Named | None:
         """What the server says that it has, as vLLM and SGLang keep it until they end; None: it says nothing."""
@@ -106,6 +133,46 @@ class Server(HTTPClient):
                 version, _, life = str(response.json()["weight_version"]).partition(":")
                 return Named(version, life)
         return None
+
+    async def workers(self, client: httpx.AsyncClient) -> list[dict[str, Any]]:
+        """What each of its workers says of itself. ValueError: they are not started as they have to be."""
+        name = "its workers (nemo_brain_worker)"
+        try:
+            workers = (await self._call(client, name, _rpc("nemo_brain_worker"))).json()["results"]
+            engines = max(worker["engines"] for worker in workers)
+        except (ValueError, KeyError, TypeError) as error:
+            raise self.error(
+                name,
+                f"{error}: rollout.remote.transfer=process_group needs vLLM with VLLM_SERVER_DEV_MODE=1 and "
+                "--worker-extension-cls nemo_brain_vllm.Weights (docs/remote_sampling.md)",
+            ) from None
+        if engines > 1:
+            raise self.error(
+                name,
+                f"{engines} data-parallel engines behind one address cannot all be given weights: start each as a "
+                "server of its own and list them in rollout.remote.url",
+            )
+        return workers
+
+    async def receive(self, client: httpx.AsyncClient, arguments: dict[str, Any]) -> None:
+        """Has its workers join a process group and take the weights that come: see ``nemo_brain_vllm``.
+
+        Raises:
+            ValueError: they have not arrived.
+        """
+        try:
+            await self._call(client, "its weights (nemo_brain_receive)", _rpc("nemo_brain_receive", **arguments))
+        except ValueError:
+            with contextlib.suppress(ValueError):  # it is gone
+                await self._tell(client, Named(_INCOMPLETE, _new_life()))
+            raise
+
+    async def received(self, client: httpx.AsyncClient, version: str) -> None:
+        """What there is to do once the weights have come. ValueError: it cannot be done."""
+        await self._call(client, "its prefix cache", {"path": _RESET})
+        await self._check(client)
+        await self._tell(client, Named(version, self._life))
+        self.waiting, self._doubted = None, False
 
     async def _tell(self, client: httpx.AsyncClient, named: Named) -> None:
         name = f"{named.version}:{named.life}"
@@ -127,10 +194,10 @@ class Server(HTTPClient):
         lengths = await self.ask(client, "GET", "/v1/models", "its models (GET /v1/models)", read)
         name = self.config.model
         if name not in lengths:
-            raise self._error("its models", f"rollout.remote.model={name} is not served; served: {', '.join(lengths)}")
+            raise self.error("its models", f"rollout.remote.model={name} is not served; served: {', '.join(lengths)}")
         length = lengths[name]
         if isinstance(length, int) and length < self._context:
-            raise self._error(
+            raise self.error(
                 "its models",
                 f"the context of {name} there is {length} tokens, and data.max_prompt_tokens + rollout.max_new_tokens "
                 f"are {self._context}: start it with a longer one (vLLM: --max-model-len)",
@@ -150,7 +217,7 @@ class Server(HTTPClient):
             else:
                 await self._call(client, name, step)
 
-    async def _call(self, client: httpx.AsyncClient, name: str, step: dict) -> None:
+    async def _call(self, client: httpx.AsyncClient, name: str, step: dict) -> httpx.Response:
         url = step["url"] if "url" in step else self.url + "/" + step["path"].lstrip("/")
         method = step.get("method", "POST")
         # The key is the inference server's: another host is not told.
@@ -160,11 +227,12 @@ class Server(HTTPClient):
             response = await asyncio.wait_for(request, self.config.timeout_seconds)
         except asyncio.TimeoutError:
             problem = f"no answer within rollout.remote.timeout_seconds={self.config.timeout_seconds:g}"
-            raise self._error(name, f"{method} {url}: {problem}") from None
+            raise self.error(name, f"{method} {url}: {problem}") from None
         except httpx.RequestError as error:
-            raise self._error(name, f"{method} {url}: {type(error).__name__}: {error}") from None
+            raise self.error(name, f"{method} {url}: {type(error).__name__}: {error}") from None
         if not response.is_success or _refuses(response):
-            raise self._error(name, f"{method} {url}: HTTP {response.status_code}: {excerpt(response)}")
+            raise self.error(name, f"{method} {url}: HTTP {response.status_code}: {excerpt(response)}")
+        return response
 
     async def _run(self, name: str, command: list[str]) -> None:
         pipe = asyncio.subprocess.PIPE
@@ -173,18 +241,27 @@ class Server(HTTPClient):
                 *command, stdin=asyncio.subprocess.DEVNULL, stdout=pipe, stderr=asyncio.subprocess.STDOUT
             )
         except OSError as error:
-            raise self._error(name, f"{command}: {error}") from None
+            raise self.error(name, f"{command}: {error}") from None
         try:
             output, _ = await asyncio.wait_for(process.communicate(), self.config.timeout_seconds)
         except asyncio.TimeoutError:
             problem = f"not done within rollout.remote.timeout_seconds={self.config.timeout_seconds:g}"
-            raise self._error(name, f"{command}: {problem}") from None
+            raise self.error(name, f"{command}: {problem}") from None
         finally:
             if process.returncode is None:
                 process.kill()
         if process.returncode:
             last = output.decode(errors="replace").strip()[-500:]
-            raise self._error(name, f"{command}: exit status {process.returncode}: {last}")
+            raise self.error(name, f"{command}: exit status {process.returncode}: {last}")
+
+
+def _new_life() -> str:
+    return uuid.uuid4().hex[:8]
+
+
+def _rpc(method: str, **arguments: Any) -> dict[str, Any]:
+    """A step that calls a method of all workers."""
+    return {"path": "/collective_rpc", "json": {"method": method, "kwargs": arguments}}
 
 
 def _refuses(response: httpx.Response) -> bool:

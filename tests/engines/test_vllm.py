@@ -21,19 +21,24 @@ from pathlib import Path
 import httpx
 import pytest
 import torch
-from models import SMOLLM2
+from models import ONE, SMOLLM2, build, forward
 from ranks import free_port, run_ranks
+from safetensors.torch import save_file
 from toy_runs import QUIET, ROOT, composed
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nemo_brain.config.brain import RemoteConfig
 from nemo_brain.convert.command import main as convert
-from nemo_brain.core.groups import Prompt
+from nemo_brain.convert.export import gathered_tensors, make_export
+from nemo_brain.convert.open import open_weights
+from nemo_brain.core.groups import Prompt, SampledGroup
 from nemo_brain.data.stop import Stop
+from nemo_brain.model.weights import load_weights
 from nemo_brain.report.metrics import read_metrics
 from nemo_brain.sampling.pool import ServedWeights
 from nemo_brain.sampling.remote import RemoteSampler
 from nemo_brain.sampling.sampler import SamplingOptions
+from nemo_brain.sampling.transfer import Transfer
 from nemo_brain.training.brain.run import run
 
 ENGINES = os.environ.get("ENGINES", "")
@@ -139,10 +144,10 @@ def shared_memory():
         yield Path(path)
 
 
-def metrics_of(url: str, export_to: Path, reload: str, *overrides: str, kept=None, **keys: str) -> list[dict]:
+def metrics_of(url: str, *overrides: str, kept=None, **keys: str) -> list[dict]:
     """Of a run, whose directory is ``kept`` if it is to stay."""
     logging.disable(logging.WARNING)
-    given = {"url": url, "model": "policy", "concurrency": 8, "export_to": export_to, "reload": f"[{reload}]", **keys}
+    given = {"url": url, "model": "policy", "concurrency": 8, **keys}
     remote = "rollout.remote={" + ", ".join(f"{key}: {value}" for key, value in given.items()) + "}"
     with tempfile.TemporaryDirectory() as scratch:
         run_dir = kept or Path(scratch, "run")
@@ -151,8 +156,8 @@ def metrics_of(url: str, export_to: Path, reload: str, *overrides: str, kept=Non
 
 
 def test_every_iterations_policy_is_sampled_from_by_way_of_shared_memory(server, shared_memory):
-    reload = f"{LOAD}, {RESET}"
-    (metrics,) = run_ranks(metrics_of, 1, server.url, shared_memory / "policy", reload, "trainer.max_iterations=3")
+    keys = {"export_to": shared_memory / "policy", "reload": f"[{LOAD}, {RESET}]"}
+    (metrics,) = run_ranks(metrics_of, 1, server.url, "trainer.max_iterations=3", **keys)
     iterations = [record for record in metrics if record["kind"] == "iteration"]
     print([{k: record[k] for k in ("proposal_gap", "refresh_seconds", "sample_seconds")} for record in iterations])
     assert len(iterations) == 3
@@ -170,9 +175,9 @@ def test_outputs_sampled_ahead_have_the_log_probs_of_the_weights_that_drew_them(
     keep = f"{{command: [bash, -c, 'cp -r {{path}} {policies}/$(ls {policies} | wc -l)']}}"
     options = ("trainer.max_iterations=4", "rollout.ahead=2", "rollout.rescore_proposal=false")
     options += ("rollout.max_new_tokens=48", "rollout.outputs_per_prompt=8", "rollout.save=true")
-    reload = f"{keep}, {LOAD}, {RESET}"
-    keys = {"concurrency": "2", "kept": run_dir}
-    (metrics,) = run_ranks(metrics_of, 1, server.url, shared_memory / "policy", reload, *options, **keys)
+    keys = {"export_to": shared_memory / "policy", "reload": f"[{keep}, {LOAD}, {RESET}]"}
+    keys |= {"concurrency": "2", "kept": run_dir}
+    (metrics,) = run_ranks(metrics_of, 1, server.url, *options, **keys)
     iterations = [record for record in metrics if record["kind"] == "iteration"]
     print([{k: v for k, v in record.items() if k.startswith("ahead/") or "seconds" in k} for record in iterations])
     assert [record["ahead/steps"] > 0 for record in iterations] == [False, True, True, True]
@@ -207,15 +212,41 @@ def token_logprobs(model: AutoModelForCausalLM, prompt: list[int], tokens: list[
 
 def test_a_reload_that_leaves_the_tied_output_layer_ends_the_run(server, tmp_path):
     with pytest.raises(AssertionError, match=r"nats per token away from those of the policy.*it has other weights"):
-        reload = f"{RELOAD}, {RESET}"
-        run_ranks(metrics_of, 1, server.url, tmp_path / "policy", reload, "trainer.max_iterations=3", "optim.lr=1e-3")
+        keys = {"export_to": tmp_path / "policy", "reload": f"[{RELOAD}, {RESET}]"}
+        run_ranks(metrics_of, 1, server.url, "trainer.max_iterations=3", "optim.lr=1e-3", **keys)
 
 
-def test_log_probs_of_another_law_than_the_sampled_end_the_run(server, tmp_path):
+def test_a_run_over_a_process_group_gets_a_higher_reward(server, tmp_path):
+    """With adapters, so that after the first iteration only their layers are sent; four outputs to a request."""
+    lines = (ROOT / "tests" / "golden" / "prompts.jsonl").read_text().splitlines()
+    (tmp_path / "prompts.jsonl").write_text("\n".join(lines[:4]))
+    options = (
+        f"data.train={tmp_path}/prompts.jsonl",
+        "trainer.max_iterations=5",
+        "model.peft={dim: 16}",
+        "prior.placement=adapter_off",
+        "reward._target_=nemo_brain.rewards.function.FunctionReward",
+        "reward.function=nemo_brain.rewards.toy.letter_fraction",
+        "rollout.prompts_per_iteration=4",
+        "rollout.outputs_per_prompt=8",
+        "objective.gamma=0.02",
+        "optim.lr=1e-3",
+    )
+    (metrics,) = run_ranks(metrics_of, 1, server.url, *options, transfer="process_group", outputs_per_request="4")
+    iterations = [record for record in metrics if record["kind"] == "iteration"]
+    names = ("reward/mean", "proposal_gap", "refresh_seconds", "refresh_bytes", "refresh_bytes_per_second")
+    print(*[{name: record[name] for name in names} for record in iterations], sep="\n")
+    assert all(record["proposal_gap"] < 1e-3 for record in iterations)
+    first, *later = [record["refresh_bytes"] for record in iterations]
+    assert first == 4 * 134_515_008 and set(later) == {later[0]} and later[0] < first
+    rewards = [record["reward/mean"] for record in iterations]
+    assert sum(rewards[-2:]) / 2 > rewards[0]
+
+
+def test_log_probs_of_another_law_than_the_sampled_end_the_run(server):
     with pytest.raises(AssertionError, match=r"log-probs at temperature 1 .*--logprobs-mode processed_logprobs"):
         options = ("trainer.max_iterations=1", "rollout.temperature=0.7")
-        reload = f"{LOAD}, {RESET}"
-        run_ranks(metrics_of, 1, server.url, tmp_path / "policy", reload, *options, logprobs="sampled")
+        run_ranks(metrics_of, 1, server.url, *options, transfer="process_group", logprobs="sampled")
 
 
 def changed(smollm2: Path, target: Path) -> AutoModelForCausalLM:
@@ -230,16 +261,33 @@ def changed(smollm2: Path, target: Path) -> AutoModelForCausalLM:
     return model.eval()
 
 
-def sampler(server: VLLM, smollm2: Path, directory: Path | None, tokens: int) -> RemoteSampler:
-    config = RemoteConfig(url=server.url, model="policy", concurrency=8, timeout_seconds=600.0)
-    load = {"method": "nemo_brain_load", "kwargs": {"path": "{path}"}}
-    config.reload = [
-        {"path": "/collective_rpc", "json": load},
-        {"path": "/reset_prefix_cache?reset_running_requests=true"},
-    ]
+def sampler(server: VLLM, smollm2: Path, directory: Path | None, tokens: int, *others: VLLM, **keys) -> RemoteSampler:
+    urls = [one.url for one in (server, *others)]
+    config = RemoteConfig(url=urls, model="policy", concurrency=8, timeout_seconds=600.0, **keys)
+    if config.transfer == "directory":
+        load = {"method": "nemo_brain_load", "kwargs": {"path": "{path}"}}
+        config.reload = [
+            {"path": "/collective_rpc", "json": load},
+            {"path": "/reset_prefix_cache?reset_running_requests=true"},
+        ]
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
     options = SamplingOptions(outputs=8, max_new_tokens=tokens, stop=Stop((tokenizer.eos_token_id,)))
     return RemoteSampler(config, options, tokenizer, len(tokenizer), 128, ServedWeights(directory, "a version"))
+
+
+def give(ours: RemoteSampler, model: AutoModelForCausalLM, names: str = "") -> list[str]:
+    """Sends the servers that wait the model's tensors whose names have this in them, over process groups."""
+    ours.refresh(reload=True)
+    transfer = Transfer(ours.waiting, "a version")
+    for name, parameter in model.named_parameters():
+        if names in name:
+            transfer.add(name, parameter.detach())
+    return transfer.finish()
+
+
+def drawn(ours: RemoteSampler, smollm2: Path) -> SampledGroup:
+    ((_, group),) = [answer for answer in ours.sample(prompts(smollm2), 0, 0) if answer is not None]
+    return group
 
 
 def largest_gap(model: AutoModelForCausalLM, group) -> float:
@@ -265,6 +313,124 @@ def test_a_directory_that_the_server_does_not_see_leaves_it_unharmed(server, smo
     assert len(answer[1].outputs) == 8
 
 
+def test_each_way_gives_a_server_the_weights(server, smollm2, shared_memory, tmp_path):
+    """Exactly, however small the part of them that has changed; how long it takes is printed."""
+    model = changed(smollm2, tmp_path / "policy")
+    shutil.copytree(smollm2, shared_memory / "start")
+    start = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
+    by_group = {"transfer": "process_group"}
+    ways = {
+        "a directory on a disk": (sampler(server, smollm2, smollm2, 12), start),
+        "a process group": (sampler(server, smollm2, None, 12, **by_group), model),
+        "a directory in shared memory": (sampler(server, smollm2, shared_memory / "start", 12), start),
+    }
+    seconds: dict[str, list[float]] = {way: [] for way in ways}
+    for _ in range(3):
+        for way, (ours, weights) in ways.items():
+            started = time.perf_counter()
+            give(ours, weights) if way == "a process group" else ours.refresh(reload=True)
+            seconds[way].append(round(time.perf_counter() - started, 2))
+            if len(seconds[way]) == 1:
+                assert largest_gap(weights, drawn(ours, smollm2)) < 1e-3, way  # fp32, 12 tokens: 2e-5 each
+    print("load", os.getloadavg()[0], seconds)
+    with torch.no_grad():
+        for layer in start.model.layers:
+            layer.mlp.down_proj.weight.mul_(0.9)
+    ours = ways["a process group"][0]
+    give(ours, start, ".mlp.down_proj.")
+    assert largest_gap(start, drawn(ours, smollm2)) < 1e-3
+
+
+def test_outputs_of_one_request_are_those_of_single_requests(server, smollm2):
+    single, together = (
+        drawn(sampler(server, smollm2, None, 16, outputs_per_request=count), smollm2) for count in (1, 4)
+    )
+    tokens = [output.token_ids for output in single.outputs]
+    assert [output.token_ids for output in together.outputs] == tokens
+    assert len({tuple(ids) for ids in tokens}) > 4
+
+
+def test_a_killed_server_is_left_out_and_taken_back_with_the_weights(server, smollm2, tmp_path):
+    model = changed(smollm2, tmp_path / "policy")
+    other = VLLM(smollm2, tmp_path / "log")
+    try:
+        other.wait()
+        ours = sampler(server, smollm2, None, 64, other, transfer="process_group", outputs_per_request=2)
+        assert give(ours, model) == [server.url, other.url]
+        threading.Timer(0.5, other.stop).start()
+        assert largest_gap(model, drawn(ours, smollm2)) < 2e-3
+        assert ours.refresh(reload=False) == [server.url] and not ours.waiting
+        other.start()
+        other.wait()
+        assert ours.refresh(reload=False) == [server.url, other.url]
+        assert [waiting.url for waiting in ours.waiting] == [other.url]
+        assert give(sampler(other, smollm2, None, 64, transfer="process_group"), model) == [other.url]
+        assert largest_gap(model, drawn(sampler(other, smollm2, None, 64), smollm2)) < 2e-3
+    finally:
+        other.stop()
+
+
+def a_policy(seed: int) -> list:
+    """This rank's chunks of SmolLM2 with other weights than it has."""
+    weights = open_weights(SMOLLM2)
+    chunks = build(weights.gpt_config, weights.vocab_size, ONE)
+    load_weights(chunks, weights)
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for parameter in chunks[0].parameters():
+            parameter += 0.02 * seed * parameter.std() * torch.randn_like(parameter)
+    return chunks
+
+
+def gathered_policies(seeds: list[int], target: Path) -> None:
+    """What the training hands its engine: config.json and the tokenizer, and each policy's tensors in a file."""
+    weights = open_weights(SMOLLM2)
+    for seed in seeds:
+        chunks = a_policy(seed)
+        export = make_export(chunks[0].config, weights.vocab_size, weights.tokenizer, "test")
+        tensors = {name: tensor.contiguous() for name, tensor in gathered_tensors(chunks, export, everywhere=True)}
+        save_file(tensors, target / f"{seed}.safetensors")
+    export.config.save_pretrained(target / "files")
+    weights.tokenizer.save_pretrained(target / "files")
+
+
+def scored_by_training(seeds: list[int], prompt: list[int], outputs: dict[int, list[list[int]]]) -> dict:
+    """Each policy's log-probs of outputs at temperature 0.7, by Megatron."""
+    found = {}
+    for seed in seeds:
+        chunks = a_policy(seed)
+        tokens = torch.tensor([prompt + output for output in outputs[seed]])
+        with torch.no_grad():
+            logits = forward(chunks, tokens)[:, len(prompt) - 1 : -1] / 0.7
+        logits = logits[..., : open_weights(SMOLLM2).vocab_size]
+        found[seed] = logits.log_softmax(-1).gather(2, tokens[:, len(prompt) :, None])[..., 0].tolist()
+    return found
+
+
+def test_an_engine_in_the_process_has_each_policy_that_it_is_handed(smollm2, tmp_path):
+    """Its tied output layer too. What it samples is the policy's law at the temperature, and the same again."""
+    (prompt,) = prompts(smollm2)
+    seeds = [1, 2]
+    run_ranks(gathered_policies, 1, seeds, tmp_path)
+    program = [f"{ENGINES}/bin/python", str(ROOT / "tests" / "engines" / "in_process.py"), str(tmp_path / "files")]
+    files = [str(tmp_path / f"{seed}.safetensors") for seed in seeds]
+    environment = os.environ | ENVIRONMENT | {"PYTHONPATH": str(ROOT), "MASTER_PORT": str(free_port())}
+    result = tmp_path / "result.json"
+    done = subprocess.run([*program, str(result), json.dumps(prompt.token_ids), *files], env=environment, text=True,
+                          capture_output=True)  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(result.read_text())
+    print("seconds of handing over", [policy["seconds"] for policy in found["policies"]])
+    choices = {seed: policy["choices"] for seed, policy in zip(seeds, found["policies"], strict=True)}
+    outputs = {seed: [choice["token_ids"] for choice in chosen] for seed, chosen in choices.items()}
+    (ours,) = run_ranks(scored_by_training, 1, seeds, prompt.token_ids, outputs)
+    for seed in seeds:
+        theirs = torch.tensor([choice["logprobs"]["token_logprobs"] for choice in choices[seed]])
+        assert (theirs - torch.tensor(ours[seed])).abs().max() < 2e-4  # fp32, over a temperature of 0.7
+    assert outputs[1] != outputs[2] and found["again"] == choices[2]
+    assert found["stopped"] == 0, "asked to stop after 16 steps of 200"
+
+
 def test_a_server_that_is_started_again_meanwhile_gets_the_weights_and_its_requests_again(server, smollm2, tmp_path):
     """It is told to end while outputs are under way, which hang; another one takes its place with its start weights."""
     model = changed(smollm2, tmp_path / "policy")
@@ -283,7 +449,7 @@ def test_a_server_that_is_started_again_meanwhile_gets_the_weights_and_its_reque
         server.start()
 
     threading.Thread(target=end_and_start).start()
-    ((_, group),) = [answer for answer in ours.sample(prompts(smollm2), 0, 0) if answer is not None]
+    group = drawn(ours, smollm2)
     assert len(server._processes) == 2 and server.version() == "a version"
     # fp32, 100 tokens: 2e-5 each. The start model is whole nats away.
     assert largest_gap(model, group) < 2e-3

@@ -128,6 +128,44 @@ def test_draws_are_keyed_by_seed_iteration_prompt_and_output(directory):
     assert len(seeds) == 36 and max(seeds) < 2**53
 
 
+def test_outputs_do_not_depend_on_how_many_are_asked_for_together(directory):
+    """Those of a request come in any order, and have seeds of their own, which no other output of the prompt has."""
+    shuffle = lambda answer: answer["choices"].reverse()  # noqa: E731
+    with CompletionServer(directory) as server:
+        everything = tokens_of(sampled(sampler(server)))
+        assert all(len({tuple(output) for output in outputs}) > 1 for outputs in everything)
+        server.bodies.clear()
+        server.fault = lambda attempt, body: shuffle
+        assert tokens_of(sampled(sampler(server, outputs_per_request=3))) == everything
+        assert sorted(body["n"] for body in server.bodies) == [1] * 4 + [3] * 4
+        taken = [set(range(body["seed"], body["seed"] + body["n"])) for body in server.bodies]
+        assert len(set().union(*taken)) == 16
+        # Those that are drawn again need not follow one another.
+        server.bodies.clear()
+        some = list(finished(sampler(server, outputs_per_request=3), PROMPTS[:1], numbers=[[0, 2, 3]]))
+        assert tokens_of([some[0][1]]) == [[everything[0][i] for i in (0, 2, 3)]]
+        assert sorted(body["n"] for body in server.bodies) == [1, 2]
+
+
+def test_a_request_for_several_outputs_is_repeated_as_a_whole(directory):
+    def lose_one(answer):
+        answer["choices"].pop()
+
+    def twice(answer):
+        answer["choices"][0]["index"] = 1
+
+    faults = ["drop", lose_one, twice, set_logprob(math.nan)]
+    with CompletionServer(directory) as server:
+        expected = sampled(sampler(server))
+        server.fault = lambda attempt, body: faults[attempt - 1] if attempt <= len(faults) else None
+        server._attempts.clear()
+        assert sampled(sampler(server, outputs_per_request=4)) == expected
+        for fault, match in {lose_one: "3 choices, 4 were asked for", twice: r"numbered \[1, 1, 2, 3\], not 0"}.items():
+            server.fault = lambda attempt, body, fault=fault: fault
+            with pytest.raises(ValueError, match=rf"prompt 'p0', output 0 to 3: 4 wrong answers in a row.*{match}"):
+                sampled(sampler(server, outputs_per_request=4), PROMPTS[:1])
+
+
 def test_any_end_token_and_string_ends_an_output(directory):
     """Draws do not depend on what ends an output, so each is the beginning of the longer one."""
     longer = SamplingOptions(outputs=8, max_new_tokens=12, stop=STOP)
@@ -655,6 +693,24 @@ REMOTE = "rollout.remote={url:'http://127.0.0.1:8000',model:policy"
         (["rollout.remote={url:[],model:m}"], r"rollout\.remote\.url must be an address like http.*or a list of them"),
         (["rollout.remote={url:['http://a:1',b],model:m}"], r"rollout\.remote\.url must be an address like http"),
         ([REMOTE + ",on_mismatch:skip}"], r"rollout\.remote\.on_mismatch must be one of redraw, keep, not 'skip'"),
+        (
+            [REMOTE + ",outputs_per_request:2,server:sglang}"],
+            r"outputs_per_request=2 needs rollout\.remote\.server=vllm",
+        ),
+        ([REMOTE + ",outputs_per_request:0}"], r"rollout\.remote\.outputs_per_request must be at least 1"),
+        ([REMOTE + ",transfer:nccl}"], r"rollout\.remote\.transfer must be one of directory, process_group"),
+        (
+            [REMOTE + ",transfer:process_group,server:sglang}"],
+            r"transfer=process_group needs .*server=vllm.*for sglang",
+        ),
+        (
+            [REMOTE + ",transfer:process_group,export_to:/x,reload:[{path:/a}]}"],
+            r"transfer=process_group needs neither rollout\.remote\.export_to nor rollout\.remote\.reload",
+        ),
+        (
+            [REMOTE + ",transfer:process_group}", "rollout.refresh=never"],
+            r"rollout\.refresh=never samples from the start model.*rollout\.remote\.transfer to directory",
+        ),
         (["rollout.max_proposal_gap=0"], r"rollout\.max_proposal_gap must be above 0"),
         ([REMOTE + ",concurrency:0}"], r"rollout\.remote\.concurrency must be at least 1"),
         ([REMOTE + ",timeout_seconds:0}"], r"rollout\.remote\.timeout_seconds must be above 0"),
@@ -695,4 +751,5 @@ def test_configurations_are_accepted():
     assert check(toy_config()).rollout.remote is None
     check(toy_config(REMOTE + "}", "rollout.rescore_proposal=false"))
     check(toy_config(REMOTE + "}", "trainer.max_iterations=1"))
+    assert check(toy_config(REMOTE + ",transfer:process_group,outputs_per_request:4}")).rollout.remote.follows
     check(toy_config(REMOTE + ",logprobs:sampled}", "trainer.max_iterations=1", "rollout.temperature=1.2"))

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import pytest
+import torch
 from completion_server import END, VOCAB, CompletionServer, save_model
 from layouts import PP2, TP2
 from ranks import run_ranks
 from remote_runs import RUN, remote
 from toy_runs import recorded_run
+from transformers import AutoConfig, AutoModelForCausalLM
 
 
 @pytest.fixture
@@ -17,6 +20,11 @@ def server(tmp_path):
     # Its first weights are another model's: what it samples from is what the run gives it.
     with CompletionServer(save_model(tmp_path / "other", VOCAB, END)) as running:
         yield running
+
+
+def by_group(server: CompletionServer, **changes) -> list[str]:
+    """``remote`` without a directory: over a process group."""
+    return remote(server, Path(), transfer="process_group", export_to="null", reload="null", **changes)
 
 
 @pytest.mark.parametrize(
@@ -47,6 +55,73 @@ def test_a_server_samples_from_each_refreshed_policy(server, tmp_path, ranks, ov
     assert abs(final["eval/kl_to_prior"]) > 0.05
 
 
+@pytest.mark.parametrize(
+    ("ranks", "overrides"),
+    [
+        (1, []),
+        (2, [PP2]),
+        (4, [TP2, "model.peft={dim: 8, target_modules: [linear_qkv, linear_fc1]}", "optim.lr=0.1"]),
+    ],
+    ids=["one process", "PP2", "TP2 x DP2, adapters"],
+)
+def test_each_policy_goes_to_the_servers_workers_over_a_process_group(tmp_path, ranks, overrides):
+    """With adapters all of it once, then the layers that have one, whole."""
+    with CompletionServer(another(start_model(tmp_path))) as server:
+        result, *_ = run_ranks(recorded_run, ranks, *RUN, *by_group(server), *overrides)
+    iterations = [record for record in result["metrics"] if record["kind"] == "iteration"]
+    assert len(server.received) == 3 and not server.loads
+    first, *later = server.received
+    assert first == {name: parameter.nbytes for name, parameter in server.model.named_parameters()}
+    adapted = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
+    touched = [name for name in first if ranks < 4 or name.split(".")[-2] in adapted]
+    assert [sorted(names) for names in later] == [sorted(touched)] * 2
+    for record in iterations:
+        assert record["proposal_gap"] < 1e-4
+        assert (record["kl_to_prior"] == pytest.approx(0, abs=1e-4)) == (record["iteration"] == 0)
+    # The first iteration's weights have come for the validation before it.
+    assert [record["refresh_bytes"] for record in iterations] == [0, sum(later[0].values())]
+    assert iterations[1]["refresh_bytes_per_second"] > 0
+
+
+def recorded_by_client(server: CompletionServer, *overrides: str) -> dict:
+    """``recorded_run`` in a fork of the server's process, in which the server is not, so that it can end."""
+    server.http.socket.close()
+    return recorded_run(*overrides)
+
+
+AHEAD = ["rollout.ahead=1", "rollout.rescore_proposal=false"]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "layout", "transfers"),
+    [(1, [], 4), (4, [PP2], 4), (2, [PP2, *AHEAD], 3)],  # ahead, it is lost once before it is given weights anyway
+    ids=["one process", "PP2 x DP2", "PP2, sampling ahead"],
+)
+def test_a_server_that_comes_back_while_it_samples_is_given_the_weights_by_all_ranks(
+    tmp_path, ranks, layout, transfers
+):
+    """Its requests wait for that, and each replica gives them by itself."""
+    with CompletionServer(another(start_model(tmp_path))) as server:
+        losses = [38, 55]  # requests after which it is lost: of a probe, of what is trained on
+
+        def lose(body) -> None:
+            if losses and len(server.bodies) >= losses[0]:
+                losses.pop(0)
+                server.kill()
+                threading.Timer(0.5, server.restart).start()
+
+        server.before = lose
+        run = (*RUN, *by_group(server), "data.holdout=0", *layout)
+        result, *_ = run_ranks(recorded_by_client, ranks, server, *run)
+    assert (
+        not losses
+        and len(server.received) >= transfers
+        and all(received == server.received[0] for received in server.received)
+    )
+    iterations = [record for record in result["metrics"] if record["kind"] == "iteration"]
+    assert len(iterations) == 2 and all(record.get("proposal_gap", 0) < 1e-4 for record in iterations)
+
+
 def fails(match: str, server: CompletionServer, tmp_path, *overrides: str, **keys) -> None:
     """The run ends with this, and has trained on nothing since."""
     with pytest.raises(AssertionError, match=match):
@@ -57,6 +132,13 @@ def test_a_server_that_has_the_weights_of_another_model_ends_the_run(server, tmp
     unchanged = {"export_to": "null", "reload": "null"}
     match = r"away from those of the policy \(rollout\.max_proposal_gap is 0\.001\): it has other weights"
     fails(match, server, tmp_path, "trainer.max_iterations=1", **unchanged)
+
+
+def another(model: Path) -> Path:
+    """A model of the same kind with other weights, in its place."""
+    torch.manual_seed(5)
+    AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model)).save_pretrained(model)
+    return model
 
 
 def start_model(tmp_path) -> Path:

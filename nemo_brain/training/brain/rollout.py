@@ -47,7 +47,7 @@ from nemo_brain.rewards.protocol import (
     score_groups_in_step,
 )
 from nemo_brain.sampling.sampler import SamplingOptions
-from nemo_brain.training.brain.remote_rollout import RemoteRollout
+from nemo_brain.training.brain.engine import EngineRollout
 from nemo_brain.training.brain.rewarding import RewardThread
 from nemo_brain.training.brain.strategy import BRAInStrategy
 
@@ -98,7 +98,7 @@ class RolloutWorker:
     Args:
         strategy: samples and scores.
         reward: of the outputs.
-        remote: samples in place of the policy's own ranks, if it is given.
+        remote: an engine that samples in place of the policy's own ranks, if it is given.
         interruption: may end sampling and waiting early.
         stop: what ends an output.
         seed: of the draws.
@@ -112,7 +112,7 @@ class RolloutWorker:
         self,
         strategy: BRAInStrategy,
         reward: Reward | CollectiveReward,
-        remote: RemoteRollout | None,
+        remote: EngineRollout | None,
         interruption: Interruption,
         stop: Stop,
         *,
@@ -178,8 +178,8 @@ class RolloutWorker:
             return {}
         assert self.remote is not None
         started = time.perf_counter()
-        self.remote.refresh(self.strategy, step, options, prompts, self.interruption)
-        return {"refresh_seconds": time.perf_counter() - started}
+        moved = self.remote.refresh(self.strategy, step, options, prompts, self.interruption)
+        return {"refresh_seconds": time.perf_counter() - started, **moved}
 
     def sample(self, prompts: Sequence[Prompt], options: SamplingOptions, iteration: int, description: str) -> Sampling:
         """Samples a group for each prompt of this replica's share, and begins to reward them.
@@ -228,15 +228,18 @@ class RolloutWorker:
 
     def _ahead(self, iteration: int, description: str) -> Sampling:
         """What ``begin`` has begun, once it is done on all replicas or the run was asked to end."""
+        assert self.remote is not None
         sampling, taking = self._begun.pop(iteration)
         waiting, shown = True, 0
         with progress(sampling.share, description, "prompts") as bar:
             while waiting:
                 left = taking is not None and not wait([taking], _POLL_SECONDS).done
-                interrupted, waiting = self.interruption.agreed(left)
+                interrupted, waiting, lacking = self.interruption.agreed(left, self.remote.lacking)
                 if interrupted:
                     sampling.groups = {}
                     return sampling
+                if lacking:
+                    self.remote.mend(self.strategy)
                 bar.update(len(sampling.groups) - shown)
                 shown = len(sampling.groups)
         try:
@@ -397,7 +400,7 @@ class RolloutWorker:
         return self.strategy.sample(*arguments)
 
     def _by_server(self, iteration: int) -> bool:
-        """Validations ask the policy, and not a server that has other weights."""
+        """Whether the engine samples. Validations ask the policy, and not a server that has other weights."""
         return self.remote is not None and (iteration != VALIDATION or self.remote.follows)
 
     def _stop(self) -> bool:

@@ -19,7 +19,9 @@ from nemo_brain.objectives import make_objective
 from nemo_brain.rewards.build import make_reward
 from nemo_brain.rewards.megatron import MegatronReward
 from nemo_brain.rewards.protocol import check_prompts
+from nemo_brain.training.brain.colocated_rollout import ColocatedRollout
 from nemo_brain.training.brain.data import read_data
+from nemo_brain.training.brain.engine import EngineRollout
 from nemo_brain.training.brain.loop import BRAInLoop
 from nemo_brain.training.brain.nemo_model import BRAInGPTModel
 from nemo_brain.training.brain.remote_rollout import RemoteRollout
@@ -66,11 +68,13 @@ def _parts(config: Config) -> Parts[BRAInGPTModel, BRAInState]:
     if isinstance(reward, MegatronReward):
         reward_gpt = make_gpt_config(config.model, config.trainer, reward.weights, config.lengths, RewardGPTConfig)
         reward.configure(reward_gpt, weights.tokenizer, config.data.template)
-    remote = None
+    engine: EngineRollout | None = None
+    # As many positions as fill the pipeline are scored at a time.
+    block = config.train.micro_batch_tokens * config.model.pipeline_model_parallel_size
     if config.rollout.remote is not None:
-        # As many positions as fill the pipeline are scored at a time.
-        block = config.train.micro_batch_tokens * config.model.pipeline_model_parallel_size
-        remote = RemoteRollout(config, config.rollout.remote, gpt, weights, stop, block)
+        engine = RemoteRollout(config, config.rollout.remote, gpt, weights, stop, block)
+    elif config.rollout.engine == "colocated":
+        engine = ColocatedRollout(config, gpt, weights, stop, block)
     lora = make_lora(config.model.peft, config.seed)
     model = BRAInGPTModel(gpt, weights, objective, lora, make_optimizer(config.optim, config.trainer))
     strategy = make_strategy(
@@ -110,7 +114,7 @@ def _parts(config: Config) -> Parts[BRAInGPTModel, BRAInState]:
         worker = RolloutWorker(
             strategy,
             reward,
-            remote,
+            engine,
             frame.interruption,
             stop,
             seed=config.seed,
