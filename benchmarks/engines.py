@@ -38,8 +38,8 @@ larger of them if they did not share the cores.
 # (rows, n, prompt tokens, new tokens, repeats, seconds)
 SAMPLING = [(64, 8, 128, 64, 3, 200)]
 RUN = (
-    "trainer.max_iterations=6",
-    "trainer.val_every_iterations=6",
+    "trainer.max_iterations=5",
+    "trainer.val_every_iterations=5",
     "model.export_to=null",
     "checkpoint.at_end=false",
     "logger.tensorboard=false",

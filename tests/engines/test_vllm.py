@@ -11,7 +11,6 @@ import logging
 import math
 import os
 import shutil
-import signal
 import subprocess
 import tempfile
 import threading
@@ -27,6 +26,7 @@ from safetensors.torch import save_file
 from toy_runs import QUIET, ROOT, composed
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from benchmarks.vllm_server import ENVIRONMENT, LOAD, RESET, VLLM
 from nemo_brain.config.brain import RemoteConfig
 from nemo_brain.convert.command import main as convert
 from nemo_brain.convert.export import gathered_tensors, make_export
@@ -47,21 +47,7 @@ pytestmark = [
     pytest.mark.timeout(1500),
     pytest.mark.skipif(not ENGINES, reason="make test-engines"),
 ]
-WORKER = ROOT / "nemo_brain" / "sampling" / "vllm_worker"
-ENVIRONMENT = {
-    "VLLM_TARGET_DEVICE": "cpu",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "VLLM_SERVER_DEV_MODE": "1",
-    "OMP_NUM_THREADS": "1",
-    "HF_HUB_OFFLINE": "1",
-    "PYTHONPATH": str(WORKER),
-}
-OPTIONS = "--generation-config vllm --dtype float32 --max-model-len 256 --enforce-eager --block-size 32"
-OPTIONS += " --no-enable-chunked-prefill --host 127.0.0.1 --served-model-name policy"
 RELOAD = "{path: /collective_rpc, json: {method: reload_weights, kwargs: {weights_path: '{path}'}}}"
-LOAD = "{path: /collective_rpc, json: {method: nemo_brain_load, kwargs: {path: '{path}'}}}"
-RESET = "{path: '/reset_prefix_cache?reset_running_requests=true'}"
 RUN = (
     f"data.train={ROOT}/tests/golden/prompts.jsonl",
     "data.validation=null",
@@ -76,50 +62,6 @@ RUN = (
 )
 
 
-class VLLM:
-    """A server process; ``restart`` starts another one at its address."""
-
-    def __init__(self, model: Path, log: Path):
-        self.log, self._port = log, free_port()
-        self.url = f"http://127.0.0.1:{self._port}"
-        module = [f"{ENGINES}/bin/python", "-m", "vllm.entrypoints.openai.api_server"]
-        options = [*OPTIONS.split(), "--worker-extension-cls", "nemo_brain_vllm.Weights"]
-        self._command = [*module, *options, "--model", str(model), "--port", str(self._port)]
-        self._processes: list[subprocess.Popen] = []
-        self.start()
-
-    def start(self) -> None:
-        with self.log.open("a") as log:
-            self._processes.append(
-                subprocess.Popen(
-                    self._command, env=os.environ | ENVIRONMENT, stdout=log, stderr=log, start_new_session=True
-                )
-            )
-
-    def wait(self, seconds: float = 600) -> None:
-        ended = time.monotonic() + seconds
-        while time.monotonic() < ended:
-            assert self._processes[-1].poll() is None, self.log.read_text()[-3000:]
-            with contextlib.suppress(httpx.RequestError):
-                if httpx.get(f"{self.url}/health").is_success:
-                    return
-            time.sleep(1)
-        raise AssertionError(self.log.read_text()[-3000:])
-
-    def terminate(self) -> None:
-        """SIGTERM, after which vLLM waits for its connections."""
-        self._processes[-1].send_signal(signal.SIGTERM)
-
-    def stop(self) -> None:
-        for process in self._processes:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-
-    def version(self) -> str:
-        return httpx.get(f"{self.url}/weight_info").json()["weight_version"].partition(":")[0]
-
-
 @pytest.fixture(scope="module")
 def smollm2(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("smollm2") / "model"
@@ -129,7 +71,7 @@ def smollm2(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def server(smollm2, tmp_path_factory):
-    running = VLLM(smollm2, tmp_path_factory.mktemp("vllm") / "log")
+    running = VLLM(f"{ENGINES}/bin/python", smollm2, tmp_path_factory.mktemp("vllm") / "log")
     try:
         running.wait()
         yield running
@@ -352,7 +294,7 @@ def test_outputs_of_one_request_are_those_of_single_requests(server, smollm2):
 
 def test_a_killed_server_is_left_out_and_taken_back_with_the_weights(server, smollm2, tmp_path):
     model = changed(smollm2, tmp_path / "policy")
-    other = VLLM(smollm2, tmp_path / "log")
+    other = VLLM(f"{ENGINES}/bin/python", smollm2, tmp_path / "log")
     try:
         other.wait()
         ours = sampler(server, smollm2, None, 64, other, transfer="process_group", outputs_per_request=2)
@@ -450,7 +392,7 @@ def test_a_server_that_is_started_again_meanwhile_gets_the_weights_and_its_reque
 
     threading.Thread(target=end_and_start).start()
     group = drawn(ours, smollm2)
-    assert len(server._processes) == 2 and server.version() == "a version"
+    assert len(server.processes) == 2 and server.version() == "a version"
     # fp32, 100 tokens: 2e-5 each. The start model is whole nats away.
     assert largest_gap(model, group) < 2e-3
     assert largest_gap(AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32), group) > 0.1
