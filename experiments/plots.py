@@ -16,6 +16,8 @@ COLOURS = {
     "gdc++": "#b45fd6",
     "dpg": "#d64545",
     "snis": "#12a150",
+    "dpo": "#c79a00",
+    "slic": "#d64545",
 }
 _STYLE = {
     "svg.fonttype": "none",

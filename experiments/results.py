@@ -29,18 +29,31 @@ class Results:
 
     def get(self, settings: dict[str, Any], make: Callable[[], Any]) -> Any:
         """The result of a run: the one in the file, or made now and kept before this returns."""
-        key = _key(settings)
-        if key not in self._runs:
-            result = _rounded(make())
-            self._runs[key] = {"settings": settings, "result": result, "made": provenance()}
-            self._write()
-        return self._runs[key]["result"]
+        if settings not in self:
+            self.put(settings, make())
+        return self[settings]
+
+    def __getitem__(self, settings: dict[str, Any]) -> Any:
+        """The result of a run that is in the file."""
+        return self._runs[_key(settings)]["result"]
+
+    def put(self, settings: dict[str, Any], result: Any) -> None:
+        """Keeps a run, before this returns."""
+        self._runs[_key(settings)] = {"settings": settings, "result": _rounded(result), "made": provenance()}
+        self._write()
+
+    def __contains__(self, settings: dict[str, Any]) -> bool:
+        return _key(settings) in self._runs
 
     def made(self) -> str:
         """When and where, of the latest run."""
         if not self._runs:
             return "not made yet"
         return max(run["made"] for run in self._runs.values())
+
+    def all(self) -> list[Any]:
+        """Every run's result."""
+        return [run["result"] for run in self._runs.values()]
 
     def __len__(self) -> int:
         return len(self._runs)

@@ -7,17 +7,15 @@ K all outputs.
 from __future__ import annotations
 
 import copy
-import json
 import math
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from experiments.gpt import GPT
+from experiments.known_z import objective_with
 from experiments.world import Task, World, expected, kl
-from nemo_brain.objectives import Objective, make_objective
+from nemo_brain.objectives import Objective
 
 DRAWS = 16  # uniform numbers of a prompt in a step; a run that uses fewer outputs uses the first
 BOUND = 1e-9  # float64 sums over 2,801 outputs
@@ -52,13 +50,8 @@ def train(world: World, run: dict[str, Any], bound_gammas: list[float]) -> tuple
 
 def objective_of(task: Task, section: dict[str, Any]) -> Objective:
     """The objective of a section; a known Z is what enumeration gives."""
-    if section.get("z") != "known":
-        return make_objective(**section)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "log_z.json"
-        log_z = task.log_z(section["gamma"]).tolist()
-        path.write_text(json.dumps({str(p): value for p, value in enumerate(log_z)}), encoding="utf-8")
-        return make_objective(**section, log_z=str(path))
+    log_z = task.log_z(section["gamma"]).tolist() if section.get("z") == "known" else []
+    return objective_with(section, {str(p): value for p, value in enumerate(log_z)})
 
 
 def sample(law_PK: torch.Tensor, steps: int, draws: int, seed: int, iteration: int) -> torch.Tensor:
