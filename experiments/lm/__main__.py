@@ -9,32 +9,31 @@ import sys
 from pathlib import Path
 
 from experiments.lm import page
+from experiments.lm.model import smollm_tokenizer
 from experiments.lm.plan import Plan
 from experiments.lm.pool import Pool
-from experiments.lm.runs import make_run, prepare
-from experiments.lm.world import settings
+from experiments.lm.runs import make_run
+from experiments.lm.world import settings, world_name
 from experiments.results import Results
 
 RESULTS = Path(__file__).with_name("result.json")
 
 
 def main(processes: int) -> None:
-    results, tasks = Results(RESULTS), settings()["tasks"]
+    results, tokenizer = Results(RESULTS), smollm_tokenizer()
+    names = {task: world_name(task, tokenizer) for task in settings()["tasks"]}
+    plan = Plan(settings(), {task: name for task, name in names.items() if name})
+    # What depends on the tuning is known when the stages before it are made.
+    stages = [
+        lambda: [run for runs in plan.grid().values() for run in runs],
+        lambda: [
+            *(run for runs in plan.frontier(results).values() for run in runs),
+            *(run for task in plan.worlds for run in [plan.priors()[task], *plan.compared(results)[task].values()]),
+        ],
+        lambda: [run for runs in plan.win_rates(results).values() for run in runs],
+        lambda: list(plan.variances().values()),
+    ]
     with Pool(processes) as pool:
-        plan = Plan(
-            settings(), {task: name for task, name in zip(tasks, pool.call(prepare, tasks), strict=True) if name}
-        )
-        grid = [run for runs in plan.grid().values() for run in runs]
-        # What depends on the tuning is known when the stages before it are made.
-        stages = [
-            lambda: [*grid, *plan.priors().values()],
-            lambda: [
-                *(run for runs in plan.frontier(results).values() for run in runs),
-                *(run for runs in plan.compared(results).values() for run in runs.values()),
-            ],
-            lambda: [run for runs in plan.win_rates(results).values() for run in runs],
-            lambda: list(plan.variances().values()),
-        ]
         for stage in stages:
             pool.fill(results, make_run, stage())
             page.fill(plan, results)

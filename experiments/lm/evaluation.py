@@ -5,8 +5,6 @@ Shapes: P prompts, N outputs of a prompt.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import nn
 
@@ -28,8 +26,8 @@ def evaluate(world: World, blocks: nn.ModuleList, chosen: str, n: int) -> dict[s
     records = world.task.records[chosen]
     groups = world.draw(blocks, chosen, range(len(records)), n, EVALUATION, prior=False)
     spread = [record for record in records for _ in range(n)]
-    gold_PN = world.task.gold(spread, [text for group in groups for text in world.texts(group)]).view(-1, n)
-    reference_P1 = world.task.gold(records, [record["reference"] for record in records])[:, None]
+    gold_PN = world.scorers.gold(spread, [text for group in groups for text in world.texts(group)]).view(-1, n)
+    reference_P1 = world.scorers.gold(records, [record["reference"] for record in records])[:, None]
     found = {
         "reward": torch.stack([group.rewards_N for group in groups]),
         "gold": gold_PN,

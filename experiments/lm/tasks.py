@@ -32,22 +32,33 @@ Score = Callable[[Sequence[dict[str, Any]], Sequence[str]], torch.Tensor]
 
 
 @dataclass(frozen=True)
+class Scorers:
+    """What scores outputs.
+
+    Attributes:
+        reward, gold: of records and outputs [B]; higher is better.
+        notes: numbers about them, for the page.
+    """
+
+    reward: Score
+    gold: Score
+    notes: dict[str, float]
+
+
+@dataclass(frozen=True)
 class Task:
     """Prompts and what scores their outputs.
 
     Attributes:
         length: the most tokens of an output.
         records: by set; each has ``messages``, ``reference`` (a person's answer) and what the scorers read.
-        reward, gold: of records and outputs [B]; higher is better.
-        notes: numbers about the scorers, for the page.
+        scorers: makes them, in minutes where they are fitted first.
     """
 
     name: str
     length: int
     records: dict[str, list[dict[str, Any]]]
-    reward: Score
-    gold: Score
-    notes: dict[str, float]
+    scorers: Callable[[], Scorers]
 
     def digest(self) -> str:
         """Names the prompts: runs on other prompts are other runs."""
@@ -81,7 +92,7 @@ def _synopses(tokenizer: PreTrainedTokenizerFast, sizes: dict[str, int]) -> Task
     records = {
         name: [_summary(r["prompt"], r["description"], r["reference"]) for r in rows] for name, rows in sets.items()
     }
-    return Task("synopses", 20, records, _synopsis_reward(), scorers.Similarity(scorers.e5()), {})
+    return Task("synopses", 20, records, _summary_scorers)
 
 
 def _scitldr(tokenizer: PreTrainedTokenizerFast, sizes: dict[str, int]) -> Task | None:
@@ -95,7 +106,7 @@ def _scitldr(tokenizer: PreTrainedTokenizerFast, sizes: dict[str, int]) -> Task 
         "tuning": train[sizes["train"] :][: sizes["tuning"]],
         "heldout": dev[: sizes["heldout"]],
     }
-    return Task("scitldr", 20, records, _synopsis_reward(), scorers.Similarity(scorers.e5()), {})
+    return Task("scitldr", 20, records, _summary_scorers)
 
 
 def _paper(row: dict[str, Any], most: int = 60, least: int = 25) -> dict[str, Any] | None:
@@ -114,7 +125,7 @@ def _summary(prompt: str, description: str, reference: str) -> dict[str, Any]:
     return {"messages": messages, "description": description, "reference": reference}
 
 
-def _synopsis_reward() -> Score:
+def _summary_scorers() -> Scorers:
     reward = SynopsisReward()
 
     def score(records: Sequence[dict[str, Any]], outputs: Sequence[str]) -> torch.Tensor:
@@ -122,7 +133,7 @@ def _synopsis_reward() -> Score:
         found = reward(prompts, list(outputs), references=[None] * len(prompts), metadata=list(records))
         return torch.tensor(found, dtype=torch.float64)
 
-    return score
+    return Scorers(score, scorers.Similarity(scorers.e5()), {})
 
 
 def _dialogue(
@@ -154,21 +165,24 @@ def _dialogue(
             pairs.append((said, chosen, rejected))
     train, tuning = sizes["train"], sizes["train"] + sizes["tuning"]
     records = {"train": short[:train], "tuning": short[train:tuning], "heldout": short[tuning:]}
+    return Task("hh", length, records, lambda: _preference_scorers(pairs))
+
+
+def _preference_scorers(pairs: list[tuple[str, str, str]]) -> Scorers:
+    """Fitted on two disjoint halves of the pairs, after a tenth that tests both."""
     tenth = len(pairs) // 10
-    test, reward_pairs, gold_pairs = pairs[:tenth], pairs[tenth::2], pairs[tenth + 1 :: 2]
+    test, halves = pairs[:tenth], (pairs[tenth::2], pairs[tenth + 1 :: 2])
     encoders = scorers.minilm(), scorers.e5()
 
     def fit() -> dict[str, Any]:
-        reward, gold = (
-            scorers.Preference.fit(*both) for both in zip(encoders, (reward_pairs, gold_pairs), strict=True)
-        )
-        notes = {"pairs": float(len(reward_pairs)), "test_pairs": float(tenth)}
+        reward, gold = (scorers.Preference.fit(*both) for both in zip(encoders, halves, strict=True))
+        notes = {"pairs": float(len(halves[0])), "test_pairs": float(tenth)}
         notes |= {"reward_accuracy": reward.accuracy(test), "gold_accuracy": gold.accuracy(test)}
         return {"weights": [reward.weights_D, gold.weights_D], "notes": notes}
 
     fitted = cached(f"preferences-{hashlib.sha256(json.dumps(pairs).encode()).hexdigest()[:8]}", fit)
     reward, gold = (scorers.Preference(*both) for both in zip(encoders, fitted["weights"], strict=True))
-    return Task("hh", length, records, reward, gold, fitted["notes"])
+    return Scorers(reward, gold, fitted["notes"])
 
 
 def _messages(dialogue: str) -> list[dict[str, str]] | None:

@@ -31,15 +31,14 @@ class World:
     """One task with its model.
 
     Attributes:
-        name: of the task, the model's trained blocks and all prompts: part of every run's settings.
+        name: as ``world_name``.
         mean, unit: of the training reward under the prior, on the training prompts: its mean, and the root of its mean
             variance within a prompt. Rewards count in these units from there.
     """
 
-    def __init__(self, model: LanguageModel, tokenizer: PreTrainedTokenizerFast, task: Task, outputs: int):
+    def __init__(self, name: str, model: LanguageModel, tokenizer: PreTrainedTokenizerFast, task: Task, outputs: int):
         self.model, self.tokenizer, self.task = model, tokenizer, task
-        settings = hashlib.sha256(json.dumps([task.digest(), model.split, outputs]).encode())
-        self.name = f"{task.name}-{settings.hexdigest()[:8]}"
+        self.name, self.scorers = name, task.scorers()
         self._ids = {chosen: task.token_ids(tokenizer, chosen) for chosen in task.records}
         self._prefilled: dict[tuple[str, int, int], list[Prompts]] = {}
         self.mean, self.unit = 0.0, 1.0
@@ -63,7 +62,7 @@ class World:
         groups = [replace(group, prompt=places[group.prompt]) for group in groups]
         texts = [text for group in groups for text in self.texts(group)]
         records = [self.task.records[chosen][group.prompt] for group in groups for _ in range(n)]
-        rewards_PN = self._in_units(self.task.reward(records, texts)).view(-1, n)
+        rewards_PN = self._in_units(self.scorers.reward(records, texts)).view(-1, n)
         scored = [replace(group, rewards_N=rewards_N) for group, rewards_N in zip(groups, rewards_PN, strict=True)]
         if blocks is self.model.prior:
             return [replace(group, prior_N=group.proposal_N) for group in scored]
@@ -90,9 +89,21 @@ def _model() -> tuple[LanguageModel, PreTrainedTokenizerFast]:
     return smollm(settings()["world"]["trained_blocks"])
 
 
+def world_name(task: str, tokenizer: PreTrainedTokenizerFast) -> str | None:
+    """Names a task's prompts and the world's settings: part of every run's settings. None: its data is not given."""
+    world = settings()["world"]
+    made = make_task(task, tokenizer, world["prompts"])
+    if made is None:
+        return None
+    everything = json.dumps([made.digest(), world["trained_blocks"], world["outputs"]])
+    return f"{task}-{hashlib.sha256(everything.encode()).hexdigest()[:8]}"
+
+
 @functools.lru_cache(maxsize=1)  # hidden states of prompts take a gigabyte
-def make_world(task: str) -> World | None:
-    """The world of a task. None: its data is not given."""
+def make_world(task: str) -> World:
+    """The world of a task. ValueError: its data is not given."""
     model, tokenizer = _model()
-    made = make_task(task, tokenizer, settings()["world"]["prompts"])
-    return made and World(model, tokenizer, made, settings()["world"]["outputs"])
+    name, made = world_name(task, tokenizer), make_task(task, tokenizer, settings()["world"]["prompts"])
+    if name is None or made is None:
+        raise ValueError(f"{task}: DATA does not name a directory that holds its data")
+    return World(name, model, tokenizer, made, settings()["world"]["outputs"])

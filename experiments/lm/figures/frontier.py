@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from experiments import plots
 from experiments.lm.bands import frontier_band, interval
 from experiments.lm.figures import LABELS
-from experiments.lm.plan import Plan, TUNED_ON
+from experiments.lm.plan import TUNED_ON, Plan
 from experiments.page import plus_minus, table
 from experiments.results import Results
 
