@@ -6,11 +6,13 @@ The directory in the environment variable DATA holds the data of the tasks that 
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from experiments.lm import page
 from experiments.lm.model import smollm_tokenizer
-from experiments.lm.plan import Plan
+from experiments.lm.plan import TUNED_ON, Plan
 from experiments.lm.pool import Pool
 from experiments.lm.runs import make_run
 from experiments.lm.world import settings, world_name
@@ -26,17 +28,20 @@ def main(processes: int) -> None:
     # What depends on the tuning is known when the stages before it are made.
     stages = [
         lambda: [run for runs in plan.grid().values() for run in runs],
-        lambda: [
-            *(run for runs in plan.frontier(results).values() for run in runs),
-            *(run for task in plan.worlds for run in [plan.priors()[task], *plan.compared(results)[task].values()]),
-        ],
+        lambda: [plan.priors()[TUNED_ON], *(run for runs in plan.frontier(results).values() for run in runs)],
+        *(partial(_task, plan, results, task) for task in plan.worlds if task == "hh"),
         lambda: [run for runs in plan.win_rates(results).values() for run in runs],
         lambda: list(plan.variances().values()),
+        *(partial(_task, plan, results, task) for task in plan.worlds if task == "scitldr"),
     ]
     with Pool(processes) as pool:
         for stage in stages:
             pool.fill(results, make_run, stage())
             page.fill(plan, results)
+
+
+def _task(plan: Plan, results: Results, task: str) -> list[dict[str, Any]]:
+    return [plan.priors()[task], *plan.compared(results)[task].values()]
 
 
 if __name__ == "__main__":

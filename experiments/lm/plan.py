@@ -44,23 +44,29 @@ class Plan:
         return found["reward"] - self.settings["score_gamma"] * found["kl"]
 
     def frontier(self, results: Results) -> dict[str, list[Run]]:
-        """By method its runs at every coefficient, at the rate that was chosen."""
-        found = {}
-        for name, more in self.settings["frontier"].items():
-            rate = self.chosen(results)[name]["rate"]
-            values = [*self.settings["methods"][name]["values"], *more]
-            found[name] = [self._run(TUNED_ON, name, value, rate) for value in sorted(values)]
-        return found
+        """By method its runs of the grid, and more coefficients at the rate that was chosen."""
+        chosen, grid = self.chosen(results), self.grid()
+        return {
+            name: [*grid[name], *(self._run(TUNED_ON, name, value, chosen[name]["rate"]) for value in more)]
+            for name, more in self.settings["frontier"].items()
+        }
 
     def compared(self, results: Results) -> dict[str, dict[str, Run]]:
         """By task and method, the chosen setting's run."""
-        chosen = self.chosen(results)
-        found = {TUNED_ON: chosen}
-        for task in self.worlds:
-            if task != TUNED_ON:
-                found[task] = {
-                    name: self._run(task, name, self._value(name, run), run["rate"]) for name, run in chosen.items()
-                }
+        found = {TUNED_ON: self.chosen(results)}
+        for task in self.worlds.keys() - found.keys():
+            found[task] = {
+                name: self._run(task, name, self._value(name, run), run["rate"])
+                for name, run in found[TUNED_ON].items()
+            }
+        return {task: found[task] for task in self.worlds}
+
+    def made(self, results: Results) -> list[str]:
+        """The tasks whose comparison is there. KeyError: none is."""
+        runs = {task: [self.priors()[task], *some.values()] for task, some in self.compared(results).items()}
+        found = [task for task, some in runs.items() if all(run in results for run in some)]
+        if not found:
+            raise KeyError(TUNED_ON)
         return found
 
     def win_rates(self, results: Results) -> dict[tuple[str, int], list[Run]]:

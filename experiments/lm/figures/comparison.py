@@ -18,8 +18,8 @@ TASKS = {"synopses": "package synopses", "scitldr": "SciTLDR", "hh": "HH dialogu
 def tasks(plan: Plan, results: Results) -> tuple[None, str]:
     """What is known of each task before training."""
     rows = []
-    for task, run in plan.priors().items():
-        found = results[run]
+    for task in plan.made(results):
+        found = results[plan.priors()[task]]
         about, heldout = found["about"], found["heldout"]
         accuracy = "" if "pairs" not in about else f"{about['reward_accuracy']:.2f} / {about['gold_accuracy']:.2f}"
         rows.append(
@@ -43,9 +43,10 @@ def tasks(plan: Plan, results: Results) -> tuple[None, str]:
 
 
 def make(plan: Plan, results: Results) -> tuple[Figure, str]:
-    compared, parts = plan.compared(results), [_grid(plan, results)]
-    made, panels = plots.figure(len(compared), width=3.4)
-    for axes, (task, runs) in zip(panels, compared.items(), strict=True):
+    parts = [_grid(plan, results)]
+    made, panels = plots.figure(len(plan.made(results)), width=3.4)
+    for axes, task in zip(panels, plan.made(results), strict=True):
+        runs = plan.compared(results)[task]
         prior = results[plan.priors()[task]]["heldout"]
         found = {name: results[run]["heldout"] for name, run in runs.items()}
         parts.append(f"{TASKS[task]}, {len(prior['reward'])} held-out prompts:\n\n{_table(plan, prior, found, runs)}")

@@ -59,7 +59,8 @@ def make(plan: Plan, results: Results) -> tuple[Figure, str]:
     return made, "\n\n".join(
         [
             table(columns, rows),
-            f"The frontiers' difference, with a band that holds all of it at once:\n\n{table(at, [gaps])}\n\n{_verdict(band)}",
+            f"The frontiers' difference, with a band that holds all of it at once:\n\n{table(at, [gaps])}",
+            _verdict(band),
             f"The best of n outputs of the prior by reward:\n\n{n_of}",
         ]
     )

@@ -83,6 +83,6 @@ def _checks(proposal: str, prompts: list[dict[str, Any]], sizes: list[int]) -> s
     ess = statistics.median(prompt["ess"] for prompt in prompts)
     return (
         f"- {PROPOSALS[proposal]}: n times DPG's variance, which does not depend on n, differs between n by "
-        f"{statistics.median(moved):.0%} (median; at most {max(moved):.0%}). BRAIn's longest estimate is {bound:.2f} of "
-        f"its bound, twice the longest gradient in its group. Effective sample size of a pool's alpha: {ess:.0f}."
+        f"{statistics.median(moved):.0%} (median; at most {max(moved):.0%}). BRAIn's longest estimate is {bound:.2f} "
+        f"of its bound, twice the longest gradient in its group. Effective sample size of a pool's alpha: {ess:.0f}."
     )
