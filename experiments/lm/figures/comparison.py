@@ -94,14 +94,15 @@ def _grid(plan: Plan, results: Results) -> str:
     """Every setting's score on the tuning prompts."""
     rates, chosen, rows = plan.settings["rates"], plan.chosen(results), []
     for name, runs in plan.grid().items():
-        values = plan.settings["methods"][name]["values"]
-        row = [LABELS[name], " and ".join(f"{value:g}" for value in values)]
-        for run in runs:
-            score = f"{plan.score(results[run]['tuning']):.3f}"
-            row.append(f"**{score}**" if run == chosen[name] else score)
-        rows.append(row)
-    columns = [f"{place} coefficient, rate {rate:g}" for place in ("first", "second") for rate in rates]
-    return "Reward - KL / 4 on the tuning prompts:\n\n" + table(["method", "coefficients", *columns], rows)
+        for value in plan.settings["methods"][name]["values"]:
+            row = [LABELS[name], f"{value:g}"]
+            for run in runs:
+                if run["objective"][plan.settings["methods"][name]["coefficient"]] == value:
+                    score = f"{plan.score(results[run]['tuning']):.3f}"
+                    row.append(f"**{score}**" if run == chosen[name] else score)
+            rows.append(row)
+    columns = ["method", "coefficient", *(f"rate {rate:g}" for rate in rates)]
+    return "Reward - KL / 4 on the tuning prompts:\n\n" + table(columns, rows)
 
 
 def _less(ours: list[float], theirs: list[float]) -> list[float]:

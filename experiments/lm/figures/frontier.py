@@ -18,7 +18,7 @@ TABLED = 5  # points of the KL axis that the page's table has
 
 
 def make(plan: Plan, results: Results) -> tuple[Figure, str]:
-    prior, runs = results[plan.priors()[TUNED_ON]], plan.frontier(results)
+    prior, runs = results[plan.priors()[TUNED_ON]], plan.frontier()
     found = {name: [results[run]["heldout"] for run in some] for name, some in runs.items()}
     made, (left, right) = plots.figure(2, width=4.6, height=3.8)
     best = [(math.log(int(n)) - (int(n) - 1) / int(n), interval(r)[0]) for n, r in prior["best_of"].items()]
