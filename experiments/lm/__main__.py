@@ -27,8 +27,7 @@ def main(processes: int) -> None:
     plan = Plan(settings(), {task: name for task, name in names.items() if name})
     # What depends on the tuning is known when the stages before it are made.
     stages = [
-        lambda: [run for runs in plan.grid().values() for run in runs],
-        lambda: [plan.priors()[TUNED_ON], *(run for runs in plan.frontier().values() for run in runs)],
+        lambda: [plan.priors()[TUNED_ON], *(run for runs in plan.grid().values() for run in runs)],
         lambda: [run for runs in plan.win_rates(results).values() for run in runs],
         lambda: list(plan.variances().values()),
         *(partial(_task, plan, results, task) for task in plan.worlds if task != TUNED_ON),

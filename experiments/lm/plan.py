@@ -27,7 +27,11 @@ class Plan:
 
     def grid(self) -> dict[str, list[Run]]:
         """By method, every coefficient with every rate."""
-        return {name: self._grid(name, method["values"]) for name, method in self.settings["methods"].items()}
+        rates = self.settings["rates"]
+        return {
+            name: [self._run(TUNED_ON, name, value, rate) for value in method["values"] for rate in rates]
+            for name, method in self.settings["methods"].items()
+        }
 
     def chosen(self, results: Results) -> dict[str, Run]:
         """By method, the run of the grid with the best score on the tuning prompts."""
@@ -39,8 +43,8 @@ class Plan:
         return found["reward"] - self.settings["score_gamma"] * found["kl"]
 
     def frontier(self) -> dict[str, list[Run]]:
-        """By method, figure 2's coefficients with every rate."""
-        return {name: self._grid(name, values) for name, values in self.settings["frontier"].items()}
+        """By method, figure 2's runs."""
+        return {name: self.grid()[name] for name in self.settings["frontier"]}
 
     def compared(self, results: Results) -> dict[str, dict[str, Run]]:
         """By task and method, the chosen setting's run."""
@@ -78,9 +82,6 @@ class Plan:
             proposal: {"kind": "variance", **self._task(TUNED_ON), **shared, "proposal": proposal}
             for proposal in self.settings["variance"]["proposals"]
         }
-
-    def _grid(self, name: str, values: list[float]) -> list[Run]:
-        return [self._run(TUNED_ON, name, value, rate) for value in values for rate in self.settings["rates"]]
 
     def _task(self, task: str) -> Run:
         return {"task": task, "world": self.worlds[task]}
