@@ -101,7 +101,8 @@ def test_a_blocks_numbers_come_with_its_last_run(tmp_path, monkeypatch):
     results = with_runs(tmp_path / "r.json", grid)
     page.fill(PLAN, results)
     text = path.read_text()
-    assert text.count("Not made yet.") == 2 and "package synopses" in text and "SciTLDR" not in text
+    assert text.count("Not made yet.") == 2 and "package synopses, 4 held-out prompts" in text
+    assert "Not made yet: SciTLDR, HH dialogues." in text
     assert f"{len(results)} runs, {len(results)} minutes" in text
     assert "| n | 1 | 8 |\n| --- | --- | --- |\n| KL at most | 0.00 | 1.20 |" in text
     assert (tmp_path / "figures" / "lm-figure2.svg").read_text().startswith("<?xml")

@@ -57,6 +57,8 @@ def make(plan: Plan, results: Results) -> tuple[Figure, str]:
         axes.set_title(TASKS[task])
         axes.set_xlabel("KL(q, p), nats")
         axes.set_xlim(left=0)
+    missing = [TASKS[task] for task in plan.worlds if task not in plan.made(results)]
+    parts += [f"Not made yet: {', '.join(missing)}."] if missing else []
     panels[0].set_ylabel("reward less the prior's")
     panels[0].legend(loc="best")
     return made, "\n\n".join(parts)
