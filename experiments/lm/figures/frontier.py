@@ -75,4 +75,4 @@ def _verdict(band) -> str:
             sides.append(
                 f"{word} at {len(places)} of {len(band.kl_K)} points, {places[0]:.2f} to {places[-1]:.2f} nats"
             )
-    return f"BRAIn's frontier is {'; '.join(sides) or 'nowhere set apart from DPO-sft’s'}."
+    return f"BRAIn's frontier is {'; '.join(sides) or 'nowhere set apart from that of DPO-sft'}."
