@@ -11,6 +11,7 @@ here, and nowhere else. Their public interfaces (parallel_state, GPTModel, Megat
 - ``layers``, ``parallel_residual``: transformer layers, with Transformer Engine and without.
 - ``gpt``: what a GPT is built with: padded vocabulary, scaled rotary frequencies, an output layer of ours.
 - ``adapters``: NeMo's LoRA matrices for a layer.
+- ``flash``: torch's attention kernel, with the output and log-sums of more than one call.
 - ``second_model``: a model beside the one that NeMo trains.
 - ``trainer``: a training without a last step.
 - ``optimizer``: no step where the gradient is not finite.

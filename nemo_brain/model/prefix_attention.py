@@ -23,6 +23,7 @@ from typing import Any, Protocol
 import torch
 
 from nemo_brain.core.ranks import is_first_rank
+from nemo_brain.host.flash import Sizes, varlen_backward, varlen_forward
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,10 @@ class Lengths:
     key_ends: torch.Tensor
     longest_query: int
     longest_key: int
+
+    @property
+    def sizes(self) -> Sizes:
+        return self.query_ends, self.key_ends, self.longest_query, self.longest_key
 
 
 @dataclass(frozen=True)
@@ -149,25 +154,12 @@ class _Merged(torch.autograd.Function):
 
 
 class TorchKernel:
-    """torch's flash attention (2.11 and later), by the operations behind ``torch.nn.attention.varlen``."""
+    """torch's flash attention (2.11 and later)."""
 
     def forward(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: Lengths, causal: bool, scale: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        out, lse, *_ = torch.ops.aten._flash_attention_forward(
-            q,
-            k,
-            v,
-            lengths.query_ends,
-            lengths.key_ends,
-            lengths.longest_query,
-            lengths.longest_key,
-            0.0,
-            causal,
-            False,
-            scale=scale,
-        )
-        return out, lse
+        return varlen_forward(q, k, v, lengths.sizes, causal, scale)
 
     def backward(
         self,
@@ -181,24 +173,7 @@ class TorchKernel:
         causal: bool,
         scale: float,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        none = torch.zeros(2, dtype=torch.uint64, device=q.device)  # the state of a dropout that there is not
-        return torch.ops.aten._flash_attention_backward(
-            d_out,
-            q,
-            k,
-            v,
-            out,
-            lse.contiguous(),
-            lengths.query_ends,
-            lengths.key_ends,
-            lengths.longest_query,
-            lengths.longest_key,
-            0.0,
-            causal,
-            none,
-            none,
-            scale=scale,
-        )
+        return varlen_backward(d_out, q, k, v, out, lse, lengths.sizes, causal, scale)
 
 
 @functools.cache

@@ -51,6 +51,8 @@ SAME: dict[str, Any] = {
     "train.max_kl": 1e6,
     "rollout.max_proposal_gap": 0.5,
     "rollout.save": "false",
+    "rollout.engine": "own",
+    "rollout.colocated_memory": 0.3,
     "ddp.overlap_grad_reduce": "false",
     "ddp.bucket_size": 1000,
     "ddp.gradient_reduce_div_fusion": "false",
@@ -86,6 +88,7 @@ ELSEWHERE = {
     "model.push_to": "needs a hub, and is looked at after training: tests/training/test_push.py",
     "logger.wandb": "is given what TensorBoard is: tests/training/test_loggers.py",
     "logger.mlflow": "is given what TensorBoard is: tests/training/test_loggers.py",
+    "rollout.ahead": "needs a server: tests/training/test_ahead.py",
     "rollout.remote": "a server's draws are its own: no two runs with one are alike, resumed or not",
 }
 

@@ -95,7 +95,7 @@ def test_a_program_is_judged_by_what_it_prints(sandbox):
     assert score(sandbox, ["if __name__ == '__main__':\n    print(2 * int(input()))"], DOUBLED) == [1.0]
 
 
-def test_all_tests_or_nothing_and_programs_without_a_fence():
+def test_all_tests_or_nothing_and_programs_without_a_fence(sandbox):
     reward = made(score="all", fenced=False)
     outputs = [RIGHT, "def f(x): return 2", fenced(RIGHT)]
     scores = compute_rewards(reward, [""] * 3, outputs, references=[None] * 3, metadata=[{"tests": NEXT}] * 3)
@@ -133,7 +133,7 @@ def test_modules_of_the_environment_can_be_imported(sandbox):
     assert score(sandbox, ["import numpy\ndef f(x):\n    return numpy.int64(x) + 1"], NEXT) == [1.0]
 
 
-def test_programs_run_side_by_side():
+def test_programs_run_side_by_side(sandbox):
     """Each sleeps; their scores are in their order."""
     reward = made(workers=8)
     started = time.monotonic()

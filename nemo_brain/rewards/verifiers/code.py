@@ -6,6 +6,7 @@ import ast
 import json
 import os
 import secrets
+import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -116,7 +117,8 @@ class CodeReward(Verifier):
         if done.output != b"42\n":
             raise ValueError(
                 f"a program that prints a number ends with status {done.status} in the sandbox: raise its limits "
-                "(reward.memory_mb, reward.wall_seconds, reward.processes)"
+                "(reward.memory_mb, reward.wall_seconds, reward.processes), or move Python's environment out of /tmp, "
+                f"which the sandbox has for itself ({sys.prefix})"
             )
 
     def check(self, reference: str | None, metadata: dict) -> None:
