@@ -31,7 +31,7 @@ help:
 	@echo "make compatibility  what other versions of NeMo and Megatron have to pass: see docs/host.md"
 	@echo "make golden   record the metrics in tests/golden/ anew, after a change that was meant to move them"
 	@echo "make figures  the paper's figures in an exact world: missing runs, charts, docs/figures.md's tables; minutes"
-	@echo "make figures-lm  the same on SmolLM2-135M, in about an hour of two cores: docs/figures-lm.md, which says of DATA"
+	@echo "make figures-lm  the same on SmolLM2-135M, in one to two hours of two cores: docs/figures-lm.md, which says of DATA"
 	@echo "make lint     ruff, mypy, and which room may import which"
 	@echo "make docs     the site, from docs/ and this README, into build/site (mkdocs.yml)"
 	@echo "make test-engines  tests/engines: a real vLLM samples (its CPU build, installed into $(ENGINES), 3 GB)"
