@@ -10,6 +10,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import megatron.core
 import pytest
 import torch
 import torch.distributed as dist
@@ -71,6 +72,7 @@ def test_a_second_call_changes_nothing():
     assert (torch.cuda.current_device, torch.empty, torch.Tensor.to) == before
 
 
+@pytest.mark.skipif(not megatron.core.__version__.startswith("0.15."), reason="of 0.15 it is known to compile")
 def test_a_compiler_of_cuda_without_a_card_does_not_stop_megatrons_import(tmp_path, monkeypatch):
     """Importing, it compiles an allocator for the cards that it finds; torch fails where there is none."""
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
