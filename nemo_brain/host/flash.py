@@ -9,32 +9,39 @@ from __future__ import annotations
 
 import torch
 
-# (query_ends, key_ends, longest_query, longest_key): where sequences end, int32 [N + 1], and the longest.
-Sizes = tuple[torch.Tensor, torch.Tensor, int, int]
 
+class FlashKernel:
+    """Variable-length attention, causal or not. ``lengths``: where sequences end among queries and keys, int32 [N + 1]
+    both, and the longest of each."""
 
-def varlen_forward(
-    q_SHD: torch.Tensor, k_MKD: torch.Tensor, v_MKD: torch.Tensor, sizes: Sizes, causal: bool, scale: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The output [S, H, D], and the log-sums of exponentials [H, S] in float32."""
-    forward = torch.ops.aten._flash_attention_forward
-    out_SHD, lse_HS, *_ = forward(q_SHD, k_MKD, v_MKD, *sizes, 0.0, causal, False, scale=scale)
-    return out_SHD, lse_HS
+    def forward(
+        self,
+        q_SHD: torch.Tensor,
+        k_MKD: torch.Tensor,
+        v_MKD: torch.Tensor,
+        lengths: tuple[torch.Tensor, torch.Tensor, int, int],
+        causal: bool,
+        scale: float,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The output [S, H, D], and the log-sums of exponentials [H, S] in float32."""
+        forward = torch.ops.aten._flash_attention_forward
+        out_SHD, lse_HS, *_ = forward(q_SHD, k_MKD, v_MKD, *lengths, 0.0, causal, False, scale=scale)
+        return out_SHD, lse_HS
 
-
-def varlen_backward(
-    d_out_SHD: torch.Tensor,
-    q_SHD: torch.Tensor,
-    k_MKD: torch.Tensor,
-    v_MKD: torch.Tensor,
-    out_SHD: torch.Tensor,
-    lse_HS: torch.Tensor,
-    sizes: Sizes,
-    causal: bool,
-    scale: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The gradients of queries, keys and values, for this output and these log-sums."""
-    none = torch.zeros(2, dtype=torch.uint64, device=q_SHD.device)  # the state of a dropout that there is not
-    backward = torch.ops.aten._flash_attention_backward
-    given = (d_out_SHD, q_SHD, k_MKD, v_MKD, out_SHD, lse_HS.contiguous())
-    return backward(*given, *sizes, 0.0, causal, none, none, scale=scale)
+    def backward(
+        self,
+        d_out_SHD: torch.Tensor,
+        q_SHD: torch.Tensor,
+        k_MKD: torch.Tensor,
+        v_MKD: torch.Tensor,
+        out_SHD: torch.Tensor,
+        lse_HS: torch.Tensor,
+        lengths: tuple[torch.Tensor, torch.Tensor, int, int],
+        causal: bool,
+        scale: float,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The gradients of queries, keys and values, for this output and these log-sums."""
+        none = torch.zeros(2, dtype=torch.uint64, device=q_SHD.device)  # the state of a dropout that there is not
+        backward = torch.ops.aten._flash_attention_backward
+        given = (d_out_SHD, q_SHD, k_MKD, v_MKD, out_SHD, lse_HS.contiguous())
+        return backward(*given, *lengths, 0.0, causal, none, none, scale=scale)

@@ -16,28 +16,15 @@ from __future__ import annotations
 
 import functools
 import sys
-import warnings
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
+from nemo_brain.core.first_use import works_here
 from nemo_brain.core.ranks import is_first_rank
-from nemo_brain.host.flash import Sizes, varlen_backward, varlen_forward
-
-
-@dataclass(frozen=True)
-class Lengths:
-    """Of one variable-length call: where its sequences end among queries and keys, int32 [N + 1], and the longest."""
-
-    query_ends: torch.Tensor
-    key_ends: torch.Tensor
-    longest_query: int
-    longest_key: int
-
-    @property
-    def sizes(self) -> Sizes:
-        return self.query_ends, self.key_ends, self.longest_query, self.longest_key
+from nemo_brain.host.flash import FlashKernel
+from nemo_brain.model.varlen import Lengths
 
 
 @dataclass(frozen=True)
@@ -48,29 +35,6 @@ class Parts:
     shared: Lengths | None
     queries_T: torch.Tensor
     keys_P: torch.Tensor
-
-
-class Kernel(Protocol):
-    """A variable-length attention kernel. Queries, and all that is theirs, are [S, H, D]; keys and values [S, K, D]."""
-
-    def forward(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: Lengths, causal: bool, scale: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The output, and the lse [H, S] in float32."""
-
-    def backward(
-        self,
-        d_out: torch.Tensor,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        out: torch.Tensor,
-        lse: torch.Tensor,
-        lengths: Lengths,
-        causal: bool,
-        scale: float,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The gradients of q, k and v, for this output and lse."""
 
 
 @functools.lru_cache(maxsize=64)
@@ -89,17 +53,18 @@ def parts_of(blocks: tuple[tuple[int, int, tuple[int, ...]], ...], device: torch
             keys += range(start, start + prefix)
             queries += range(start + prefix, start + prefix + sum(segments))
 
-    def ends(lengths: list[int]) -> torch.Tensor:
-        return torch.tensor([0, *lengths]).cumsum(0).int().to(device, non_blocking=True)
-
     queries_T, keys_P = (torch.tensor(places).to(device, non_blocking=True) for places in (queries, keys))
-    ends_N = ends(own)
-    shared = Lengths(ends(seeing), ends(seen), max(seeing), max(seen)) if seen else None
-    return Parts(Lengths(ends_N, ends_N, max(own), max(own)), shared, queries_T, keys_P)
+    shared = Lengths.of(seeing, seen, device) if seen else None
+    return Parts(Lengths.of(own, own, device), shared, queries_T, keys_P)
 
 
 def prefix_attention(
-    q_HSD: torch.Tensor, k_KSD: torch.Tensor, v_KSD: torch.Tensor, parts: Parts, scale: float | None, kernel: Kernel
+    q_HSD: torch.Tensor,
+    k_KSD: torch.Tensor,
+    v_KSD: torch.Tensor,
+    parts: Parts,
+    scale: float | None,
+    kernel: FlashKernel,
 ) -> torch.Tensor:
     """Attention output [H, S, D] of a packed row."""
     tensors = (tensor.transpose(0, 1).contiguous() for tensor in (q_HSD, k_KSD, v_KSD))
@@ -107,16 +72,16 @@ def prefix_attention(
     return _Merged.apply(*tensors, parts, scale, kernel).transpose(0, 1)
 
 
-def find_merging(q_HSD: torch.Tensor, k_KSD: torch.Tensor) -> Kernel | None:
+def find_merging(q_HSD: torch.Tensor, k_KSD: torch.Tensor) -> FlashKernel | None:
     """The kernel for half-precision CUDA tensors; None where it does not work, or for other tensors."""
     if not q_HSD.is_cuda or q_HSD.dtype not in (torch.bfloat16, torch.float16):
         return None
-    return TorchKernel() if usable(q_HSD.device, q_HSD.dtype, len(q_HSD) // len(k_KSD), q_HSD.shape[2]) else None
+    return FlashKernel() if usable(q_HSD.device, q_HSD.dtype, len(q_HSD) // len(k_KSD), q_HSD.shape[2]) else None
 
 
 class _Merged(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q, k, v, parts: Parts, scale: float, kernel: Kernel) -> torch.Tensor:  # type: ignore[no-untyped-def]
+    def forward(ctx: Any, q, k, v, parts: Parts, scale: float, kernel: FlashKernel) -> torch.Tensor:  # type: ignore[no-untyped-def]
         out, lse = kernel.forward(q, k, v, parts.own, True, scale)
         if parts.shared is not None:
             q_T = q.index_select(0, parts.queries_T)
@@ -153,53 +118,28 @@ class _Merged(torch.autograd.Function):
         return d_q, d_k, d_v, None, None, None
 
 
-class TorchKernel:
-    """torch's flash attention (2.11 and later)."""
-
-    def forward(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: Lengths, causal: bool, scale: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        return varlen_forward(q, k, v, lengths.sizes, causal, scale)
-
-    def backward(
-        self,
-        d_out: torch.Tensor,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        out: torch.Tensor,
-        lse: torch.Tensor,
-        lengths: Lengths,
-        causal: bool,
-        scale: float,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        return varlen_backward(d_out, q, k, v, out, lse, lengths.sizes, causal, scale)
-
-
 @functools.cache
 def usable(device: torch.device, dtype: torch.dtype, per_kv: int, width: int) -> bool:
-    """Whether ``TorchKernel`` runs there and its values and gradients are float64's; a warning where they are not.
+    """Whether ``FlashKernel`` runs there and its values and gradients are float64's; a warning where they are not.
 
     Args:
         per_kv, width: queries of a key-value head, and the width of a head.
     """
-    try:
-        gaps = largest_gaps(TorchKernel(), device, dtype, per_kv, width)
-    except Exception as error:  # an older torch, another card
-        warnings.warn(f"attention copies prefixes for their segments: merging two parts fails: {error!r}", stacklevel=2)
+
+    def problem() -> str | None:
+        gaps = largest_gaps(FlashKernel(), device, dtype, per_kv, width)
+        right = all(gap <= bound for gap, bound in zip(gaps, (3e-2, 1e-1), strict=True))  # half precision, sums of tens
+        return None if right else f"two parts merged are {gaps} away from float64"
+
+    if not works_here(problem, "attention copies prefixes for their segments"):
         return False
-    right = all(gap <= bound for gap, bound in zip(gaps, (3e-2, 1e-1), strict=True))  # half precision, sums of tens
-    if right and is_first_rank():
+    if is_first_rank():
         print(f"attention: two calls of torch {torch.__version__}'s flash attention, merged", file=sys.stderr)
-    if not right:
-        warnings.warn(
-            f"attention copies prefixes for their segments: two parts merged are {gaps} away from float64", stacklevel=2
-        )
-    return right
+    return True
 
 
 def largest_gaps(
-    kernel: Kernel, device: torch.device, dtype: torch.dtype, per_kv: int = 2, width: int = 32
+    kernel: FlashKernel, device: torch.device, dtype: torch.dtype, per_kv: int = 2, width: int = 32
 ) -> tuple[float, float]:
     """Of values, and of gradients, from one dense mask in float64: a row of two blocks."""
     generator = torch.Generator().manual_seed(0)

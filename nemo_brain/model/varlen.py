@@ -13,9 +13,9 @@ import functools
 import inspect
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from packaging.version import Version
@@ -26,16 +26,31 @@ from nemo_brain.core.ranks import is_first_rank
 Kernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, "Sequences", float | None], torch.Tensor]
 
 
-@dataclass(frozen=True)
-class Sequences:
-    """The row's sequences. ``keys_M``: which positions of the row are the keys, sequence by sequence; ``query_ends``,
-    ``key_ends``: int32 [N + 1], where sequences start and end among queries and keys; the longest of each."""
+class Lengths(NamedTuple):
+    """Of one variable-length call, in the order in which kernels take it: where its sequences start and end among
+    queries and keys, int32 [N + 1], and the longest of each."""
 
-    keys_M: torch.Tensor
     query_ends: torch.Tensor
     key_ends: torch.Tensor
     longest_query: int
     longest_key: int
+
+    @classmethod
+    def of(cls, queries: Sequence[int], keys: Sequence[int], device: torch.device) -> Lengths:
+        """Each sequence's number of queries and of keys."""
+
+        def ends(lengths: Sequence[int]) -> torch.Tensor:
+            return torch.tensor([0, *lengths]).cumsum(0).int().to(device, non_blocking=True)
+
+        return cls(ends(queries), ends(keys), max(queries), max(keys))
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """The row's sequences. ``keys_M``: which positions of the row are the keys, sequence by sequence."""
+
+    keys_M: torch.Tensor
+    lengths: Lengths
 
 
 @functools.lru_cache(maxsize=64)
@@ -57,11 +72,7 @@ def sequences(blocks: tuple[tuple[int, int, tuple[int, ...]], ...], device: torc
             places += [*shared, *range(begin, begin + length)]
             begin += length
 
-    def ends(lengths: list[int]) -> torch.Tensor:
-        return torch.tensor([0, *lengths]).cumsum(0).int().to(device, non_blocking=True)
-
-    keys_M = torch.tensor(places).to(device, non_blocking=True)
-    return Sequences(keys_M, ends(queries), ends(keys), max(queries), max(keys))
+    return Sequences(torch.tensor(places).to(device, non_blocking=True), Lengths.of(queries, keys, device))
 
 
 def varlen_attention(
@@ -127,10 +138,7 @@ def _flash_attention() -> tuple[Kernel, str]:
             q_SHD,
             k_MKD,
             v_MKD,
-            s.query_ends,
-            s.key_ends,
-            s.longest_query,
-            s.longest_key,
+            *s.lengths,
             softmax_scale=scale,
             causal=True,
         )
@@ -154,10 +162,7 @@ def _torch_varlen() -> tuple[Kernel, str]:
             q_SHD,
             k_MKD,
             v_MKD,
-            s.query_ends,
-            s.key_ends,
-            s.longest_query,
-            s.longest_key,
+            *s.lengths,
             scale=scale,
             window_size=(-1, 0),
             **grouped,

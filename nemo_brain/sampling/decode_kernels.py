@@ -10,11 +10,12 @@ tensor-parallel rank, M = H / K, D head width.
 from __future__ import annotations
 
 import functools
-import warnings
 
 import torch
 import triton
 import triton.language as tl
+
+from nemo_brain.core.first_use import works_here
 
 # Positions whose keys are looked at together: fp32 products take several times the shared memory.
 _BLOCKS = {torch.float32: 32}
@@ -71,18 +72,13 @@ def usable(device: torch.device, dtype: torch.dtype, per_kv: int, width: int) ->
     Args:
         per_kv, width: queries of a key-value head, and the width of a head.
     """
-    try:
+
+    def problem() -> str | None:
         gap = largest_gap(device, dtype, per_kv, width)
-    except Exception as error:  # whatever a compiler comes upon
-        warnings.warn(f"Triton's kernel for attention in sampling does not run here: {error!r}", stacklevel=2)
-        return False
-    bound = 1e-5 if dtype == torch.float32 else 2e-2  # of values of size one: rounding to the dtype, twice
-    if not gap <= bound:
-        warnings.warn(
-            f"Triton's kernel for attention in sampling is {gap:.2g} away from float64 here: it is not used",
-            stacklevel=2,
-        )
-    return gap <= bound
+        bound = 1e-5 if dtype == torch.float32 else 2e-2  # of values of size one: rounding to the dtype, twice
+        return None if gap <= bound else f"Triton's kernel is {gap:.2g} away from float64"
+
+    return works_here(problem, "attention in sampling goes by products")
 
 
 def largest_gap(device: torch.device, dtype: torch.dtype, per_kv: int = 2, width: int = 32) -> float:

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import warnings
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
+
+from nemo_brain.core.first_use import works_here
 
 _BLOCK = 512  # columns (W) whose probabilities are added up before any of them is looked at
 # Of logits that are exponentiated at a time, so that no copy of all of them exists: what a CPU's caches hold; on a card
@@ -93,19 +94,16 @@ def _kernels(device: torch.device) -> Any:
     """``draw_kernels`` where they run and draw what the operations of this file draw, otherwise None."""
     if device.type != "cuda":
         return None
-    try:
-        from nemo_brain.sampling import draw_kernels
-    except ImportError:
-        warnings.warn("Triton is not installed: tokens are drawn by many small operations", stacklevel=2)
-        return None
-    try:
-        right = agrees(draw_kernels, device)
-    except Exception as error:  # whatever a compiler comes upon
-        warnings.warn(f"Triton's kernels do not run here, tokens are drawn without: {error!r}", stacklevel=2)
-        return None
-    if not right:
-        warnings.warn("Triton's kernels draw other tokens than they should here: they are not used", stacklevel=2)
-    return draw_kernels if right else None
+    found: Any = None
+
+    def problem() -> str | None:
+        nonlocal found
+        from nemo_brain.sampling import draw_kernels  # ImportError without Triton
+
+        found = draw_kernels
+        return None if agrees(found, device) else "Triton's kernels draw other tokens than they should"
+
+    return found if works_here(problem, "tokens are drawn by many small operations") else None
 
 
 def agrees(kernels: Any, device: torch.device) -> bool:

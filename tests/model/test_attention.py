@@ -42,14 +42,14 @@ def visible(layout: list[list[int]]) -> torch.Tensor:
 def one_by_one(q_SHD, k_MKD, v_MKD, sequences, scale) -> torch.Tensor:
     """What a variable-length flash-attention kernel promises: sequence by sequence, causal from the lower right."""
     outs = []
-    queries, keys = sequences.query_ends.tolist(), sequences.key_ends.tolist()
-    assert sequences.query_ends.dtype == sequences.key_ends.dtype == torch.int32
+    queries, keys = sequences.lengths.query_ends.tolist(), sequences.lengths.key_ends.tolist()
+    assert sequences.lengths.query_ends.dtype == sequences.lengths.key_ends.dtype == torch.int32
     for n in range(len(queries) - 1):
         q, k, v = (
             tensor[ends[n] : ends[n + 1]].transpose(0, 1)
             for tensor, ends in ((q_SHD, queries), (k_MKD, keys), (v_MKD, keys))
         )
-        assert q.shape[1] <= sequences.longest_query and k.shape[1] <= sequences.longest_key
+        assert q.shape[1] <= sequences.lengths.longest_query and k.shape[1] <= sequences.lengths.longest_key
         mask = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool).tril(k.shape[1] - q.shape[1])
         outs.append(dense(q, k, v, mask, scale or D**-0.5).transpose(0, 1))
     return torch.cat(outs)
