@@ -181,6 +181,10 @@ class CompletionServer:
         self._start()
         self.__enter__()
 
+    def place(self, body: dict) -> int:
+        """Which of all requests it is, from 1: others may have come since."""
+        return 1 + next(i for i, other in enumerate(self.bodies) if other is body)
+
     def get(self, handler) -> None:
         models = [{"id": name, "object": "model", "max_model_len": self.context} for name in self.names]
         if self.ended.is_set():

@@ -151,7 +151,7 @@ def test_a_server_that_keeps_no_names_is_refused(server, tmp_path):
 
 def test_a_server_that_fails_ends_the_run_and_nothing_is_lost(server, tmp_path):
     """Whatever was sampled of the iteration is in a file."""
-    server.fault = lambda attempt, body: 400 if len(server.bodies) == 50 else None
+    server.fault = lambda attempt, body: 400 if server.place(body) == 50 else None
     with pytest.raises(AssertionError, match=r"prompt .*HTTP 400.*failed_rollout\.jsonl"):
         finished(tmp_path / "run", 2, *ahead(server, tmp_path, 1, PP2))
     assert (tmp_path / "run" / "failed_rollout.jsonl").exists()

@@ -182,7 +182,7 @@ def other_ids(choice: dict) -> None:
 @pytest.mark.parametrize("change", [other_logprobs, other_ids])
 def test_outputs_whose_log_probs_are_not_the_policys_are_drawn_again(server, tmp_path, change):
     def fault(attempt, body):
-        lies = len(server.bodies) in (7, 8, 20) and body["max_tokens"] == 8
+        lies = server.place(body) in (7, 8, 20) and body["max_tokens"] == 8
         return (lambda answer: change(answer["choices"][0])) if lies else None
 
     server.fault = fault
@@ -196,7 +196,7 @@ def test_outputs_whose_log_probs_are_not_the_policys_are_drawn_again(server, tmp
 def test_a_server_that_always_lies_ends_the_run(server, tmp_path):
     """Of the outputs that are trained on: a probe's are as they should be."""
     server.fault = lambda attempt, body: (
-        (lambda answer: other_logprobs(answer["choices"][0])) if len(server.bodies) > 4 else None
+        (lambda answer: other_logprobs(answer["choices"][0])) if server.place(body) > 4 else None
     )
     fails(r"4 outputs in a row whose log-probs are not those of the model", server, tmp_path)
 
@@ -206,7 +206,7 @@ def test_outputs_of_another_law_are_kept_with_the_servers_log_probs(server, tmp_
     server.versions = False
 
     def stale(body) -> None:
-        if len(server.bodies) == 5:
+        if server.place(body) == 5:
             server.load(server._first)
             server._cache.clear()
 
