@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import sys
-import traceback
 from collections.abc import Callable
 
 import hydra
 from omegaconf import DictConfig
 
 from nemo_brain.cli.training import configurations
+from nemo_brain.core.errors import is_ours
 
 
 def run_configured(name: str, work: Callable[[DictConfig], object], stopped: str) -> None:
@@ -24,9 +24,7 @@ def run_configured(name: str, work: Callable[[DictConfig], object], stopped: str
         try:
             work(cfg)
         except ValueError as error:
-            # Ours name the key and the remedy, and need no traceback. Those of libraries keep theirs.
-            *_, last = traceback.walk_tb(error.__traceback__)
-            if not last[0].f_globals["__name__"].startswith("nemo_brain."):
+            if not is_ours(error):
                 raise
             sys.exit(f"error: {error}")
 

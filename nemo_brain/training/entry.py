@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import sys
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from nemo.core.config import hydra_runner
 from omegaconf import DictConfig
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler, record
 
+from nemo_brain.core.errors import is_ours
 from nemo_brain.core.interruption import Interrupted
 from nemo_brain.core.signals import EXIT_CODE
 
@@ -34,9 +34,7 @@ def launch(configurations: Path, name: str, train: Callable[[DictConfig], object
             print(f"stopped: {reason}; {goes_on}", file=sys.stderr)
             sys.exit(EXIT_CODE)
         except ValueError as error:
-            # Ours name the key or the line and the remedy, and need no traceback. Those of libraries keep theirs.
-            *_, last = traceback.walk_tb(error.__traceback__)
-            if not last[0].f_globals["__name__"].startswith("nemo_brain."):
+            if not is_ours(error):
                 raise
             get_error_handler().record_exception(error)
             sys.exit(f"error: {error}")

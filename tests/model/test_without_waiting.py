@@ -27,7 +27,7 @@ OPTIONS = {"tau": 1.0, "beta": 0.1, "eta": 1.0}
 
 def varlen(q_SHD, k_MKD, v_MKD, sequences, scale):
     """Depends on all that a variable-length kernel gets."""
-    ends = (sequences.query_ends.sum() + sequences.key_ends.sum()).to(q_SHD.dtype)
+    ends = (sequences.lengths.query_ends.sum() + sequences.lengths.key_ends.sum()).to(q_SHD.dtype)
     return q_SHD * (k_MKD.mean() + v_MKD.mean()) * ends
 
 

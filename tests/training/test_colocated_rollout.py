@@ -11,6 +11,7 @@ import torch.distributed as dist
 from completion_server import END, draw
 from layouts import PP2, TP2
 from ranks import run_ranks
+from remote_runs import RUN
 from toy_runs import recorded_run, toy_config
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -18,16 +19,7 @@ from nemo_brain.config.brain import check
 from nemo_brain.training.brain import colocated_rollout, run
 from nemo_brain.training.brain.colocated_rollout import ColocatedRollout, vllm_engine
 
-RUN = (
-    "rollout.engine=colocated",
-    "trainer.max_iterations=2",
-    "rollout.prompts_per_iteration=8",
-    "rollout.outputs_per_prompt=4",
-    "train.global_batch_size=4",
-    "train.micro_batch_tokens=64",
-    "data.holdout=4",
-    "optim.lr=3e-2",
-)
+COLOCATED = (*RUN, "rollout.engine=colocated")
 CALLS: list[tuple] = []
 
 
@@ -69,7 +61,7 @@ class Engine:
 
 def with_engine(*overrides: str) -> dict:
     run.ColocatedRollout = functools.partial(ColocatedRollout, make_engine=Engine)
-    result = recorded_run(*RUN, *overrides)
+    result = recorded_run(*COLOCATED, *overrides)
     calls: list = [None] * dist.get_world_size()
     dist.all_gather_object(calls, CALLS)
     return {**result, "calls": calls}

@@ -30,7 +30,7 @@ from nemo_brain.sampling.answers import Reader
 from nemo_brain.sampling.in_process import InProcessEngine
 from nemo_brain.sampling.remote import PROBE, request_seed
 from nemo_brain.sampling.sampler import SamplingOptions
-from nemo_brain.training.brain.engine import EngineRollout, probe_options
+from nemo_brain.training.brain.engine import Draws, EngineRollout, probe_options
 from nemo_brain.training.brain.strategy import BRAInStrategy
 
 _SECTION = "rollout.engine=colocated"
@@ -137,55 +137,37 @@ class ColocatedRollout(EngineRollout):
             return self._make_engine(Path(directory), ranks=ranks, **self._arguments)
 
     def _probed(self, options: SamplingOptions) -> list[SampledGroup]:
-        answers = self._sampled(self._prompts, options, 0, PROBE, [[0]] * len(self._prompts))
-        found = dict(answers)
+        found = dict(self._sampled(Draws(self._prompts, options, 0, PROBE, [[0]] * len(self._prompts))))
         return [found[p] for p in range(len(self._prompts))]
 
-    def _drawn(
-        self,
-        strategy: BRAInStrategy,
-        prompts: Sequence[Prompt],
-        options: SamplingOptions,
-        seed: int,
-        iteration: int,
-        numbers: Sequence[Sequence[int]],
-        on_outputs: Callable[[int], None],
-        stop: Callable[[], bool],
-        again: bool,
-    ) -> Iterator[list[tuple[int, SampledGroup]]]:
+    def _drawn(self, strategy: BRAInStrategy, draws: Draws) -> Iterator[list[tuple[int, SampledGroup]]]:
         """All of them are drawn before the first is scored: then the memory is the training's again."""
         if not self._loaded:
             self._load(strategy)
-        found = list(self._sampled(prompts, options, seed, iteration, numbers, on_outputs, stop))
+        found = list(self._sampled(draws))
         assert self._engine is not None
         self._engine.sleep()
         self._loaded = False
         yield from self._blocks(found)
 
-    def _sampled(
-        self,
-        prompts: Sequence[Prompt],
-        options: SamplingOptions,
-        seed: int,
-        iteration: int,
-        numbers: Sequence[Sequence[int]],
-        on_outputs: Callable[[int], None] = lambda count: None,
-        stop: Callable[[], bool] = lambda: False,
-    ) -> Iterator[tuple[int, SampledGroup]]:
+    def _sampled(self, draws: Draws) -> Iterator[tuple[int, SampledGroup]]:
         """Groups as they are finished, on all ranks of the replica."""
         assert self._engine is not None
-        reader = Reader(options, self._weights.tokenizer, self._weights.vocab_size)
+        prompts, numbers = draws.prompts, draws.numbers
+        reader = Reader(draws.options, self._weights.tokenizer, self._weights.vocab_size)
         jobs = [(p, i) for p, outputs in enumerate(numbers) for i in outputs]
-        requests = [(prompts[p].token_ids, request_seed(seed, iteration, prompts[p].id, i)) for p, i in jobs]
+        requests = [
+            (prompts[p].token_ids, request_seed(draws.seed, draws.iteration, prompts[p].id, i)) for p, i in jobs
+        ]
         found: list[dict[int, tuple[Output, float]]] = [{} for _ in prompts]
-        for index, choice in self._engine.generate(requests, _parameters(options), stop):
+        for index, choice in self._engine.generate(requests, _parameters(draws.options), draws.stop):
             heartbeat()
             p, i = jobs[index]
             try:
                 found[p][i] = reader.output(choice, prompts[p])
             except BadAnswer as error:
                 raise ValueError(f"{_SECTION}: prompt {prompts[p].id!r}, output {i}: {error}") from None
-            on_outputs(1)
+            draws.on_outputs(1)
             if len(found[p]) == len(numbers[p]):
                 outputs, logprobs = zip(*(found[p][number] for number in numbers[p]), strict=True)
                 yield p, SampledGroup(prompts[p], list(outputs), proposal_logprobs=list(logprobs))

@@ -12,7 +12,7 @@ import contextlib
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -34,6 +34,26 @@ def probe_options(options: SamplingOptions) -> SamplingOptions:
     """Of the outputs by which an engine's law is known: short ones of the law before truncation."""
     tokens = min(options.max_new_tokens, _PROBE_TOKENS)
     return replace(options, outputs=1, max_new_tokens=tokens, top_k=0, top_p=1.0)
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Outputs that an engine is to draw: of these numbers, for each prompt.
+
+    Attributes:
+        on_outputs: told how many have come since its last call.
+        stop: asked now and then, on all ranks of the replica at the same point.
+        again: the last ones were not the model's, so that the engine is given the weights anew.
+    """
+
+    prompts: Sequence[Prompt]
+    options: SamplingOptions
+    seed: int
+    iteration: int
+    numbers: Sequence[Sequence[int]]
+    on_outputs: Callable[[int], None] = lambda count: None
+    stop: Callable[[], bool] = lambda: False
+    again: bool = False
 
 
 class EngineRollout:
@@ -104,23 +124,8 @@ class EngineRollout:
     def mend(self, strategy: BRAInStrategy) -> None:
         """Gives it the policy as it stands, which has not changed since ``refresh``. A collective of all ranks."""
 
-    def _drawn(
-        self,
-        strategy: BRAInStrategy,
-        prompts: Sequence[Prompt],
-        options: SamplingOptions,
-        seed: int,
-        iteration: int,
-        numbers: Sequence[Sequence[int]],
-        on_outputs: Callable[[int], None],
-        stop: Callable[[], bool],
-        again: bool,
-    ) -> Iterator[list[tuple[int, SampledGroup]]]:
-        """The engine's outputs of these numbers for each prompt: some prompts' at a time, on all ranks of the replica.
-
-        Args:
-            again: its last ones were not the model's, so that it is given the weights anew.
-        """
+    def _drawn(self, strategy: BRAInStrategy, draws: Draws) -> Iterator[list[tuple[int, SampledGroup]]]:
+        """The engine's outputs: some prompts' at a time, on all ranks of the replica."""
         raise NotImplementedError
 
     def _remember(self, prompts: Sequence[Prompt]) -> None:
@@ -176,8 +181,8 @@ class EngineRollout:
                 numbers = [[attempt * n + i for i in outputs] for outputs in wanted]
                 share = [prompts[place] for place in places]
                 wrong: dict[int, list[int]] = {}
-                arguments = (share, options, seed, iteration, numbers, on_outputs, stop, attempt > 0)
-                for block in self._drawn(strategy, *arguments):
+                draws = Draws(share, options, seed, iteration, numbers, on_outputs, stop, again=attempt > 0)
+                for block in self._drawn(strategy, draws):
                     for (k, _), group in zip(block, score([group for _, group in block]), strict=True):
                         group, bad = self._checked(group, options)
                         place = places[k]

@@ -31,7 +31,7 @@ from nemo_brain.sampling.remote import RemoteSampler
 from nemo_brain.sampling.sampler import SamplingOptions
 from nemo_brain.sampling.server import Server
 from nemo_brain.sampling.transfer import Transfer
-from nemo_brain.training.brain.engine import EngineRollout, probe_options
+from nemo_brain.training.brain.engine import Draws, EngineRollout, probe_options
 from nemo_brain.training.brain.provenance import repeated_gap
 from nemo_brain.training.brain.strategy import BRAInStrategy
 from nemo_brain.training.build import export_for
@@ -234,22 +234,12 @@ class RemoteRollout(EngineRollout):
             self._moved, self._moving = self._moved + transfer.bytes, self._moving + transfer.seconds
         return [url for url in urls if url not in done]
 
-    def _drawn(
-        self,
-        strategy: BRAInStrategy,
-        prompts: Sequence[Prompt],
-        options: SamplingOptions,
-        seed: int,
-        iteration: int,
-        numbers: Sequence[Sequence[int]],
-        on_outputs: Callable[[int], None],
-        stop: Callable[[], bool],
-        again: bool,
-    ) -> Iterator[list[tuple[int, SampledGroup]]]:
+    def _drawn(self, strategy: BRAInStrategy, draws: Draws) -> Iterator[list[tuple[int, SampledGroup]]]:
         """The first rank asks the servers, and the others are told."""
-        sampler = self._sampler(options)
-        blocks = self._blocks(sampler.sample(prompts, seed, iteration, numbers, on_outputs, again))
-        for block, waits in _on_all_ranks(blocks, lambda: bool(sampler.waiting), stop):
+        sampler = self._sampler(draws.options)
+        asked = (draws.prompts, draws.seed, draws.iteration, draws.numbers, draws.on_outputs, draws.again)
+        blocks = self._blocks(sampler.sample(*asked))
+        for block, waits in _on_all_ranks(blocks, lambda: bool(sampler.waiting), draws.stop):
             if waits:  # a server that has come back, and can be given weights by all ranks only
                 self._transfer(strategy, lambda: sampler.waiting, parallel_state.get_model_parallel_group())
             yield block
