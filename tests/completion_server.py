@@ -16,7 +16,6 @@ import contextlib
 import json
 import socket
 import threading
-import time
 from collections import Counter
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -84,6 +83,9 @@ class CompletionServer:
         self.engines = 1
         self.named: dict[str, LlamaForCausalLM] = {}  # the weights that it was told a version of
         self.running = 0
+        self._left = threading.Event()
+        self._connections: list[socket.socket] = []
+        self._handlers: list[threading.Thread] = []
         self._first = directory
         self._port = 0
         self._attempts: Counter = Counter()
@@ -94,7 +96,6 @@ class CompletionServer:
         """With its first weights, nothing kept of earlier ones."""
         self.version = "default"
         self.ended = threading.Event()
-        self._connections: set[socket.socket] = set()
         self._cache: dict[tuple, torch.Tensor] = {}
         self.load(self._first)
 
@@ -137,7 +138,8 @@ class CompletionServer:
 
             def setup(self):
                 super().setup()
-                outer._connections.add(self.connection)
+                outer._connections.append(self.connection)
+                outer._handlers.append(threading.current_thread())
 
             def do_GET(self):
                 outer.get(self)
@@ -161,18 +163,22 @@ class CompletionServer:
         return self
 
     def __exit__(self, *exception) -> None:
-        self.http.shutdown()
-        self.http.server_close()
+        """Nothing of it runs on: a thread that is within torch when the process ends would abort it."""
+        self._left.set()
+        self.kill()
+        for handler in self._handlers:
+            handler.join(10)
 
     def terminate(self) -> None:
         """As after SIGTERM: new connections are refused, requests in flight get no answer."""
         self.ended.set()
-        self.__exit__()
+        self.http.shutdown()
+        self.http.server_close()
 
     def kill(self) -> None:
         """As after SIGKILL: besides, all connections end."""
         self.terminate()
-        for connection in list(self._connections):
+        for connection in self._connections:
             with contextlib.suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)
 
@@ -240,7 +246,7 @@ class CompletionServer:
         if self.model is None:
             self.kill()
         if self.ended.is_set():
-            time.sleep(30)  # nobody answers any more
+            self._left.wait(30)  # nobody answers any more
             handler.close_connection = True
             return
         fault = self.fault(attempt, body)
@@ -248,7 +254,7 @@ class CompletionServer:
             handler.connection.close()
             handler.close_connection = True
         elif fault == "hang":
-            time.sleep(2)
+            self._left.wait(2)
             handler.close_connection = True
         elif isinstance(fault, int):
             echoed = f"fault with {handler.headers.get('authorization')}"

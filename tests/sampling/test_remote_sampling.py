@@ -257,13 +257,15 @@ def test_groups_come_as_they_are_finished_and_closing_ends_the_requests(director
         groups.close()
 
         server.bodies.clear()
-        server.before = lambda body: time.sleep(0 if body["prompt"] == PROMPTS[0].token_ids else 9)
+        closed = threading.Event()
+        server.before = lambda body: body["prompt"] == PROMPTS[0].token_ids or closed.wait(9)
         groups = finished(sampler(server, concurrency=4))
         next(groups)
         started = time.monotonic()
         groups.close()
         assert time.monotonic() - started < 4
         assert len(server.bodies) < 16
+        closed.set()
     assert not any(thread.name == "rollout.remote" for thread in threading.enumerate())
 
 
@@ -522,7 +524,7 @@ def test_the_key_is_not_told_to_another_host(directory, tmp_path, monkeypatch):
 
 LOAD = [
     {"path": "/collective_rpc", "json": {"method": "nemo_brain_load", "kwargs": {"path": "{path}"}}},
-    {"path": "/reset_prefix_cache"},
+    {"path": "/reset_prefix_cache?reset_running_requests=true"},
 ]
 
 
