@@ -267,7 +267,7 @@ class Evaluation:
 
     def _outputs(self, prompts: Sequence[Prompt], name: str, untrained: bool) -> list[ScoredGroup]:
         sampled = self._worker.sample(prompts, self._sampling, VALIDATION, f"{name}: sampling")
-        return self._worker.score(self._worker.reward(sampled), 1.0, untrained)[0]
+        return self._worker.scorer.score(self._worker.reward(sampled), 1.0, untrained)[0]
 
     def _against_earlier(self, score: str, name: str, groups: list[ScoredGroup]) -> dict[str, Any]:
         """By this score; nothing for the first candidate."""

@@ -140,7 +140,7 @@ class BRAInLoop:
                 rewarded = self.worker.reward(sampled)
                 temperature = self._sampling.temperature if self.config.rollout.rescore_proposal else None
         with _timed(record, "score_seconds"):
-            scored, gap = self.worker.score(rewarded, temperature, untrained)
+            scored, gap = self.worker.scorer.score(rewarded, temperature, untrained)
         if self.offline:
             self._remember(iteration, scored)
         self.frame.state.record = {**record, **self._record(iteration, scored, gap), "train_seconds": 0.0}
@@ -265,7 +265,7 @@ class BRAInLoop:
             rewarded = self.worker.reward(
                 self.worker.sample(prompts, self._validation, VALIDATION, "validation: sampling")
             )
-            groups, _ = self.worker.score(rewarded, 1.0, untrained=state.step == 0, validation=True)
+            groups, _ = self.worker.scorer.score(rewarded, 1.0, untrained=state.step == 0, validation=True)
             if iteration == 0:
                 state.reference_rewards = self.worker.reference_rewards(prompts)
                 state.start = groups
