@@ -123,6 +123,18 @@ def damaged_llama(path: Path) -> Path:
     return path
 
 
+def servable_llama(path: Path) -> Path:
+    """A directory with a random Llama over bytes, tied, of a shape that vLLM computes."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes |= {"num_key_value_heads": 2, "max_position_embeddings": 512, "vocab_size": 258}
+    tokenizer = byte_tokenizer()
+    ids = {"eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
+    LlamaForCausalLM(LlamaConfig(**sizes, **ids, initializer_range=0.1, tie_word_embeddings=True)).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
 def chat_llama(path: Path) -> Path:
     """A directory with a Llama over bytes whose tokenizer has a chat template."""
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}

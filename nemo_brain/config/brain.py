@@ -118,7 +118,7 @@ class RolloutConfig(OutputsConfig):
             None: "server with rollout.remote, otherwise own",
             "own": "the training kernels",
             "server": "see remote",
-            "colocated": "vLLM in the training processes, on their GPUs",
+            "colocated": "vLLM in the training processes, on their devices",
         },
         resumable=True,
     )
@@ -128,6 +128,9 @@ class RolloutConfig(OutputsConfig):
         above=0,
         below=1,
         resumable=True,
+    )
+    colocated_options: dict[str, Any] | None = key(
+        None, "more arguments of a colocated vLLM's vllm.LLM", resumable=True
     )
     prompts_per_iteration: int = key(MISSING, "a multiple of train.global_batch_size", at_least=1, resumable=STEPS)
     outputs_per_prompt: int = key(MISSING, "n; as many as the objective needs, most of them 2", at_least=1)

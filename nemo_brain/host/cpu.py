@@ -75,6 +75,13 @@ class _Generators:
         return 1
 
 
+class _NoStream:
+    """Stands for ``torch.cuda.Stream``, which is named in annotations too."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> None:
+        return None
+
+
 def enable() -> bool:
     """Makes Megatron and NeMo run on the CPU. Call it before importing them; a second call changes nothing.
 
@@ -96,7 +103,7 @@ def enable() -> bool:
     cuda.set_device = lambda *args, **kwargs: None
     cuda.synchronize = lambda *args, **kwargs: None
     cuda.empty_cache = lambda: None
-    cuda.Stream = lambda *args, **kwargs: None
+    cuda.Stream = _NoStream
     cuda.manual_seed = torch.manual_seed
     cuda.get_rng_state = cuda.random.get_rng_state = lambda device=None: torch.get_rng_state()
     cuda.set_rng_state = cuda.random.set_rng_state = lambda state, device=None: torch.set_rng_state(state)

@@ -14,6 +14,7 @@ import torch
 
 from nemo_brain.sampling.vllm_worker.nemo_brain_vllm import take
 
+_OPTIONS = "rollout.colocated_options"
 _STOP_STEPS = 16  # between two questions whether to stop
 
 
@@ -30,7 +31,10 @@ class InProcessEngine:
         context: so many tokens a prompt and its output may have together.
         rows: outputs at a time.
         memory: the fraction of the device's memory that it may use.
-        options: vLLM's own.
+        options: more arguments of ``vllm.LLM``.
+
+    Raises:
+        ValueError: vLLM has no such option or no such model, or an option is not the caller's to choose.
     """
 
     def __init__(
@@ -42,7 +46,7 @@ class InProcessEngine:
         context: int,
         rows: int,
         memory: float,
-        **options: Any,
+        options: dict[str, Any],
     ):
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         from vllm import LLM
@@ -50,23 +54,28 @@ class InProcessEngine:
         self._sleeps = torch.cuda.is_available()
         self._asleep = False
         self._requests = 0
-        self._llm = LLM(
-            model=str(directory),
-            load_format="dummy",
-            distributed_executor_backend="external_launcher",
-            tensor_parallel_size=ranks,
-            dtype=str(dtype).removeprefix("torch."),
-            max_model_len=context,
-            max_num_seqs=rows,
-            gpu_memory_utilization=memory,
-            enable_sleep_mode=self._sleeps,
-            enable_prefix_caching=True,
-            logprobs_mode="processed_logprobs",
-            generation_config="vllm",
-            seed=0,
-            disable_log_stats=True,
-            **options,
-        )
+        ours: dict[str, Any] = {
+            "model": str(directory),
+            "load_format": "dummy",
+            "distributed_executor_backend": "external_launcher",
+            "tensor_parallel_size": ranks,
+            "dtype": str(dtype).removeprefix("torch."),
+            "max_model_len": context,
+            "max_num_seqs": rows,
+            "gpu_memory_utilization": memory,
+            "enable_sleep_mode": self._sleeps,
+            "enable_prefix_caching": True,
+            "logprobs_mode": "processed_logprobs",
+            "generation_config": "vllm",
+            "seed": 0,
+            "disable_log_stats": True,
+        }
+        if taken := sorted(ours.keys() & options.keys()):
+            raise ValueError(f"{_OPTIONS}: {', '.join(taken)}: follows from the rest of the configuration")
+        try:
+            self._llm = LLM(**ours, **options)
+        except TypeError as error:
+            raise ValueError(f"{_OPTIONS}: {error}") from error
 
     def load(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Takes all weights by Hugging Face's names, and forgets what was computed with others."""

@@ -53,6 +53,7 @@ SAME: dict[str, Any] = {
     "rollout.save": "false",
     "rollout.engine": "own",
     "rollout.colocated_memory": 0.3,
+    "rollout.colocated_options.enforce_eager": "true",
     "ddp.overlap_grad_reduce": "false",
     "ddp.bucket_size": 1000,
     "ddp.gradient_reduce_div_fusion": "false",

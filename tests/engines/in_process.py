@@ -32,9 +32,7 @@ def main(directory: str, result: str, tokens: str, *weights: str) -> None:
         context=256,
         rows=8,
         memory=0.4,
-        enforce_eager=True,
-        block_size=32,
-        enable_chunked_prefill=False,
+        options={"enforce_eager": True, "block_size": 32, "enable_chunked_prefill": False},
     )
     prompt = json.loads(tokens)
     parameters = {"temperature": 0.7, "max_tokens": 12, "detokenize": False, "ignore_eos": True}

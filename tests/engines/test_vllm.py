@@ -12,6 +12,7 @@ import math
 import os
 import shutil
 import subprocess
+import sysconfig
 import tempfile
 import threading
 import time
@@ -20,7 +21,7 @@ from pathlib import Path
 import httpx
 import pytest
 import torch
-from models import ONE, SMOLLM2, build, forward
+from models import ONE, SMOLLM2, build, forward, servable_llama
 from ranks import free_port, run_ranks
 from safetensors.torch import save_file
 from toy_runs import QUIET, ROOT, composed
@@ -48,6 +49,14 @@ pytestmark = [
     pytest.mark.skipif(not ENGINES, reason="make test-engines"),
 ]
 RELOAD = "{path: /collective_rpc, json: {method: reload_weights, kwargs: {weights_path: '{path}'}}}"
+LETTERS = (
+    "model.gpt=null",
+    "trainer.max_iterations=20",
+    "trainer.val_every_iterations=20",
+    "data.holdout=32",
+    "rollout.outputs_per_prompt=16",
+)
+SHOWN = ("reward/mean", "eval/reward", "proposal_gap", "refresh_seconds", "refresh_bytes", "refresh_bytes_per_second")
 RUN = (
     f"data.train={ROOT}/tests/golden/prompts.jsonl",
     "data.validation=null",
@@ -95,6 +104,16 @@ def metrics_of(url: str, *overrides: str, kept=None, **keys: str) -> list[dict]:
         run_dir = kept or Path(scratch, "run")
         run(composed("quickstart", f"run_dir={run_dir}", *QUIET, *RUN, remote, *overrides))
         return read_metrics(run_dir / "metrics.jsonl")
+
+
+def letters_at(url: str, model: Path, *overrides: str, **keys: str) -> list[dict]:
+    """Metrics of a run of the toy, from this model."""
+    logging.disable(logging.WARNING)
+    given = {"url": url, "model": "policy", "concurrency": 8, **keys}
+    remote = "rollout.remote={" + ", ".join(f"{key}: {value}" for key, value in given.items()) + "}"
+    with tempfile.TemporaryDirectory() as run_dir:
+        run(composed("toy", f"run_dir={run_dir}", *QUIET, f"model.restore_from={model}", *LETTERS, remote, *overrides))
+        return read_metrics(Path(run_dir, "metrics.jsonl"))
 
 
 def test_every_iterations_policy_is_sampled_from_by_way_of_shared_memory(server, shared_memory):
@@ -158,31 +177,38 @@ def test_a_reload_that_leaves_the_tied_output_layer_ends_the_run(server, tmp_pat
         run_ranks(metrics_of, 1, server.url, "trainer.max_iterations=3", "optim.lr=1e-3", **keys)
 
 
-def test_a_run_over_a_process_group_gets_a_higher_reward(server, tmp_path):
-    """With adapters, so that after the first iteration only their layers are sent; four outputs to a request."""
-    lines = (ROOT / "tests" / "golden" / "prompts.jsonl").read_text().splitlines()
-    (tmp_path / "prompts.jsonl").write_text("\n".join(lines[:4]))
-    options = (
-        f"data.train={tmp_path}/prompts.jsonl",
-        "trainer.max_iterations=5",
-        "model.peft={dim: 16}",
-        "prior.placement=adapter_off",
-        "reward._target_=nemo_brain.rewards.function.FunctionReward",
-        "reward.function=nemo_brain.rewards.toy.letter_fraction",
-        "rollout.prompts_per_iteration=4",
-        "rollout.outputs_per_prompt=8",
-        "objective.gamma=0.02",
-        "optim.lr=1e-3",
-    )
-    (metrics,) = run_ranks(metrics_of, 1, server.url, *options, transfer="process_group", outputs_per_request="4")
+@pytest.fixture(scope="module")
+def small(tmp_path_factory) -> Path:
+    """A model that learns to write letters (conf/toy.yaml) in seconds."""
+    return servable_llama(tmp_path_factory.mktemp("small"))
+
+
+def rising(metrics: list[dict]) -> list[dict]:
+    """The iterations of a run whose rewards on held-out prompts have risen beyond their intervals."""
+    first, last = [record for record in metrics if record["kind"] == "eval"]
+    print(*[{k: v for k, v in record.items() if k in SHOWN} for record in metrics], sep="\n")
+    assert last["eval/reward_difference_ci_low"] > 0.03 and first["eval/kl_to_prior"] == 0
     iterations = [record for record in metrics if record["kind"] == "iteration"]
-    names = ("reward/mean", "proposal_gap", "refresh_seconds", "refresh_bytes", "refresh_bytes_per_second")
-    print(*[{name: record[name] for name in names} for record in iterations], sep="\n")
-    assert all(record["proposal_gap"] < 1e-3 for record in iterations)
-    first, *later = [record["refresh_bytes"] for record in iterations]
-    assert first == 4 * 134_515_008 and set(later) == {later[0]} and later[0] < first
-    rewards = [record["reward/mean"] for record in iterations]
-    assert sum(rewards[-2:]) / 2 > rewards[0]
+    # Two kernels' rounding over 8 tokens in fp32; the policy is nats away from the first by the end.
+    assert len(iterations) == 20 and all(record["proposal_gap"] < 1e-4 for record in iterations)
+    return iterations
+
+
+def test_a_run_over_a_process_group_gets_a_higher_reward(small, tmp_path):
+    """With adapters, so that after the first time only their layers are sent; four outputs to a request."""
+    server = VLLM(f"{ENGINES}/bin/python", small, tmp_path / "log")
+    try:
+        server.wait()
+        options = ("model.peft={dim: 16}", "prior.placement=adapter_off")
+        given = {"transfer": "process_group", "outputs_per_request": "4"}
+        (metrics,) = run_ranks(letters_at, 1, server.url, small, *options, **given)
+    finally:
+        server.stop()
+    first, *later = [record["refresh_bytes"] for record in rising(metrics)]
+    model = AutoModelForCausalLM.from_pretrained(small)
+    touched = sum(p.nbytes for name, p in model.named_parameters() if "norm" not in name and "embed" not in name)
+    # The first iteration's weights have come for the validation before it.
+    assert first == 0 and set(later) == {touched}
 
 
 def test_log_probs_of_another_law_than_the_sampled_end_the_run(server):
@@ -371,6 +397,28 @@ def test_an_engine_in_the_process_has_each_policy_that_it_is_handed(smollm2, tmp
         assert (theirs - torch.tensor(ours[seed])).abs().max() < 2e-4  # fp32, over a temperature of 0.7
     assert outputs[1] != outputs[2] and found["again"] == choices[2]
     assert found["stopped"] == 0, "asked to stop after 16 steps of 200"
+
+
+@pytest.mark.parametrize(
+    ("ranks", "overrides"),
+    [
+        (2, ["model.pipeline_model_parallel_size=2", "rollout.temperature=0.8"]),
+        (4, ["model.tensor_model_parallel_size=2", "model.peft={dim: 16}"]),
+    ],
+    ids=["PP2, another temperature", "TP2 x DP2, adapters"],
+)
+def test_a_run_with_the_engine_in_its_processes_gets_a_higher_reward(ranks, overrides, small, tmp_path):
+    """Where two packages' versions differ vLLM's is taken, which is in the same process."""
+    program = [f"{ENGINES}/bin/python", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    program += [str(ROOT / "tests" / "engines" / "colocated_run.py"), sysconfig.get_path("purelib"), "toy"]
+    options = "{enforce_eager: true, block_size: 32, enable_chunked_prefill: false}"
+    keys = [f"run_dir={tmp_path}", f"model.restore_from={small}", *LETTERS, *overrides]
+    keys += ["rollout.engine=colocated", f"rollout.colocated_options={options}"]
+    environment = os.environ | ENVIRONMENT | {"PYTHONPATH": str(ROOT), "TORCHDYNAMO_DISABLE": "1"}
+    done = subprocess.run([*program, *keys], env=environment, text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr[-6000:]
+    size = 4 * AutoModelForCausalLM.from_pretrained(small).num_parameters()
+    assert {record["refresh_bytes"] for record in rising(read_metrics(tmp_path / "metrics.jsonl"))} == {size}
 
 
 def test_a_server_that_is_started_again_meanwhile_gets_the_weights_and_its_requests_again(server, smollm2, tmp_path):

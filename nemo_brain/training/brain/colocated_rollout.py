@@ -38,11 +38,6 @@ _SECTION = "rollout.engine=colocated"
 
 def vllm_engine(directory: Path, **arguments: Any) -> InProcessEngine:
     """An engine of vLLM's. ValueError: there cannot be one."""
-    if not torch.cuda.is_available():
-        raise ValueError(
-            f"{_SECTION}: vLLM shares a process with the training with CUDA only: set rollout.engine=own, or start "
-            "vLLM as a server (rollout.remote)"
-        )
     if importlib.util.find_spec("vllm") is None:
         raise ValueError(
             f"{_SECTION}: vLLM is not installed in the training's environment: install it there, or start it in its "
@@ -84,6 +79,7 @@ class ColocatedRollout(EngineRollout):
             "context": sum(config.lengths.values()),
             "rows": config.rollout.rows_in_flight,
             "memory": config.rollout.colocated_memory,
+            "options": config.rollout.colocated_options or {},
         }
         self._engine: InProcessEngine | None = None
         self._loaded = False
