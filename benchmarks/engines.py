@@ -1,25 +1,32 @@
-"""The `engines` table: our sampler beside a vLLM server's, and a run whose server samples ahead of training."""
+"""The `engines` table: our sampler beside a vLLM server's, how weights reach it, and sampling ahead of training."""
 
 from __future__ import annotations
 
 import logging
 import os
+import statistics
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 
 from benchmarks import common, models
 from benchmarks.sampling import text_prompts
 from benchmarks.vllm_server import LOAD, RESET, VLLM
 from nemo_brain.config.brain import RemoteConfig
 from nemo_brain.convert.command import main as convert
+from nemo_brain.convert.export import export_model, gathered_tensors, make_export
 from nemo_brain.core.groups import Prompt
 from nemo_brain.data.stop import Stop
 from nemo_brain.report.metrics import read_metrics
+from nemo_brain.sampling.pool import ServedWeights
 from nemo_brain.sampling.remote import RemoteSampler
 from nemo_brain.sampling.sampler import Sampler, SamplingOptions
+from nemo_brain.sampling.transfer import Transfer
 from nemo_brain.training.brain.run import run
 
 TITLE = "Inference servers: vLLM"
@@ -30,6 +37,10 @@ it, ENGINES names its environment), ours with one thread; both on one machine.
 Sampling: the same prompts, n outputs of each, until the model ends them or to the number of new tokens. Ours samples
 in the process, with as many rows in flight as there are outputs; vLLM over HTTP, each output a request, all at once.
 Both give log-probs. Neither works while the other does.
+
+Weights: from the model that is trained until the server would sample from it, its cache dropped; written, loaded and
+deleted where the way is a directory. The smaller transfer is of queries, keys and values: what a run with adapters on
+them sends.
 
 Sampling ahead: whole runs of BRAIn, without validation, against one server, in turns: `rollout.ahead=0`, then 1. Wall
 seconds of an iteration after the first two. The phases are those of `ahead=0`: an iteration could come down to the
@@ -64,6 +75,7 @@ def measure(smoke: bool) -> dict:
         try:
             server.wait()
             sampled = common.fresh(_sampling, server.url, cases)
+            moved = common.fresh(_refreshes, server.url, Path(scratch), 1 if smoke else 7)
             runs = _runs(server.url, Path(scratch), 1 if smoke else 2)
         finally:
             server.stop()
@@ -90,12 +102,19 @@ def measure(smoke: bool) -> dict:
     return {
         "parts": [
             {"title": "Sampling", "columns": sampling, "rows": rows},
+            {"title": "Weights", "columns": _WEIGHTS, "rows": moved},
             {"title": "Sampling ahead", "columns": _AHEAD, "rows": runs},
         ],
         "targets": [],
     }
 
 
+_WEIGHTS = [
+    ("way", "way", "text"),
+    ("megabytes", "MB", "number"),
+    ("seconds", "seconds", "seconds"),
+    ("rate", "MB/s", "number"),
+]
 _AHEAD = [
     ("ahead", "rollout.ahead", "text"),
     ("iteration", "iteration, s", "seconds"),
@@ -136,6 +155,57 @@ class _Counted:
     def __call__(self) -> None:
         answers = [answer for answer in self._sample(self._prompts, 0, len(self.tokens)) if answer is not None]
         self.tokens.append(sum(len(output.token_ids) for _, group in answers for output in group.outputs))
+
+
+def _refreshes(url: str, scratch: Path, repeats: int) -> list[dict]:
+    models.start()
+    model = models.build(models.SMOLLM2)
+    weights = model.weights
+    export = make_export(model.config, weights.vocab_size, weights.tokenizer, "benchmarks")
+    options = SamplingOptions(outputs=1, max_new_tokens=8, stop=Stop((weights.tokenizer.eos_token_id,)))
+    reload: Any = OmegaConf.to_container(OmegaConf.create(f"[{LOAD}, {RESET}]"))
+    sizes: dict[str, int] = {}
+
+    def sampler(directory: Path | None, **keys: Any) -> RemoteSampler:
+        config = RemoteConfig(url=url, model="policy", timeout_seconds=600.0, **keys)
+        served = ServedWeights(directory, "of-the-benchmark")
+        return RemoteSampler(config, options, weights.tokenizer, weights.vocab_size, weights=served)
+
+    def by_directory(name: str, place: Path) -> None:
+        with tempfile.TemporaryDirectory(dir=place) as directory:
+            sizes[name] = export_model(model.chunks, export, Path(directory, "policy"))
+            sampler(Path(directory, "policy"), reload=reload).refresh(reload=True)
+
+    def by_group(name: str, parts: Sequence[str]) -> None:
+        theirs = sampler(None, transfer="process_group")
+        theirs.refresh(reload=True)
+        transfer = Transfer(theirs.waiting, "of-the-benchmark")
+        for tensor_name, tensor in gathered_tensors(model.chunks, export):
+            if any(part in tensor_name for part in parts):
+                transfer.add(tensor_name, tensor)
+        transfer.finish()
+        sizes[name] = transfer.bytes
+
+    names = ("process group (gloo)", "directory in /dev/shm", "directory on a disk", "process group, smaller")
+    group, shared, disk, part = names
+    times = common.interleaved(
+        {
+            group: partial(by_group, group, ("",)),
+            shared: partial(by_directory, shared, scratch),
+            disk: partial(by_directory, disk, Path(tempfile.gettempdir())),
+            part: partial(by_group, part, ("q_proj", "k_proj", "v_proj")),
+        },
+        repeats,
+    )
+    return [
+        {
+            "way": name.removesuffix(", smaller"),
+            "megabytes": sizes[name] / 1e6,
+            "seconds": common.spread(times[name]),
+            "rate": sizes[name] / 1e6 / statistics.median(times[name]),
+        }
+        for name in names
+    ]
 
 
 def _runs(url: str, scratch: Path, rounds: int) -> list[dict]:
