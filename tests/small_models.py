@@ -38,7 +38,7 @@ def small_config(**options) -> PackedGPTConfig:
         position_embedding_type="rope",
         share_embeddings_and_output_weights=False,
     )
-    return PackedGPTConfig(**{**SMALL, **gpt_options(virtual_stages=False), **sizes, **options})
+    return PackedGPTConfig(**{**SMALL, **gpt_options(False, SMALL), **sizes, **options})
 
 
 def trainable(distributed: bool, seed: int = 1, **options) -> tuple[PackedGPTModel, McoreDistributedOptimizer]:

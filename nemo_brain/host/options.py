@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
+from megatron.core.models.common.embeddings import rope_utils
+from torch.nn import functional
 
 # Of nemo.lightning.MegatronStrategy.
 STRATEGY_OPTIONS: dict[str, Any] = dict(
@@ -23,14 +26,33 @@ STRATEGY_OPTIONS: dict[str, Any] = dict(
 INTERLEAVED: dict[str, Any] = dict(overlap_p2p_comm=True, batch_p2p_comm=False, deallocate_pipeline_outputs=False)
 
 
-def gpt_options(virtual_stages: bool) -> dict[str, Any]:
-    """Fields of NeMo's GPTConfig; ``virtual_stages``: the pipeline's stages are divided further."""
+def gpt_options(virtual_stages: bool, gpt: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of NeMo's GPTConfig.
+
+    Args:
+        virtual_stages: the pipeline's stages are divided further.
+        gpt: what the model says of itself, in the same fields.
+    """
     options = dict(
         cross_entropy_loss_fusion=False,
     )
     if virtual_stages:
         options |= INTERLEAVED
-    if not torch.cuda.is_available():
+    if torch.cuda.is_available():
+        options |= _fusions(gpt)
+    else:
         # Kernels of Apex and Transformer Engine, and weights made on the device.
         options |= dict(use_cpu_initialization=True, masked_softmax_fusion=False, gradient_accumulation_fusion=False)
     return options
+
+
+def _fusions(gpt: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of Megatron's that compute what the model says, and are off unless a model of NeMo's asks for them: SwiGLU
+    by torch.compile (exact GELU would become another function), rotary embeddings by Transformer Engine or Apex."""
+    found = {}
+    gated = gpt.get("gated_linear_unit") and gpt.get("activation_func") is functional.silu
+    if gated and gpt.get("activation_func_clamp_value") is None and not gpt.get("glu_linear_offset"):
+        found["bias_activation_fusion"] = True
+    if rope_utils.fused_apply_rotary_pos_emb is not None and not gpt.get("rotary_interleaved"):
+        found["apply_rope_fusion"] = True
+    return found

@@ -122,7 +122,7 @@ def make_gpt_config(
     given = _given_fields(model, weights)
     _check_fields(given, weights)
     _check_division(given, model)
-    gpt = kind(**{"vocab_size": weights.vocab_size, "seq_length": 1024, **_run_fields(model, trainer), **given})
+    gpt = kind(**{"vocab_size": weights.vocab_size, "seq_length": 1024, **_run_fields(model, trainer, given), **given})
     longest = sum(lengths.values())
     if longest > gpt.seq_length:
         raise ValueError(
@@ -187,12 +187,12 @@ def _check_division(given: Mapping[str, Any], model: ModelConfig) -> None:
         raise ValueError(f"model.gpt.hidden_size ({given['hidden_size']}) must be a multiple of the {heads} heads")
 
 
-def _run_fields(model: ModelConfig, trainer: RanksConfig) -> dict[str, Any]:
-    """How the model is run here, unless it says so itself."""
+def _run_fields(model: ModelConfig, trainer: RanksConfig, given: Mapping[str, Any]) -> dict[str, Any]:
+    """How the model that ``given`` describes is run here, unless it says so itself."""
     fields: dict[str, Any] = {
         "params_dtype": _dtype(trainer),
         "pipeline_dtype": _dtype(trainer),
-        **gpt_options(virtual_stages=model.virtual_pipeline_model_parallel_size is not None),
+        **gpt_options(model.virtual_pipeline_model_parallel_size is not None, given),
     }
     if model.recompute == "full":
         fields |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}

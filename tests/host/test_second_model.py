@@ -20,7 +20,7 @@ def beside() -> None:
         precision="bf16-mixed", params_dtype=torch.bfloat16, pipeline_dtype=torch.bfloat16, autocast_enabled=False
     )
     nl.Trainer(accelerator="cpu", devices=2, strategy=strategy, plugins=[plugin], logger=False)
-    config = PackedGPTConfig(**SMALL, **gpt_options(virtual_stages=False))
+    config = PackedGPTConfig(**SMALL, **gpt_options(False, SMALL))
     config = second_model.with_parallel_layout(config, strategy)
     assert (config.tensor_model_parallel_size, config.sequence_parallel) == (2, True)
     assert (config.bf16, config.params_dtype) == (True, torch.bfloat16)
