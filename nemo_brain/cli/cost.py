@@ -169,7 +169,7 @@ class Plan:
 
     recompute: activations of every layer are computed again. prior: ``resident``, ``offload`` or ``adapter_off`` (which
     is LoRA's: no gradients but the adapters'). shared: rows with a shared prefix, a group per micro-batch; otherwise an
-    output per micro-batch, in two passes.
+    output per micro-batch, in two passes. proposal: it has weights of its own, which are where the prior's are.
     """
 
     tensor: int = 1
@@ -178,6 +178,7 @@ class Plan:
     recompute: bool = False
     prior: str = "resident"
     shared: bool = True
+    proposal: bool = False
 
     @property
     def gpus(self) -> int:
@@ -199,6 +200,7 @@ def memory(model: Model, work: Work, plan: Plan, rates: Rates) -> dict[str, floa
     return {
         "weights": 2 * mine,
         "prior": 2 * mine if plan.prior == "resident" else 0.0,
+        "proposal": 2 * mine if plan.prior == "resident" and plan.proposal else 0.0,
         "gradients": 4 * trained,
         "optimizer": 12 * trained / plan.data,
         "activations": kept * positions * model.hidden / plan.tensor,
@@ -239,9 +241,9 @@ def seconds(model: Model, work: Work, plan: Plan, card: Card, rates: Rates) -> d
     steps = work.groups // work.batch
     bubble = plan.pipeline - 1
     shared, separate = (_forward(model, work, plan, card, rates, whole) for whole in (True, False))
-    # Scoring is one long forward pass over all groups, by prior and policy.
+    # Scoring is one long forward pass over all groups, by prior and policy, and by a proposal with its own weights.
     forward, talk = shared if plan.shared else (work.n * part for part in separate)
-    scoring = 2 * (mine + bubble) * (forward + talk)
+    scoring = (2 + plan.proposal) * (mine + bubble) * (forward + talk)
     # Forward and twice as much backward; once more to recompute, and once more for the first of two passes.
     passes = 3 + plan.recompute + (not plan.shared)
     training = steps * (micro + bubble) * (passes * forward + (passes - 1) * talk)
@@ -252,8 +254,8 @@ def seconds(model: Model, work: Work, plan: Plan, card: Card, rates: Rates) -> d
     # In and out again, the two directions at the same time.
     moved = 2 * 2 * model.parameters / shards / rates.host_link if plan.prior == "offload" else 0.0
     return {
-        "sampling": prefill / shards / (card.flops * rates.shared_efficiency) + decode,
-        "scoring": scoring + moved,
+        "sampling": prefill / shards / (card.flops * rates.shared_efficiency) + decode + plan.proposal * moved,
+        "scoring": scoring + (1 + plan.proposal) * moved,
         "training": training + steps * (rates.exposed_data_parallel * transfer + optimizer),
     }
 
@@ -276,7 +278,7 @@ def _all_reduce(size: float, ranks: int, card: Card, rates: Rates) -> float:
     return rates.collective_latency + 2 * (ranks - 1) / ranks * size / (card.link * rates.link_efficiency)
 
 
-def plans(model: Model, work: Work, gpus: int, lora: bool) -> list[Plan]:
+def plans(model: Model, work: Work, gpus: int, lora: bool, proposal: bool = False) -> list[Plan]:
     """Every way to split the model over so many GPUs; of each the ways to keep less, those first that cost least."""
     found = []
     for tensor in (1, 2, 4, 8):
@@ -286,7 +288,7 @@ def plans(model: Model, work: Work, gpus: int, lora: bool) -> list[Plan]:
                 continue
             priors = ("adapter_off",) if lora else ("resident", "offload")
             found += [
-                Plan(tensor, pipeline, data, recompute, prior, shared)
+                Plan(tensor, pipeline, data, recompute, prior, shared, proposal)
                 for shared in (True, False)
                 for recompute in (False, True)
                 for prior in priors
@@ -294,10 +296,12 @@ def plans(model: Model, work: Work, gpus: int, lora: bool) -> list[Plan]:
     return found
 
 
-def best(model: Model, work: Work, gpus: int, card: Card, rates: Rates, lora: bool = False) -> list[Plan]:
+def best(
+    model: Model, work: Work, gpus: int, card: Card, rates: Rates, lora: bool = False, proposal: bool = False
+) -> list[Plan]:
     """Of each split the quickest plan that fits, the quickest split first."""
     chosen: dict[tuple[int, int], Plan] = {}
-    for plan in plans(model, work, gpus, lora):
+    for plan in plans(model, work, gpus, lora, proposal):
         if peak(memory(model, work, plan, rates)) <= rates.usable * card.memory:
             held = chosen.get((plan.tensor, plan.pipeline))
             if held is None or total(model, work, plan, card, rates) < total(model, work, held, card, rates):

@@ -15,7 +15,8 @@ from nemo_brain.config.schema import did_you_mean
 from nemo_brain.report.text import duration
 
 _NUMBERS = {"gpus": 8, **{item.name: int(str(item.default)) for item in dataclasses.fields(Work)}}
-_KEYS = ("model", "card", "lora", *_NUMBERS)
+_CHOICES = {"card": tuple(CARDS), "lora": ("true", "false"), "refresh": ("always", "never", "kl_adaptive")}
+_KEYS = ("model", *_CHOICES, *_NUMBERS)
 _SHOWN = 8
 USAGE = f"""\
 nemo-brain estimate model=MODEL [KEY=VALUE ...]
@@ -24,6 +25,7 @@ nemo-brain estimate model=MODEL [KEY=VALUE ...]
   card            {" | ".join(CARDS)} (h100)
   gpus            of all nodes together, 8 on each (8)
   lora            true: adapters instead of all weights (false)
+  refresh         rollout.refresh (always); with kl_adaptive the proposal has weights of its own
   groups          prompts of an iteration (512)
   batch           groups of an optimizer step (64)
   prompt, output  tokens (1024, 512)
@@ -47,13 +49,13 @@ def estimate(arguments: Sequence[str]) -> list[str]:
     """The lines to print. ValueError: names what is wrong with an argument and the remedy."""
     given = _parse(arguments)
     model, card = _model(given["model"]), CARDS[given.get("card", "h100")]
-    lora = given.get("lora", "false") == "true"
+    lora, adaptive = given.get("lora") == "true", given.get("refresh") == "kl_adaptive"
     numbers = {name: int(given.get(name, default)) for name, default in _NUMBERS.items()}
     gpus = numbers.pop("gpus")
     work, rates = Work(**numbers), Rates()
     if work.groups % work.batch:
         raise ValueError(f"groups={work.groups} must be a multiple of batch={work.batch}")
-    fitting = best(model, work, gpus, card, rates, lora)
+    fitting = best(model, work, gpus, card, rates, lora, adaptive)
     cards = f"{gpus} x {given.get('card', 'h100')}"
     outputs = f"prompts of {work.prompt}, {work.n} outputs of {work.output} tokens"
     lines = [
@@ -63,7 +65,7 @@ def estimate(arguments: Sequence[str]) -> list[str]:
         "",
     ]
     if not fitting:
-        return lines + _nothing_fits(model, work, gpus, card, rates, lora)
+        return lines + _nothing_fits(plans(model, work, gpus, lora, adaptive), model, work, gpus, card, rates, lora)
     lines.append(
         f"{'TP x PP x DP':<14}{'GB of ' + f'{card.memory / 1e9:g}':>12}{'sampling':>14}{'scoring':>14}{'training':>14}"
         f"{'iteration':>14}  keeps less by"
@@ -84,11 +86,11 @@ def estimate(arguments: Sequence[str]) -> list[str]:
         f"Most on one GPU with {quickest.tensor} x {quickest.pipeline} x {quickest.data}, GB: {sizes}",
         "(activations while training, the cache while sampling: not at the same time).",
         "",
-        *_keys(quickest, work, lora),
+        *_keys(quickest, work, lora, given.get("refresh", "always")),
     ]
 
 
-def _keys(plan: Plan, work: Work, lora: bool) -> list[str]:
+def _keys(plan: Plan, work: Work, lora: bool, refresh: str) -> list[str]:
     """How a run is told of a plan."""
     tokens = work.positions() if plan.shared else work.row
     keys = [
@@ -103,6 +105,7 @@ def _keys(plan: Plan, work: Work, lora: bool) -> list[str]:
         "Keys of the first line:",
         *(f"  {line}" for line in (*keys, " ".join(more))),
         *(["  '+model.peft={dim: 32}'"] if lora else []),
+        *([f"  rollout.refresh={refresh}"] if refresh != "always" else []),
     ]
 
 
@@ -115,8 +118,9 @@ def _savings(plan: Plan) -> str:
     return ", ".join(words for applies, words in named if applies)
 
 
-def _nothing_fits(model: Model, work: Work, gpus: int, card: Card, rates: Rates, lora: bool) -> list[str]:
-    possible = plans(model, work, gpus, lora)
+def _nothing_fits(
+    possible: list[Plan], model: Model, work: Work, gpus: int, card: Card, rates: Rates, lora: bool
+) -> list[str]:
     if not possible:
         shape = f"{model.layers} layers and {model.kv_heads} key-value heads"
         return [f"No split of {shape} uses {gpus} GPUs: try another number."]
@@ -160,7 +164,7 @@ def _parse(arguments: Sequence[str]) -> dict[str, str]:
         given[key] = value
     if "model" not in given:
         raise ValueError(f"model is missing: name one of {', '.join(MODELS)}, or a path. nemo-brain estimate --help")
-    for key, among in {"card": tuple(CARDS), "lora": ("true", "false")}.items():
+    for key, among in _CHOICES.items():
         if given.get(key, among[0]) not in among:
             raise ValueError(f"{key} must be one of {', '.join(among)}, not {given[key]!r}")
     return given

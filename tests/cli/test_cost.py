@@ -89,6 +89,11 @@ def test_memory_by_hand():
     assert staged["weights"] == 2 * (16 * LLAMA_8B.layer_parameters + 128256 * 4096)
     lora = memory(LLAMA_8B, work, Plan(prior="adapter_off"), RATES)
     assert lora["gradients"] == lora["optimizer"] == lora["prior"] == 0
+    # A proposal with weights of its own: a third set, where the prior is; of adapters it is next to nothing.
+    third = memory(LLAMA_8B, work, Plan(4, 1, 2, proposal=True), RATES)
+    assert held["proposal"] == 0 and third == held | {"proposal": 2 * mine}
+    for prior in ("offload", "adapter_off"):
+        assert memory(LLAMA_8B, work, Plan(prior=prior, proposal=True), RATES)["proposal"] == 0
 
 
 @pytest.mark.parametrize(
@@ -162,6 +167,10 @@ def test_seconds_by_hand():
     again = seconds(LLAMA_8B, work, Plan(recompute=True, prior="offload"), CARD, RATES)
     assert again["training"] == pytest.approx(4 * 4 * forward + optimizer)
     assert again["scoring"] == pytest.approx(one["scoring"] + 2 * 2 * 8_029_995_008 / 1e10)
+    # The proposal scores too, and enters twice, to sample and to score.
+    third = seconds(LLAMA_8B, work, Plan(prior="offload", proposal=True), CARD, RATES)
+    assert third["scoring"] == pytest.approx(one["scoring"] * 1.5 + 4 * 2 * 8_029_995_008 / 1e10)
+    assert third["sampling"] == pytest.approx(one["sampling"] + 2 * 2 * 8_029_995_008 / 1e10)
     # Every output by itself, once more for the first pass.
     row = LLAMA_8B.forward_flops(1535, 1535 / 2) / 5e14
     separate = seconds(LLAMA_8B, work, Plan(shared=False), CARD, RATES)

@@ -14,14 +14,18 @@ from nemo_brain.config.brain import check
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.mark.parametrize("arguments", [["model=llama-8b"], ["model=llama-8b", "gpus=1", "lora=true"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [["model=llama-8b"], ["model=llama-8b", "gpus=1", "lora=true"], ["model=llama-1b", "refresh=kl_adaptive"]],
+)
 def test_the_keys_that_it_names_are_a_configuration(arguments):
     lines = estimate(arguments)
     keys = " ".join(lines[lines.index("Keys of the first line:") + 1 :]).split("  ")
     overrides = [key for line in keys for key in re.findall(r"'[^']+'|\S+", line)]
     config = check(composed("brain", *(key.strip("'") for key in overrides)))
     assert config.trainer.bf16 and config.train.micro_batch_tokens == 5119
-    assert (config.model.peft is not None) == (len(arguments) > 1)
+    assert (config.model.peft is not None) == ("lora=true" in arguments)
+    assert config.rollout.refresh == ("kl_adaptive" if "refresh=kl_adaptive" in arguments else "always")
 
 
 def test_the_splits_are_listed_with_the_quickest_first():
