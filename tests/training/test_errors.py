@@ -185,6 +185,16 @@ def test_a_reward_fails_on_every_model_parallel_rank(rewards, tmp_path):
     assert "returned 7 rewards for 8 outputs" in message
 
 
+def test_outputs_of_another_law_than_the_training_kernels_end_the_run_and_are_kept(tmp_path):
+    """The two kernels of one model differ by rounding: more than this bound allows."""
+    message = refused(2, f"run_dir={tmp_path}/run", "rollout.max_proposal_gap=1e-12")
+    assert "nats per token on average, and rollout.max_proposal_gap is 1e-12" in message
+    path = tmp_path / "run" / "failed_rollout.jsonl"
+    assert message.endswith(f"(the 4 groups sampled in this iteration are in {path})")
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert len(lines) == 4 and all("reward" in output for line in lines for output in line["outputs"])
+
+
 def test_a_reward_that_cannot_be_loaded_is_named_before_anything_is_sampled(rewards, tmp_path, monkeypatch):
     """Only the rank that calls it loads it, and all of them end."""
     rewards("short")

@@ -27,6 +27,7 @@ from nemo_brain.sampling.sampler import SamplingOptions
 from nemo_brain.training.brain.data import BRAInData
 from nemo_brain.training.brain.passes import Scores, StepResult
 from nemo_brain.training.brain.rollout import VALIDATION, RolloutWorker
+from nemo_brain.training.brain.scoring import ProposalGap
 from nemo_brain.training.brain.state import BRAInState
 from nemo_brain.training.brain.strategy import TrainStep
 from nemo_brain.training.frame import Frame, Steps
@@ -140,7 +141,10 @@ class BRAInLoop:
                 rewarded = self.worker.reward(sampled)
                 temperature = self._sampling.temperature if self.config.rollout.rescore_proposal else None
         with _timed(record, "score_seconds"):
-            scored, gap = self.worker.scorer.score(rewarded, temperature, untrained)
+            try:
+                scored, gap = self.worker.scorer.score(rewarded, temperature, untrained)
+            except ProposalGap as error:
+                raise ValueError(f"{error}{self.worker.keep(iteration, rewarded)}") from error
         if self.offline:
             self._remember(iteration, scored)
         self.frame.state.record = {**record, **self._record(iteration, scored, gap), "train_seconds": 0.0}

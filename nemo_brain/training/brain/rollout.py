@@ -19,6 +19,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from nemo_brain.core.groups import (
+    Group,
     Output,
     Prompt,
     RewardedGroup,
@@ -255,7 +256,9 @@ class RolloutWorker:
         try:
             share = self._rewarded(sampling)
         except ValueError as error:
-            raise ValueError(f"{error}{self._keep(sampling)}") from error
+            kept = [share for share in gathered(sampling.kept if self._first else None) if share is not None]
+            groups = [group for share in kept for group in share]
+            raise ValueError(f"{error}{self.keep(sampling.iteration, groups)}") from error
         shares = gathered(share, self._replicas)
         return [shares[i % len(shares)][i // len(shares)] for i in range(sampling.prompts)]
 
@@ -340,18 +343,16 @@ class RolloutWorker:
             skip_nonfinite=self._skip_nonfinite,
         )
 
-    def _keep(self, sampling: Sampling) -> str:
+    def keep(self, iteration: int, groups: Sequence[Group]) -> str:
         """Writes what all ranks have sampled before the run ends; says where, to add to the error.
 
-        Called by every rank, all of which have the same error by now.
+        Called by every rank, all of which have the groups and the same error by now.
         """
-        shares = gathered(sampling.kept if self._first else None)
-        groups = [group for share in shares if share is not None for group in share]
         path = self._run_dir / "failed_rollout.jsonl"
 
         def write() -> str:
             try:
-                write_rollout(path, Rollout(sampling.iteration, groups))
+                write_rollout(path, Rollout(iteration, groups))
                 return f" (the {len(groups)} groups sampled in this iteration are in {path})"
             except OSError as error:
                 return f" (the groups sampled in this iteration could not be written to {path}: {error})"

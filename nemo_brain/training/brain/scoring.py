@@ -18,6 +18,10 @@ from nemo_brain.report.progress import progress
 from nemo_brain.training.brain.strategy import BRAInStrategy
 
 
+class ProposalGap(ValueError):
+    """The sampler's log q' are not those of the training kernels."""
+
+
 class Scorer:
     """Scores groups. All ranks call it in the same order with the same arguments.
 
@@ -48,7 +52,7 @@ class Scorer:
             |log q' - the sampler's log q'|.
 
         Raises:
-            ValueError: that is more than ``max_gap`` per token.
+            ProposalGap: that is more than ``max_gap`` per token; on every rank.
         """
         # A server's outputs are rescored as they come.
         rescored = all(group.rescored_logprobs is not None for group in groups)
@@ -113,12 +117,12 @@ class Scorer:
         """The mean over outputs of |log q' by the training kernels - by the sampler's|, whose sum is ``total``.
 
         Raises:
-            ValueError: it is too large.
+            ProposalGap: it is too large.
         """
         outputs = [output for group in groups for output in group.outputs]
         per_token = total / sum(len(output.token_ids) for output in outputs)
         if not per_token <= self._max_gap:
-            raise ValueError(
+            raise ProposalGap(
                 f"the sampler's log q' differ from those of the training kernels by {per_token:.3g} nats per token on "
                 f"average, and rollout.max_proposal_gap is {self._max_gap:g}: it does not sample from the law that "
                 "rollout.rescore_proposal computes (a server: docs/remote_sampling.md), or in a lower precision; "
