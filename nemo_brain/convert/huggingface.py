@@ -9,7 +9,8 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from nemo_brain.convert.source import check_finite
-from nemo_brain.convert.weight_files import open_tensors, read_object, weight_files
+from nemo_brain.convert.weight_files import open_tensors, weight_files
+from nemo_brain.core.json_files import read_object
 from nemo_brain.data.tokenizers import load_tokenizer
 
 

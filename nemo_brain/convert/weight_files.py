@@ -4,12 +4,13 @@ index."""
 from __future__ import annotations
 
 import contextlib
-import json
 import warnings
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
+
+from nemo_brain.core.json_files import read_object
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -56,17 +57,6 @@ def open_tensors(file: Path) -> safe_open:
             if start.read(11) == b"version htt":
                 raise ValueError(f"{file} is the pointer of Git LFS, not the weights: run git lfs pull") from None
         raise ValueError(f"{file} is damaged or cut off: {error} (copy it again)") from error
-
-
-def read_object(file: Path) -> dict:
-    """The JSON object in a file. ValueError: there is none."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is no JSON: {error} (copy it again)") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} holds no JSON object (copy it again)")
-    return content
 
 
 def _indexed_files(directory: Path) -> dict[str, Path]:

@@ -8,7 +8,6 @@ of their own: its LlamaTokenizerFast puts a [BOS] in front of every text where v
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +18,8 @@ from tokenizers import AddedToken
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES, tokenizer_class_from_name
 from transformers.utils import logging
+
+from nemo_brain.core.json_files import read_object
 
 _GENERIC = ("PreTrainedTokenizerFast", "TokenizersBackend")  # version 5's name for the first; both are tokenizer.json
 
@@ -89,15 +90,7 @@ def _token(token: str | dict[str, Any]) -> str | AddedToken:
 
 def _object(file: Path) -> dict[str, Any]:
     """What a JSON file holds; {} where there is none."""
-    if not file.is_file():
-        return {}
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file.name} is no JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{file.name} holds no JSON object")
-    return content
+    return read_object(file) if file.is_file() else {}
 
 
 @contextmanager
