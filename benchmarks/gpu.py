@@ -2,7 +2,7 @@
 
 python benchmarks/gpu.py                    # one card, every part that is installed
 python benchmarks/gpu.py step sampling      # these parts alone; the others' results stay
-python benchmarks/gpu.py --smoke --results /tmp/smoke --page /tmp/smoke.md    # toy sizes, on a CPU: does it run?
+python benchmarks/gpu.py --smoke            # toy sizes, on a CPU, into build/smoke: does it run?
 
 Parts run in child processes, which import NeMo and touch the card; this one does neither, so that they can be forks. A
 part that fails or takes more than its share of the time is ended, and the rest goes on in another child.
@@ -60,25 +60,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(map(repr, PARTS))}; none: all")
     parser.add_argument("--seconds", type=float, default=240, help="in all, after which parts are left out")
     parser.add_argument("--smoke", action="store_true", help="toy sizes, on a CPU too")
-    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
-    parser.add_argument("--page", type=Path, default=ROOT / "docs" / "benchmarks.md")
+    parser.add_argument("--results", type=Path, help="for results and page (benchmarks/results and docs; build/smoke)")
     options = parser.parse_args(arguments)
     if unknown := [part for part in options.parts if part not in PARTS]:
         parser.error(f"there is no part {unknown[0]!r}; there are {', '.join(map(repr, PARTS))}")
     from benchmarks import common
-    from benchmarks.page import write_page
+    from benchmarks.page import places, write_page
 
     facts = common.fresh(common.facts)
     if facts["card"] is None and not options.smoke:
         parser.error("torch finds no card here: --smoke tries the parts on a CPU")
-    options.results.mkdir(parents=True, exist_ok=True)
-    file = options.results / "gpu.json"
+    results, page = places(options.results, options.smoke)
+    results.mkdir(parents=True, exist_ok=True)
+    file = results / "gpu.json"
     result = json.loads(file.read_text(encoding="utf-8")) if options.parts and file.exists() else {"parts": {}}
     result |= {"facts": facts, "smoke": options.smoke}
     waiting = [part for part in PARTS if part in options.parts or not options.parts]
     slack = SLACK if options.smoke else 1
     measure(waiting, result, slack, time.monotonic() + slack * options.seconds, file)
-    write_page(options.results, options.page)
+    write_page(results, page)
     return 1 if any("error" in result["parts"][part] for part in waiting) else 0
 
 

@@ -21,8 +21,17 @@ in `benchmarks/results/`. Cases of one table ran interleaved (A B A B ...) in on
 text says otherwise. Times are medians, in parentheses the quartiles and the number of repeats. A ratio is that of the
 medians, in parentheses the quartiles of the rounds' own ratios.
 """
-_FINDINGS = Path(__file__).resolve().parent / "findings"
+ROOT = Path(__file__).resolve().parent.parent
+_FINDINGS = ROOT / "benchmarks" / "findings"
 _ORDER = ("step", "layouts", "trl", "logprobs", "sampling", "engines", "guards", "checkpoints", "scaling", "calculated")
+
+
+def places(results: Path | None, smoke: bool) -> tuple[Path, Path]:
+    """Where results go, and the page of them: the project's own, or both in one directory, as a smoke run's always."""
+    if results is None and not smoke:
+        return ROOT / "benchmarks" / "results", ROOT / "docs" / "benchmarks.md"
+    directory = results or ROOT / "build" / "smoke"
+    return directory, directory / "benchmarks.md"
 
 
 def write_page(results: Path, page: Path) -> None:

@@ -31,23 +31,23 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("tables", nargs="+", choices=[*TABLES, "all", "page"])
     parser.add_argument("--profile", action="store_true", help="also profile what the table compares")
     parser.add_argument("--smoke", action="store_true", help="toy sizes: whether it runs, not how fast")
-    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
-    parser.add_argument("--page", type=Path, default=ROOT / "docs" / "benchmarks.md")
+    parser.add_argument("--results", type=Path, help="for results and page (benchmarks/results and docs; build/smoke)")
     options = parser.parse_args(arguments)
     tables = [t for t in TABLES if t in options.tables or "all" in options.tables]
     failed = []
     if tables:
         prepare()
-        options.results.mkdir(parents=True, exist_ok=True)
+    from benchmarks.page import places, write_page
+
+    results, page = places(options.results, options.smoke)
+    results.mkdir(parents=True, exist_ok=True)
     for table in tables:
         try:
-            measure(table, options.results, options.smoke, options.profile)
+            measure(table, results, options.smoke, options.profile)
         except Exception:
             traceback.print_exc()
             failed.append(table)
-    from benchmarks.page import write_page
-
-    write_page(options.results, options.page)
+    write_page(results, page)
     if failed:
         print(f"failed: {', '.join(failed)}")
     return 1 if failed else 0

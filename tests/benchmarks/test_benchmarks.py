@@ -18,10 +18,10 @@ TRL = ROOT / "benchmarks" / ".venv-trl" / "bin" / "python"
 
 def measured(tables: list[str], scratch: Path) -> tuple[dict[str, dict], str]:
     command = [sys.executable, "benchmarks/run.py", *tables, "--smoke", "--profile"]
-    command += ["--results", str(scratch), "--page", str(scratch / "page.md")]
+    command += ["--results", str(scratch)]
     run = subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
-    pages = [scratch / "page.md", page.tables_page(scratch / "page.md")]
+    pages = [scratch / "benchmarks.md", scratch / "benchmarks_tables.md"]
     assert all(path.read_text().count("\n## ") >= len(tables) for path in pages)
     return {t: json.loads((scratch / f"{t}.json").read_text()) for t in tables}, "".join(p.read_text() for p in pages)
 

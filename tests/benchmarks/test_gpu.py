@@ -14,21 +14,20 @@ from benchmarks import gpu, gpu_parts, gpu_tables, page
 
 @pytest.mark.slow
 def test_every_part_runs_at_toy_sizes_and_its_figures_are_no_targets(tmp_path):
-    arguments = ["--smoke", "--results", str(tmp_path), "--page", str(tmp_path / "page.md")]
-    assert gpu.main(arguments) == 0
+    assert gpu.main(["--smoke", "--results", str(tmp_path)]) == 0
     parts = json.loads((tmp_path / "gpu.json").read_text())["parts"]
     assert parts.keys() == gpu.PARTS.keys()
     for name, part in parts.items():
         assert part["rows"] or part["left_out"] == f"{gpu.PARTS[name].needs} is not installed"
         keys = {key for key, *_ in gpu_tables.COLUMNS[gpu_tables.table_of(name)]}
         assert all(keys - {"share"} <= row.keys() | {"longest"} for row in part["rows"]), name
-    text = page.tables_page(tmp_path / "page.md").read_text()
+    text = (tmp_path / "benchmarks_tables.md").read_text()
     assert "A smoke run" in text and "| yes |" not in text and "**no**" not in text
 
 
 def test_without_a_card_nothing_is_measured(tmp_path, capsys):
     with pytest.raises(SystemExit):
-        gpu.main(["--results", str(tmp_path), "--page", str(tmp_path / "page.md")])
+        gpu.main(["--results", str(tmp_path)])
     assert "torch finds no card here" in capsys.readouterr().err and not list(tmp_path.iterdir())
     with pytest.raises(SystemExit):
         gpu.main(["steps"])
