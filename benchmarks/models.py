@@ -180,7 +180,7 @@ def bare(size: str, kind: type[GPTConfig] = PackedGPTConfig, **options) -> tuple
             "attention_dropout": 0.0,
             "variable_seq_lengths": True,
             "moe_token_dispatcher_type": "alltoall",
-            **gpt_options(virtual_stages=False),
+            **gpt_options(False, weights.gpt_config),
             **options,
         }
     )

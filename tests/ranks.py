@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import itertools
 import os
 import pickle
@@ -98,6 +99,8 @@ def run_ranks(function: Callable, world_size: int, *args, **kwargs) -> list:
 
 def _child(function, rank, world_size, port, scratch, args, kwargs) -> None:
     status = 1
+    # What is garbage by now is the parent's to collect: here its threads, which are not, would be waited for.
+    gc.freeze()
     try:
         os.environ.update(
             RANK=str(rank),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import json
 import os
 import runpy
@@ -53,6 +54,7 @@ class WarmPython:
             sys.stderr.flush()
             self._server = os.fork()
             if self._server == 0:
+                gc.freeze()  # as in ranks.py
                 _serve(listener)
         return self
 

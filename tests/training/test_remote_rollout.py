@@ -94,7 +94,7 @@ AHEAD = ["rollout.ahead=1", "rollout.rescore_proposal=false"]
 
 @pytest.mark.parametrize(
     ("ranks", "layout", "transfers"),
-    [(1, [], 4), (4, [PP2], 4), (2, [PP2, *AHEAD], 3)],  # ahead, it is lost once before it is given weights anyway
+    [(1, [], 4), (4, [PP2], 4), (2, [PP2, *AHEAD], 2)],  # ahead, it may be lost just before it is given weights anyway
     ids=["one process", "PP2 x DP2", "PP2, sampling ahead"],
 )
 def test_a_server_that_comes_back_while_it_samples_is_given_the_weights_by_all_ranks(

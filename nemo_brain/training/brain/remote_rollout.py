@@ -103,11 +103,13 @@ class RemoteRollout(EngineRollout):
                     self._moved = export_model(chunks, self._export, self.config.export_to)
                 self._moving = time.perf_counter() - started
         self._remember(prompts)
-        problem = self._bring(strategy, options, interruption, reload=changed)
-        if problem and self._export is not None:
-            # What it had it has lost; what it has just got only by a start in between, after which it says so.
-            problem = self._bring(strategy, options, interruption, reload=not changed)
-        if problem:
+        # What it had it has lost; what it has just got only by a start in between, after which it says so; and it may
+        # be started once more.
+        for reload in (changed, not changed, False):
+            problem = self._bring(strategy, options, interruption, reload)
+            if problem is None or self._export is None:
+                break
+        if problem is not None:
             raise ValueError(problem)
         self._served.settle(step)
         self._step = step
