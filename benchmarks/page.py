@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 from benchmarks import gpu_tables
+from benchmarks.common import ROOT
 
 _HEAD = """# Benchmarks
 
@@ -21,7 +22,6 @@ in `benchmarks/results/`. Cases of one table ran interleaved (A B A B ...) in on
 text says otherwise. Times are medians, in parentheses the quartiles and the number of repeats. A ratio is that of the
 medians, in parentheses the quartiles of the rounds' own ratios.
 """
-ROOT = Path(__file__).resolve().parent.parent
 _FINDINGS = ROOT / "benchmarks" / "findings"
 _ORDER = ("step", "layouts", "trl", "logprobs", "sampling", "engines", "guards", "checkpoints", "scaling", "calculated")
 

@@ -95,25 +95,16 @@ def shared_memory():
         yield Path(path)
 
 
-def metrics_of(url: str, *overrides: str, kept=None, **keys: str) -> list[dict]:
-    """Of a run, whose directory is ``kept`` if it is to stay."""
+def metrics_of(url: str, *overrides: str, kept=None, of=("quickstart", *RUN), **keys: str) -> list[dict]:
+    """Of a run, whose directory is ``kept`` if it is to stay; ``of``: a file of conf/ and overrides."""
     logging.disable(logging.WARNING)
     given = {"url": url, "model": "policy", "concurrency": 8, **keys}
     remote = "rollout.remote={" + ", ".join(f"{key}: {value}" for key, value in given.items()) + "}"
     with tempfile.TemporaryDirectory() as scratch:
         run_dir = kept or Path(scratch, "run")
-        run(composed("quickstart", f"run_dir={run_dir}", *QUIET, *RUN, remote, *overrides))
+        name, *base = of
+        run(composed(name, f"run_dir={run_dir}", *QUIET, *base, remote, *overrides))
         return read_metrics(run_dir / "metrics.jsonl")
-
-
-def letters_at(url: str, model: Path, *overrides: str, **keys: str) -> list[dict]:
-    """Metrics of a run of the toy, from this model."""
-    logging.disable(logging.WARNING)
-    given = {"url": url, "model": "policy", "concurrency": 8, **keys}
-    remote = "rollout.remote={" + ", ".join(f"{key}: {value}" for key, value in given.items()) + "}"
-    with tempfile.TemporaryDirectory() as run_dir:
-        run(composed("toy", f"run_dir={run_dir}", *QUIET, f"model.restore_from={model}", *LETTERS, remote, *overrides))
-        return read_metrics(Path(run_dir, "metrics.jsonl"))
 
 
 def test_every_iterations_policy_is_sampled_from_by_way_of_shared_memory(server, shared_memory):
@@ -200,9 +191,9 @@ def test_a_run_over_a_process_group_gets_a_higher_reward(small, tmp_path):
     server = VLLM(f"{ENGINES}/bin/python", small, tmp_path / "log")
     try:
         server.wait()
-        options = ("model.peft={dim: 16}", "prior.placement=adapter_off")
-        given = {"transfer": "process_group", "outputs_per_request": "4"}
-        (metrics,) = run_ranks(letters_at, 1, server.url, small, *options, **given)
+        options = (f"model.restore_from={small}", "model.peft={dim: 16}", "prior.placement=adapter_off")
+        given = {"transfer": "process_group", "outputs_per_request": "4", "of": ("toy", *LETTERS)}
+        (metrics,) = run_ranks(metrics_of, 1, server.url, *options, **given)
     finally:
         server.stop()
     first, *later = [record["refresh_bytes"] for record in rising(metrics)]

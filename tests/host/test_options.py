@@ -54,7 +54,7 @@ SWIGLU = {"gated_linear_unit": True, "activation_func": functional.silu, "add_bi
     [
         (SWIGLU, True),
         ({**SWIGLU, "activation_func": functional.gelu}, False),
-        ({**SWIGLU, "activation_func": torch.nn.functional.gelu, "gated_linear_unit": False}, False),
+        ({**SWIGLU, "activation_func": functional.gelu, "gated_linear_unit": False}, False),
         ({**SWIGLU, "activation_func_clamp_value": 7.0}, False),
     ],
     ids=["SwiGLU", "GEGLU", "GELU", "clamped"],
