@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import httpx
 
 from nemo_brain.core.heartbeat import heartbeat
+from nemo_brain.core.together import within
 
 _CONNECT_SECONDS = 10
 _FIRST_DELAY, _LONGEST_DELAY = 0.25, 15.0  # seconds between attempts, doubled from one to the other
@@ -112,7 +113,7 @@ class HTTPClient:
             limit = min(self._request_timeout_seconds, max(left, 0.01))
             try:
                 request = client.request(method, self.url + path, json=body, headers=self._headers())
-                response = await asyncio.wait_for(request, limit)
+                response = await within(limit, request)
                 if response.is_success:
                     return read(_json(response))
                 refused(response)
@@ -121,7 +122,7 @@ class HTTPClient:
                     raise self.error(what, problem + self._hint(response.status_code))
                 bad = 0
                 pause = max(pause, _retry_after(response))
-            except asyncio.TimeoutError:
+            except TimeoutError:
                 problem = f"no answer within {limit:.3g} seconds"
             except httpx.RequestError as error:
                 problem = f"{type(error).__name__}: {error}"

@@ -91,7 +91,9 @@ class _Watch:
         text = "".join(traceback.format_exception(exception))
         try:
             verdict = self._judge({"kind": "failure", "rank": self._rank, "error": error, "text": text})
-            if verdict["rank"] == self._rank:
+            if verdict["kind"] == "hang":  # of which this is a consequence: the thread ends this process
+                self._thread.join()
+            elif verdict["rank"] == self._rank:
                 if self._rank == 0:
                     self._await_hearing(_GRACE_SECONDS, self._size - 1)  # the store ends with this rank
             elif verdict["error"] == error:  # as on all ranks: this one ends by itself

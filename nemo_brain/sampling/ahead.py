@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import httpx
 
 from nemo_brain.core.groups import Prompt, SampledGroup
+from nemo_brain.core.together import cancelled
 from nemo_brain.sampling.pool import Pool
 from nemo_brain.sampling.remote import Answer, RemoteSampler, group_of, in_background
 
@@ -79,13 +80,19 @@ class AheadSampler:
         self._open.discard(found)
 
     async def _work(self) -> None:
+        draws: set[asyncio.Task] = set()
         try:
-            async with self.sampler.connected() as (pool, client), asyncio.TaskGroup() as tasks:
-                while True:
-                    batch = await self._begun.get()
-                    for p in range(len(batch.prompts)):
-                        for numbers in self.sampler.requests(range(self.sampler.options.outputs)):
-                            tasks.create_task(self._draw(pool, client, batch, p, numbers))
+            async with self.sampler.connected() as (pool, client):
+                try:
+                    while True:
+                        batch = await self._begun.get()
+                        for p in range(len(batch.prompts)):
+                            for numbers in self.sampler.requests(range(self.sampler.options.outputs)):
+                                draw = asyncio.create_task(self._draw(pool, client, batch, p, numbers))
+                                draws.add(draw)
+                                draw.add_done_callback(draws.discard)
+                finally:
+                    await cancelled(draws)
         except BaseException as error:  # being closed, too: nobody waits for what does not come
             for found in self._open:
                 found.put(error)
@@ -94,7 +101,7 @@ class AheadSampler:
     async def _draw(self, pool: Pool, client: httpx.AsyncClient, batch: _Batch, p: int, numbers: range) -> None:
         prompt, iteration = batch.prompts[p], batch.iteration
         try:
-            outputs = await self.sampler.outputs(pool, client, prompt, numbers, self._seed, iteration, confirmed=True)
+            outputs = await self.sampler.outputs(pool, client, prompt, numbers, self._seed, iteration)
         except Exception as error:  # whoever reads the iteration raises it
             batch.found.put(error)
         else:

@@ -62,16 +62,19 @@ class ServedWeights:
 
 @dataclass
 class _Member:
-    """A server and what it has to do. problem: why it is left out, otherwise None; last: why it last was; life:
-    what it last named with a right version, asked at the time named."""
+    """A server and what it has to do. problem: why it is left out, otherwise None; last: why it last was; life: what it
+    last named with a right version, None if it never has; looked, named: the times at which it was last asked for that
+    and answered, and named a right one; looking: while it is asked."""
 
     server: Server
     tokens: int = 0
     problem: str | None = None
     last: str | None = None
     life: str | None = None
+    looked: float = -math.inf
     named: float = -math.inf
     lost: asyncio.Event = field(default_factory=asyncio.Event)
+    looking: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     def leave(self, problem: str) -> None:
         self.problem = self.last = problem
@@ -90,15 +93,6 @@ class _Asked:
     member: _Member
     life: str | None
     lost: asyncio.Event
-
-    async def had_the_weights(self) -> bool:
-        """Whether it has had ours, whichever they were, from then to now. Returns once it has been looked at."""
-        now = time.monotonic()
-        while not self.lost.is_set():
-            if self.member.named > now:
-                return self.life == self.member.life
-            await asyncio.sleep(_WATCH_SECONDS / 10)
-        return False
 
 
 class Pool:
@@ -139,30 +133,29 @@ class Pool:
     @contextlib.asynccontextmanager
     async def watched(self) -> AsyncIterator[None]:
         """While it lasts, each server's health is looked at, and lost ones are taken back."""
-        for member in self._members:
-            async with member.server.client() as client:
-                await self._look(client, member)
-        watchers = [asyncio.create_task(self._watch(member)) for member in self._members]
-        try:
-            yield
-        finally:
-            await cancelled(watchers)
+        # Connections of their own: the others' may all be in use.
+        async with self._members[0].server.client(2 * len(self._members)) as self._client:
+            await together(self._look(member) for member in self._members)
+            watchers = [asyncio.create_task(self._watch(member)) for member in self._members]
+            try:
+                yield
+            finally:
+                await cancelled(watchers)
 
     @property
     def urls(self) -> list[str]:
         """Of the servers that are not left out, or only until a transfer gives them the weights."""
         return [member.server.url for member in self._members if member.problem in (None, _WAITS)]
 
-    async def ask(
-        self, what: str, tokens: int, request: Callable[[Server], Awaitable[Answer]], confirmed: bool = False
-    ) -> Answer:
+    async def ask(self, what: str, tokens: int, request: Callable[[Server], Awaitable[Answer]]) -> Answer:
         """The answer of the server with the least to do; of another one, or later, when it is lost meanwhile.
+
+        If the server keeps the name of its weights, an answer counts once it has named them afterwards: those that it
+        should have, and it has had no others since it was asked.
 
         Args:
             what: names the request in errors.
             tokens: what it costs a server.
-            confirmed: an answer counts once the server has named its weights afterwards: those that it should have, and
-                it has had no others since it was asked.
 
         Raises:
             ValueError: ``request`` did, or no server was there for ``rollout.remote.timeout_seconds``.
@@ -170,8 +163,23 @@ class Pool:
         while True:
             async with self._places:
                 answer, asked = await self._answer(what, tokens, request)
-            if not confirmed or await asked.had_the_weights():
+            if await self._had_the_weights(asked):
                 return answer
+
+    async def _had_the_weights(self, asked: _Asked) -> bool:
+        """Whether a server has had ours, whichever they were, from when it was asked to now."""
+        member, now = asked.member, time.monotonic()
+        while not asked.lost.is_set():
+            if member.named > now:
+                return asked.life == member.life
+            if member.looked > now and member.life is None and not self._weights.named:
+                return True  # it keeps no name: nobody can tell
+            if member.life is None or not any(other.tokens for other in self._members):  # nothing else to wait for
+                async with member.looking:
+                    if member.looked <= now and (problem := await self._look(member)) is not None:
+                        member.leave(problem)
+            await asyncio.sleep(_WATCH_SECONDS / 100)
+        return False
 
     async def _answer(
         self, what: str, tokens: int, request: Callable[[Server], Awaitable[Answer]]
@@ -208,38 +216,43 @@ class Pool:
             await asyncio.sleep(min(_WATCH_SECONDS, limit) / 10)
 
     async def _watch(self, member: _Member) -> None:
-        server, failures = member.server, 0
-        async with server.client() as client:  # its own: the others' connections may all be in use
-            while True:
-                await asyncio.sleep(_WATCH_SECONDS)
-                problem = await server.failure(client)
-                if member.problem is not None:
-                    # What a directory holds may be half of it meanwhile.
-                    if problem is None and not (self._weights.changing and self._weights.directory):
-                        await self._take_back(client, member)
-                    continue
-                if problem is None and (problem := await self._look(client, member)) is not None:
-                    failures = _FAILURES
-                failures = 0 if problem is None else failures + 1
-                if problem is not None and failures >= _FAILURES:
-                    member.leave(problem)
-                    failures = 0
+        failures = 0
+        while True:
+            await asyncio.sleep(_WATCH_SECONDS)
+            problem = await member.server.failure(self._client)
+            if member.problem is not None:
+                # What a directory holds may be half of it meanwhile.
+                if problem is None and not (self._weights.changing and self._weights.directory):
+                    await self._take_back(member)
+                continue
+            if problem is None and (problem := await self._look(member)) is not None:
+                failures = _FAILURES
+            failures = 0 if problem is None else failures + 1
+            if problem is not None and failures >= _FAILURES:
+                member.leave(problem)
+                failures = 0
 
-    async def _take_back(self, client: httpx.AsyncClient, member: _Member) -> None:
+    async def _take_back(self, member: _Member) -> None:
         try:
-            await self._give(client, member, reload=False, doubt=True)
+            await self._give(self._client, member, reload=False, doubt=True)
         except ValueError as error:
             member.problem = str(error)
+            return
+        # Before it is asked for anything: what it is asked for counts under the name that it has by then.
+        problem = _WAITS if member.server.waiting else await self._look(member)
+        if problem is None:
+            member.join()
         else:
-            if member.server.waiting:
-                member.problem = _WAITS
-            else:
-                member.join()
+            member.problem = problem
 
-    async def _look(self, client: httpx.AsyncClient, member: _Member) -> str | None:
+    async def _look(self, member: _Member) -> str | None:
         """What is wrong with the weights that a server says it has."""
         asked = time.monotonic()
-        found = await member.server.named(client)
+        try:
+            found = await member.server.named_now(self._client)
+        except httpx.HTTPError:
+            return None  # whether it is lost, its health says
+        member.looked = asked
         if found is None:
             return None
         if not self._weights.admits(found.version):

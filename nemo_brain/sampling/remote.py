@@ -31,7 +31,7 @@ from transformers import PreTrainedTokenizerFast
 from nemo_brain.config.brain import RemoteConfig
 from nemo_brain.core.groups import Output, Prompt, SampledGroup
 from nemo_brain.core.http import BadAnswer
-from nemo_brain.core.together import together
+from nemo_brain.core.together import AGAIN_SECONDS, together
 from nemo_brain.sampling.answers import Reader
 from nemo_brain.sampling.pool import Pool, ServedWeights
 from nemo_brain.sampling.server import Server
@@ -176,21 +176,16 @@ class RemoteSampler:
             ValueError: no usable answer within the limits of the configuration; names the prompt.
         """
         wanted = [range(self.options.outputs)] * len(prompts) if numbers is None else numbers
-        jobs = iter([(p, together) for p, outputs in enumerate(wanted) for together in self.requests(outputs)])
         left = sum(map(len, wanted))
         finished: queue.SimpleQueue = queue.SimpleQueue()
 
-        async def worker(pool: Pool, client: httpx.AsyncClient) -> None:
-            for p, numbers in jobs:
-                finished.put((p, await self.outputs(pool, client, prompts[p], numbers, seed, iteration)))
-
         async def work() -> None:
-            pool = Pool(self._servers, self._weights)
-            if reload:
-                await pool.bring(reload)
-            count = min(self.config.concurrency * len(self._servers), left)
-            async with self._servers[0].client(count) as client, pool.watched():
-                await together(worker(pool, client) for _ in range(count))
+            async with self.connected(reload) as (pool, client):
+
+                async def draw(p: int, numbers: range) -> None:
+                    finished.put((p, await self.outputs(pool, client, prompts[p], numbers, seed, iteration)))
+
+                await together(draw(p, run) for p, outputs in enumerate(wanted) for run in self.requests(outputs))
 
         answers: list[dict[int, Answer]] = [{} for _ in prompts]
         with in_background(work, finished):
@@ -210,10 +205,13 @@ class RemoteSampler:
                     yield p, group_of(prompts[p], [answers[p].pop(index) for index in wanted[p]])
 
     @contextlib.asynccontextmanager
-    async def connected(self) -> AsyncIterator[tuple[Pool, httpx.AsyncClient]]:
-        """The servers, watched, and connections to them, for ``outputs``; as many requests at a time as may be."""
+    async def connected(self, reload: bool = False) -> AsyncIterator[tuple[Pool, httpx.AsyncClient]]:
+        """The servers, watched, and connections to them, for ``outputs``; as many requests at a time as may be. reload:
+        they are given the weights anew first."""
         count = self.config.concurrency * len(self._servers)
         pool = Pool(self._servers, self._weights, count)
+        if reload:
+            await pool.bring(reload)
         async with self._servers[0].client(count) as client, pool.watched():
             yield pool, client
 
@@ -233,10 +231,8 @@ class RemoteSampler:
         numbers: range,
         seed: int,
         iteration: int,
-        confirmed: bool = False,
     ) -> dict[int, Answer]:
-        """The outputs of one request, by their numbers; it is repeated as a whole. confirmed: see ``Pool.ask``. Raises
-        as ``sample``."""
+        """The outputs of one request, by their numbers; it is repeated as a whole. Raises as ``sample``."""
 
         def request(server: Server) -> Awaitable[list[Answer]]:
             step = self._weights.step
@@ -249,7 +245,7 @@ class RemoteSampler:
         body = self._body(prompt, request_seed(seed, iteration, prompt.id, numbers[0]), len(numbers))
         what = f"prompt {prompt.id!r}, output {numbers[0]}" + (f" to {numbers[-1]}" if len(numbers) > 1 else "")
         tokens = len(prompt.token_ids) + len(numbers) * self.options.max_new_tokens
-        return dict(zip(numbers, await pool.ask(what, tokens, request, confirmed), strict=True))
+        return dict(zip(numbers, await pool.ask(what, tokens, request), strict=True))
 
     def _body(self, prompt: Prompt, seed: int, outputs: int) -> dict[str, Any]:
         every_token, dialect = _DIALECTS[self.config.server]
@@ -330,6 +326,7 @@ def in_background(work: Callable, outcome: queue.SimpleQueue) -> Iterator[asynci
     try:
         yield loop
     finally:
-        with contextlib.suppress(RuntimeError):  # it has ended by itself
-            loop.call_soon_threadsafe(task.cancel)
-        thread.join()
+        while thread.is_alive():  # being cancelled once may not end it: see ``together``
+            with contextlib.suppress(RuntimeError):  # it has ended by itself
+                loop.call_soon_threadsafe(task.cancel)
+            thread.join(AGAIN_SECONDS)

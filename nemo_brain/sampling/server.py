@@ -16,9 +16,11 @@ import httpx
 
 from nemo_brain.config.brain import RemoteConfig
 from nemo_brain.core.http import BadAnswer, HTTPClient, excerpt
+from nemo_brain.core.together import within
 
 _INCOMPLETE = "incomplete"  # the version of weights that have not come in full
 _RESET = "/reset_prefix_cache?reset_running_requests=true"
+_LOOKS = 4  # at a name, between which the server has answered something else
 _PROBE_SECONDS = 10  # for answers that take no computing; a server that is late with them is not yet lost
 
 
@@ -125,10 +127,26 @@ class Server(HTTPClient):
             self.waiting = None
 
     async def named(self, client: httpx.AsyncClient) -> Named | None:
-        """What the server says that it has, as vLLM and SGLang keep it until they end; None: it says nothing."""
-        with contextlib.suppress(httpx.RequestError, ValueError, KeyError, TypeError):
-            path = "/model_info" if self.config.server == "sglang" else "/weight_info"
-            response = await client.get(self.url + path, headers=self._headers(), timeout=_PROBE_SECONDS)
+        """``named_now``, as soon as the server answers. ValueError: it does not."""
+        for _ in range(_LOOKS):
+            try:
+                return await self.named_now(client)
+            except httpx.HTTPError as error:
+                problem = f"{type(error).__name__}: {error}"
+                await self._check(client)
+        raise self.error("the version of its weights", problem)
+
+    async def named_now(self, client: httpx.AsyncClient) -> Named | None:
+        """What the server says that it has, as vLLM and SGLang keep it until they end; None: it keeps no name.
+
+        Raises:
+            httpx.HTTPError: it does not answer.
+        """
+        path = "/model_info" if self.config.server == "sglang" else "/weight_info"
+        response = await client.get(self.url + path, headers=self._headers(), timeout=_PROBE_SECONDS)
+        if response.is_server_error:
+            response.raise_for_status()
+        with contextlib.suppress(ValueError, KeyError, TypeError):
             if response.is_success:
                 version, _, life = str(response.json()["weight_version"]).partition(":")
                 return Named(version, life)
@@ -224,8 +242,8 @@ class Server(HTTPClient):
         ours = httpx.URL(url).netloc == httpx.URL(self.url).netloc
         request = client.request(method, url, json=step.get("json"), headers=self._headers() if ours else {})
         try:
-            response = await asyncio.wait_for(request, self.config.timeout_seconds)
-        except asyncio.TimeoutError:
+            response = await within(self.config.timeout_seconds, request)
+        except TimeoutError:
             problem = f"no answer within rollout.remote.timeout_seconds={self.config.timeout_seconds:g}"
             raise self.error(name, f"{method} {url}: {problem}") from None
         except httpx.RequestError as error:
@@ -243,8 +261,8 @@ class Server(HTTPClient):
         except OSError as error:
             raise self.error(name, f"{command}: {error}") from None
         try:
-            output, _ = await asyncio.wait_for(process.communicate(), self.config.timeout_seconds)
-        except asyncio.TimeoutError:
+            output, _ = await within(self.config.timeout_seconds, process.communicate())
+        except TimeoutError:
             problem = f"not done within rollout.remote.timeout_seconds={self.config.timeout_seconds:g}"
             raise self.error(name, f"{command}: {problem}") from None
         finally:

@@ -37,9 +37,20 @@ class Fails(pl.Callback):
 
 
 class Hangs(pl.Callback):
-    """After the first step rank 1 waits for what never comes, and the others for rank 1."""
+    """After the first step rank 1 waits for what never comes, and the others for rank 1.
+
+    stacks: instead, every rank waits until its stacks are shown there, and fails then, as what waits for a rank that
+    has ended would.
+    """
+
+    def __init__(self, stacks: Path | None):
+        self.stacks = stacks
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
+        if self.stacks is not None:
+            while not (self.stacks / f"rank_{dist.get_rank():05d}.txt").exists():
+                time.sleep(0.01)
+            raise RuntimeError("connection closed by peer")
         if dist.get_rank() == 1:
             a_lock_that_nobody_opens()
 
@@ -89,8 +100,9 @@ def fails(run_dir: str, stuck: bool, *overrides: str) -> None:
     run(toy_config(f"run_dir={run_dir}", *SMALL, *overrides), callbacks=[Fails(stuck)])
 
 
-def hangs(run_dir: str, *overrides: str) -> None:
-    run(toy_config(f"run_dir={run_dir}", *SMALL, *overrides), callbacks=[Hangs()])
+def hangs(run_dir: Path, fails: bool) -> None:
+    overrides = (f"run_dir={run_dir}", *SMALL, "trainer.hang_timeout_minutes=0.1")
+    run(toy_config(*overrides), callbacks=[Hangs(run_dir / "stacks" if fails else None)])
 
 
 WAITS = {
@@ -113,17 +125,24 @@ def test_the_first_failure_ends_the_ranks_that_wait(where, tmp_path):
     assert last.rstrip().endswith("KeyError: 'the first cause'")
 
 
+HANG = r"no rank has got any further for 0.1 minutes \(trainer.hang_timeout_minutes\).* in .*/run/stacks"
+
+
 def test_a_run_that_hangs_prints_every_ranks_stacks_and_ends(tmp_path):
     run_dir = tmp_path / "run"
-    ends = started(hangs, 2, tmp_path, str(run_dir), "trainer.hang_timeout_minutes=0.1")
+    ends = started(hangs, 2, tmp_path, run_dir, False)
     for rank, (seconds, said) in enumerate(ends):
         assert seconds < 2 * SECONDS
         assert f"[rank {rank}] stacks:" in said
-        message = r"no rank has got any further for 0.1 minutes \(trainer.hang_timeout_minutes\).* in .*/run/stacks"
-        assert re.search(message, said.splitlines()[-1])
+        assert re.search(HANG, said.splitlines()[-1])
         assert (run_dir / "stacks" / f"rank_{rank:05d}.txt").read_text() in said
     assert "a_lock_that_nobody_opens" in ends[1][1] and "a_lock_that_nobody_opens" not in ends[0][1]
     assert "distributed_c10d.py" in ends[0][1], "it waits in a collective"
+
+
+def test_what_a_hang_makes_fail_is_not_taken_for_the_cause(tmp_path):
+    for _, said in started(hangs, 2, tmp_path, tmp_path / "run", True):
+        assert re.search(HANG, said.splitlines()[-1])
 
 
 SCRIPT = """
