@@ -78,6 +78,7 @@ class _Watch:
         self._rank, self._size = dist.get_rank(), dist.get_world_size()
         self._store = _shared_store(self._rank)
         self._done = threading.Event()
+        self._ending = threading.Event()  # the thread ends this process, for a reason that another rank has given
         self._thread = threading.Thread(target=self._run, name="supervisor", daemon=True)
         self._thread.start()
 
@@ -97,12 +98,13 @@ class _Watch:
                 if self._rank == 0:
                     self._await_hearing(_GRACE_SECONDS, self._size - 1)  # the store ends with this rank
             elif verdict["error"] == error:  # as on all ranks: this one ends by itself
-                self._store.add(_HEARD, 1)
                 self._done.set()
+                self._store.add(_HEARD, 1)
             else:  # a consequence: the thread ends this process
                 self._thread.join()
-        except RuntimeError:
-            pass  # rank 0 has gone, and the store with it
+        except RuntimeError:  # rank 0 has gone, and the store with it
+            if self._ending.is_set() and not self._done.is_set():  # as it had said that it would
+                self._thread.join()
 
     def _run(self) -> None:
         counted, total, since = heartbeats(), None, time.monotonic()
@@ -137,11 +139,12 @@ class _Watch:
 
     def _obey(self, verdict: dict) -> None:
         """Ends this process, in the supervisor's thread."""
-        if verdict["kind"] == "hang":
-            self._show_stacks()
-        elif verdict["rank"] == self._rank:
+        if verdict["kind"] == "failure" and verdict["rank"] == self._rank:
             time.sleep(_LAST_SECONDS)  # the main thread raises, and need not be waited for longer than this
             self._end("this rank has failed, and does not end by itself")
+        self._ending.set()
+        if verdict["kind"] == "hang":
+            self._show_stacks()
         with contextlib.suppress(RuntimeError):
             self._store.add(_HEARD, 1)
         if verdict["kind"] == "hang":

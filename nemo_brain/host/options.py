@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -46,13 +46,29 @@ def gpt_options(virtual_stages: bool, gpt: Mapping[str, Any]) -> dict[str, Any]:
     return options
 
 
+def plain_rotary(t_SBHD: torch.Tensor, freqs_SR: torch.Tensor) -> torch.Tensor:
+    """Rotary embeddings by Megatron's operations, not interleaved."""
+    turned: torch.Tensor = rope_utils._apply_rotary_pos_emb_bshd(t_SBHD, freqs_SR)
+    return turned
+
+
+def lacks_fused_rotary() -> bool:
+    """Whether neither Transformer Engine nor Apex brings Megatron a fused function, and none was given."""
+    return rope_utils.fused_apply_rotary_pos_emb is None
+
+
+def give_fused_rotary(function: Callable[..., torch.Tensor]) -> None:
+    """What Megatron calls from now on where ``apply_rope_fusion`` is set: with t, freqs and ``interleaved``."""
+    rope_utils.fused_apply_rotary_pos_emb = function
+
+
 def _fusions(gpt: Mapping[str, Any]) -> dict[str, Any]:
     """Those of Megatron's that compute what the model says, and are off unless a model of NeMo's asks for them: SwiGLU
-    by torch.compile (exact GELU would become another function), rotary embeddings by Transformer Engine or Apex."""
+    by torch.compile (exact GELU would become another function), rotary embeddings by whose function there is."""
     found = {}
     gated = gpt.get("gated_linear_unit") and gpt.get("activation_func") is functional.silu
     if gated and gpt.get("activation_func_clamp_value") is None and not gpt.get("glu_linear_offset"):
         found["bias_activation_fusion"] = True
-    if rope_utils.fused_apply_rotary_pos_emb is not None and not gpt.get("rotary_interleaved"):
+    if not lacks_fused_rotary() and not gpt.get("rotary_interleaved"):
         found["apply_rope_fusion"] = True
     return found

@@ -6,6 +6,7 @@ Errors name the configuration key and the remedy.
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import logging
 import os
 import warnings
@@ -43,7 +44,13 @@ from nemo_brain.durability.resume import flatten
 from nemo_brain.host import cpu
 from nemo_brain.host.layers import HAVE_TRANSFORMER_ENGINE
 from nemo_brain.host.optimizer import OptimizerModule
-from nemo_brain.host.options import INTERLEAVED, STRATEGY_OPTIONS, gpt_options
+from nemo_brain.host.options import (
+    INTERLEAVED,
+    STRATEGY_OPTIONS,
+    give_fused_rotary,
+    gpt_options,
+    lacks_fused_rotary,
+)
 from nemo_brain.model.gpt import PackedGPTConfig
 from nemo_brain.model.lora import LoRA
 from nemo_brain.model.weights import Weights
@@ -187,8 +194,18 @@ def _check_division(given: Mapping[str, Any], model: ModelConfig) -> None:
         raise ValueError(f"model.gpt.hidden_size ({given['hidden_size']}) must be a multiple of the {heads} heads")
 
 
+def _provide_fused_rotary() -> None:
+    """Gives Megatron ours on a card where nobody else's is there."""
+    if torch.cuda.is_available() and lacks_fused_rotary() and importlib.util.find_spec("triton") is not None:
+        from nemo_brain.model import rotary_kernel
+
+        if rotary_kernel.usable(torch.device("cuda", torch.cuda.current_device())):
+            give_fused_rotary(rotary_kernel.apply_rotary)
+
+
 def _run_fields(model: ModelConfig, trainer: RanksConfig, given: Mapping[str, Any]) -> dict[str, Any]:
     """How the model that ``given`` describes is run here, unless it says so itself."""
+    _provide_fused_rotary()
     fields: dict[str, Any] = {
         "params_dtype": _dtype(trainer),
         "pipeline_dtype": _dtype(trainer),
