@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 from benchmarks import common, models
 from benchmarks.sampling import text_prompts
 from benchmarks.vllm_server import LOAD, RESET, VLLM
-from nemo_brain.config.brain import RemoteConfig
+from nemo_brain.config.remote import RemoteConfig
 from nemo_brain.convert.command import main as convert
 from nemo_brain.convert.export import export_model, gathered_tensors, make_export
 from nemo_brain.core.groups import Prompt

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from completion_server import END, TOKENIZER, VOCAB, CompletionServer
 
-from nemo_brain.config.brain import RemoteConfig
+from nemo_brain.config.remote import RemoteConfig
 from nemo_brain.core.groups import Prompt, SampledGroup
 from nemo_brain.data.stop import Stop
 from nemo_brain.sampling.pool import ServedWeights

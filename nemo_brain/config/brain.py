@@ -5,7 +5,6 @@ Everything that can be wrong without looking at data or weights is refused here,
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +24,7 @@ from nemo_brain.config.common import (
     check_patience_of_rewards,
     given_arguments,
 )
+from nemo_brain.config.remote import RemoteConfig, check_remote
 from nemo_brain.config.schema import key, parse
 from nemo_brain.objectives.registry import complete_options, objective_class
 
@@ -58,55 +58,6 @@ class PriorConfig:
         },
         resumable=True,
     )
-
-
-@dataclass
-class RemoteConfig:
-    """An inference server that samples in place of the training ranks; ``rollout.remote=null``: none."""
-
-    url: Any = key(MISSING, "http://HOST:PORT, or a list of them: each prompt goes to the one with the least to do")
-    model: str = key(MISSING, "the policy's name there")
-    server: str = key("vllm", "what serves", among={"vllm": "", "sglang": "", "trtllm": ""})
-    logprobs: str = key(
-        "model",
-        "the law whose log-probs the server gives",
-        among={"model": "at temperature 1", "sampled": "of the sampled law"},
-    )
-    api_key_env: str | None = key(None, "the environment variable with the key that is sent; null: no key")
-    concurrency: int = key(64, "requests at a time to each server, by each data-parallel replica", at_least=1)
-    outputs_per_request: int = key(1, "of a prompt; more than 1: vLLM only", at_least=1)
-    request_timeout_seconds: float = key(600.0, "of one attempt; ended early where /health fails", above=0)
-    timeout_seconds: float = key(
-        1200.0,
-        "of a request with its repetitions; less than trainer.hang_timeout_minutes",
-        above=0,
-    )
-    on_mismatch: str = key(
-        "redraw",
-        "an output whose log-prob there is not ours",
-        among={"redraw": "asked for again", "keep": "with the server's log q'"},
-    )
-    transfer: str = key(
-        "directory",
-        "how the policy's weights get there",
-        among={
-            "directory": "export_to and reload; without them the server keeps its first ones",
-            "process_group": "to vLLM's workers over NCCL or gloo, no file between",
-        },
-    )
-    export_to: str | None = key(None, "a directory for each new proposal, which reload names")
-    reload: list[dict[str, Any]] | None = key(
-        None, "how the server loads it, step by step: {path or url: ..., method: POST, json: ...} | {command: [...]}"
-    )
-
-    @property
-    def urls(self) -> list[str]:
-        return self.url if isinstance(self.url, list) else [self.url]
-
-    @property
-    def follows(self) -> bool:
-        """Whether the servers are given the policy's weights."""
-        return self.transfer == "process_group" or self.reload is not None
 
 
 @dataclass
@@ -368,9 +319,8 @@ def _check_engine(rollout: RolloutConfig) -> None:
 
 def _check_remote(remote: RemoteConfig, rollout: RolloutConfig, trainer: TrainerConfig) -> None:
     name = "rollout.remote"
+    check_remote(remote, name)
     check_patience(f"{name}.timeout_seconds", remote.timeout_seconds, trainer)
-    if not remote.urls or not all(re.fullmatch(r"https?://[^/\s?#]+[^\s?#]*", str(url)) for url in remote.urls):
-        raise ValueError(f"{name}.url must be an address like http://HOST:PORT, or a list of them, not {remote.url!r}")
     if (rollout.temperature != 1.0 or _truncates(rollout)) and remote.logprobs == "model":
         raise ValueError(
             f"{name}.logprobs=model says that the server gives the model's log-probs at temperature 1, but outputs are "
@@ -381,27 +331,6 @@ def _check_remote(remote: RemoteConfig, rollout: RolloutConfig, trainer: Trainer
         raise ValueError(
             f"rollout.top_k and rollout.top_p need {name}.server=vllm: the log-probs of {remote.server} leave them out"
         )
-    if (remote.export_to is None) != (remote.reload is None):
-        raise ValueError(
-            f"{name}.export_to (where each new proposal is written) and {name}.reload (how the server loads it) "
-            "go together: set both, or neither"
-        )
-    if remote.outputs_per_request > 1 and remote.server != "vllm":
-        raise ValueError(
-            f"{name}.outputs_per_request={remote.outputs_per_request} needs {name}.server=vllm, which draws each "
-            "output of a request by a seed of its own (SGLang's deterministic mode draws all alike): set it to 1"
-        )
-    if remote.transfer == "process_group":
-        if remote.server != "vllm":
-            raise ValueError(
-                f"{name}.transfer=process_group needs {name}.server=vllm, whose workers take an extension of ours: set "
-                f"{name}.transfer=directory for {remote.server}"
-            )
-        if remote.reload is not None:
-            raise ValueError(
-                f"{name}.transfer=process_group needs neither {name}.export_to nor {name}.reload: leave them out, or "
-                f"set {name}.transfer=directory"
-            )
     if rollout.refresh == "kl_adaptive" and not remote.follows:
         raise ValueError(
             f"rollout.refresh=kl_adaptive gives the server another proposal from time to time: set {name}.reload and "
@@ -419,18 +348,3 @@ def _check_remote(remote: RemoteConfig, rollout: RolloutConfig, trainer: Trainer
             f"outputs with newer ones: set {name}.transfer=process_group (vLLM), {name}.reload, "
             "rollout.rescore_proposal=false or trainer.max_iterations=1"
         )
-    for number, step in enumerate(remote.reload or ()):
-        _check_reload_step(f"{name}.reload[{number}]", step)
-
-
-def _check_reload_step(name: str, step: dict[str, Any]) -> None:
-    kinds = step.keys() & {"path", "url", "command"}
-    allowed = {"command"} if kinds == {"command"} else {*kinds, "method", "json"}
-    if len(kinds) != 1 or step.keys() - allowed:
-        raise ValueError(
-            f"{name} must be {{path or url: ..., method: POST, json: ...}} or {{command: [...]}}, not {step}"
-        )
-    (kind,) = kinds
-    parts = step[kind] if kind == "command" else [step[kind], step.get("method", "POST")]
-    if not isinstance(parts, list) or not parts or not all(isinstance(part, str) for part in parts):
-        raise ValueError(f"{name}.{kind} must be {'a list of strings' if kind == 'command' else 'text'}, not {step}")

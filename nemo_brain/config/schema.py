@@ -148,6 +148,16 @@ def did_you_mean(name: str, known: Iterable[str], otherwise: str = "") -> str:
     return f"; did you mean {' or '.join(close)}?" if close else otherwise
 
 
+def check_names(given: Mapping[str, Any], kind: type, key: str) -> None:
+    """ValueError: the section ``key`` names a field that the dataclass ``kind`` of NeMo's or Megatron's has not."""
+    names = [item.name for item in dataclasses.fields(kind)]
+    for name in given:
+        if name not in names:
+            raise ValueError(
+                f"unknown configuration key {key}.{name}: {kind.__name__} has no such field{did_you_mean(name, names)}"
+            )
+
+
 def parse(kind: type[T], cfg: DictConfig, file: str) -> T:
     """``cfg`` as an instance of ``kind``, each key within its bounds.
 

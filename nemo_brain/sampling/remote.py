@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 import httpx
 from transformers import PreTrainedTokenizerFast
 
-from nemo_brain.config.brain import RemoteConfig
+from nemo_brain.config.remote import RemoteConfig
 from nemo_brain.core.groups import Output, Prompt, SampledGroup
 from nemo_brain.core.http import BadAnswer
 from nemo_brain.core.together import AGAIN_SECONDS, together

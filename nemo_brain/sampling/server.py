@@ -14,7 +14,7 @@ from typing import Any
 
 import httpx
 
-from nemo_brain.config.brain import RemoteConfig
+from nemo_brain.config.remote import RemoteConfig
 from nemo_brain.core.http import BadAnswer, HTTPClient, excerpt
 from nemo_brain.core.together import within
 

@@ -17,14 +17,8 @@ from nemo_brain.core.packing import LAYOUTS
 from nemo_brain.host.layers import HAVE_TRANSFORMER_ENGINE
 from nemo_brain.objectives import make_objective
 from nemo_brain.training.brain.data import read_data
-from nemo_brain.training.build import (
-    check_schedule,
-    make_ddp,
-    make_gpt_config,
-    make_optimizer,
-    make_weights,
-    world_size,
-)
+from nemo_brain.training.build import check_schedule, make_ddp, make_optimizer, world_size
+from nemo_brain.training.model import make_gpt_config, make_weights
 
 # Configurations of another kind: ServeConfig, and those of test_calibrate.py, test_evaluation.py, test_reward_model.py
 # and test_sft.py.

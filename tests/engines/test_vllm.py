@@ -28,7 +28,7 @@ from toy_runs import QUIET, ROOT, composed
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.vllm_server import ENVIRONMENT, LOAD, RESET, VLLM
-from nemo_brain.config.brain import RemoteConfig
+from nemo_brain.config.remote import RemoteConfig
 from nemo_brain.convert.command import main as convert
 from nemo_brain.convert.export import gathered_tensors, make_export
 from nemo_brain.convert.open import open_weights

@@ -22,7 +22,8 @@ from remote_samplers import PROMPTS, RELOAD, STOP, finished, sampled, sampler, t
 from toy_runs import toy_config
 from transformers import AutoModelForCausalLM
 
-from nemo_brain.config.brain import RemoteConfig, check
+from nemo_brain.config.brain import check
+from nemo_brain.config.remote import RemoteConfig
 from nemo_brain.core import http as http_client
 from nemo_brain.core.groups import Prompt
 from nemo_brain.data.stop import Stop

@@ -15,7 +15,7 @@ import torch
 from completion_server import END, TOKENIZER, VOCAB, CompletionServer, save_model
 from transformers import AutoModelForCausalLM
 
-from nemo_brain.config.brain import RemoteConfig
+from nemo_brain.config.remote import RemoteConfig
 from nemo_brain.core import http as http_client
 from nemo_brain.core.groups import Prompt, SampledGroup
 from nemo_brain.data.stop import Stop

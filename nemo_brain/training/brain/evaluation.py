@@ -43,15 +43,8 @@ from nemo_brain.sampling.sampler import SamplingOptions
 from nemo_brain.training.brain.data import read_prompts
 from nemo_brain.training.brain.rollout import VALIDATION, RolloutWorker
 from nemo_brain.training.brain.strategy import BRAInStrategy
-from nemo_brain.training.build import (
-    make_gpt_config,
-    make_strategy,
-    make_trainer,
-    make_weights,
-    reduce_log_noise,
-    rollout_stop,
-    world_size,
-)
+from nemo_brain.training.build import make_strategy, make_trainer, reduce_log_noise, world_size
+from nemo_brain.training.model import make_gpt_config, make_weights, rollout_stop
 from nemo_brain.training.nemo_model import PackedModel
 from nemo_brain.training.run import ending_recorded
 

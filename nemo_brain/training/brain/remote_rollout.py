@@ -18,7 +18,8 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from nemo.collections.llm.gpt.model.base import GPTConfig
 
-from nemo_brain.config.brain import Config, RemoteConfig
+from nemo_brain.config.brain import Config
+from nemo_brain.config.remote import RemoteConfig
 from nemo_brain.convert.export import export_model, gathered_tensors, make_export
 from nemo_brain.core.groups import Prompt, SampledGroup
 from nemo_brain.core.interruption import Interruption
@@ -34,7 +35,7 @@ from nemo_brain.sampling.transfer import Transfer
 from nemo_brain.training.brain.engine import Draws, EngineRollout, probe_options
 from nemo_brain.training.brain.provenance import repeated_gap
 from nemo_brain.training.brain.strategy import BRAInStrategy
-from nemo_brain.training.build import export_for
+from nemo_brain.training.model import export_for
 
 _EXPORT_KEY = "rollout.remote.export_to"
 _TRANSFERS = 3  # in a row, each of which has lost all servers meanwhile

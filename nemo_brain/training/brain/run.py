@@ -28,17 +28,9 @@ from nemo_brain.training.brain.remote_rollout import RemoteRollout
 from nemo_brain.training.brain.rollout import RolloutWorker
 from nemo_brain.training.brain.state import BRAInState
 from nemo_brain.training.brain.strategy import BRAInStrategy
-from nemo_brain.training.build import (
-    export_for,
-    make_ddp,
-    make_gpt_config,
-    make_lora,
-    make_optimizer,
-    make_strategy,
-    make_weights,
-    rollout_stop,
-)
+from nemo_brain.training.build import make_ddp, make_optimizer, make_strategy
 from nemo_brain.training.frame import Frame
+from nemo_brain.training.model import export_for, make_gpt_config, make_lora, make_weights, rollout_stop
 from nemo_brain.training.run import Parts, train
 
 

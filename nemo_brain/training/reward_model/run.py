@@ -14,17 +14,9 @@ from nemo_brain.convert.reward import RewardExport, RewardWeights, is_reward_mod
 from nemo_brain.data.examples import checksum, read_examples
 from nemo_brain.data.preferences import load_preferences
 from nemo_brain.model.reward_head import RewardGPTConfig
-from nemo_brain.training.build import (
-    export_for,
-    make_ddp,
-    make_gpt_config,
-    make_lora,
-    make_optimizer,
-    make_strategy,
-    make_weights,
-    model_stop,
-)
+from nemo_brain.training.build import make_ddp, make_optimizer, make_strategy
 from nemo_brain.training.epochs import EpochState, steps_per_epoch
+from nemo_brain.training.model import export_for, make_gpt_config, make_lora, make_weights, model_stop
 from nemo_brain.training.reward_model.nemo_model import RewardModel
 from nemo_brain.training.reward_model.training import PreferenceLoop, PreferenceStrategy
 from nemo_brain.training.run import Parts, train

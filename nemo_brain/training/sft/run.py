@@ -16,17 +16,9 @@ from nemo_brain.config.sft import SFTConfig, check_sft_config
 from nemo_brain.convert.export import export_model
 from nemo_brain.data.demonstrations import load_demonstrations
 from nemo_brain.data.examples import checksum, read_examples
-from nemo_brain.training.build import (
-    export_for,
-    make_ddp,
-    make_gpt_config,
-    make_lora,
-    make_optimizer,
-    make_strategy,
-    make_weights,
-    model_stop,
-)
+from nemo_brain.training.build import make_ddp, make_optimizer, make_strategy
 from nemo_brain.training.epochs import EpochState, steps_per_epoch
+from nemo_brain.training.model import export_for, make_gpt_config, make_lora, make_weights, model_stop
 from nemo_brain.training.nemo_model import PackedModel
 from nemo_brain.training.run import Parts, train
 from nemo_brain.training.sft.training import CompletionLoop, CompletionStrategy
