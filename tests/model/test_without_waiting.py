@@ -17,6 +17,7 @@ from nemo_brain.model import attention
 from nemo_brain.model.passes import _Collect
 from nemo_brain.model.reward_head import RewardGPTConfig
 from nemo_brain.objectives import make_objective
+from nemo_brain.objectives.goodness import GOODNESS
 from nemo_brain.objectives.registry import OBJECTIVES
 from nemo_brain.training.brain.passes import BRAInPasses, Scores, _ObjectiveLoss
 from nemo_brain.training.reward_model.passes import PreferencePasses, _PreferenceLoss
@@ -86,6 +87,7 @@ def options_of(name: str) -> dict:
 def every_objective() -> dict[str, list[str]]:
     sections = {name: {"name": name, **options_of(name)} for name in OBJECTIVES}
     sections["dpg, z of the prompt"] = {"name": "dpg", "z": "prompt"}
+    sections |= {f"brain, {goodness}": {"name": "brain", "goodness": goodness} for goodness in GOODNESS}
     found = {}
     for title, section in sections.items():
         objective = make_objective(**section)
@@ -128,13 +130,6 @@ def test_neither_does_fine_tuning_nor_reward_training_nor_the_second_pass_nor_re
     assert run_ranks(other_passes, 1, kernel) == [[[]] * 5]
 
 
-def beta_goodness() -> None:
-    """The one that reads: its function is scipy's."""
-    objective = make_objective("brain", goodness="beta", gamma=1.0)
-    with pytest.raises(NotImplementedError, match="no data"):
-        run_on_meta(lambda groups: brain(groups, objective))
-
-
 class Curious(type(make_objective("brain"))):
     """Asks for a value, by one of several ways."""
 
@@ -170,6 +165,5 @@ def waiting_copy() -> list[str]:
 def test_a_read_would_be_found_and_so_would_a_copy_that_waits():
     for way in WAYS:
         run_ranks(reads, 1, way)
-    run_ranks(beta_goodness, 1)
     (found,) = run_ranks(waiting_copy, 1)
     assert len(found) == 2 * 2  # both copies, in both micro-batches

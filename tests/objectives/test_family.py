@@ -15,6 +15,7 @@ import torch
 from scipy import stats
 
 from nemo_brain.objectives import make_objective, target_divergences
+from nemo_brain.objectives.goodness import GOODNESS
 
 NAMES = ("policy_logprobs_GN", "prior_logprobs_GN", "proposal_logprobs_GN", "rewards_GN")
 CLOSE = {"rtol": 1e-11, "atol": 1e-12}  # roundings of float64 log-probs of 40 nats
@@ -376,6 +377,12 @@ def test_beta_goodness_is_the_chance_that_its_law_exceeds_one_half():
     places = ((known["rewards_GN"] - 0.5) / 5.0 + 0.5).numpy()
     good_GN = torch.from_numpy(stats.beta.sf(0.5, 24 * places, 24 - 24 * places))
     torch.testing.assert_close(alpha_GN, good_GN / good_GN.sum(-1, keepdim=True), rtol=1e-9, atol=1e-12)
+
+
+def test_beta_goodness_is_exact_over_its_whole_range():
+    scores = torch.linspace(1e-3, 1 - 1e-3, 2001, dtype=torch.float64)
+    exact = stats.beta.logsf(0.5, 24 * scores.numpy(), 24 - 24 * scores.numpy())
+    torch.testing.assert_close(GOODNESS["beta"](scores - 0.5), torch.from_numpy(exact), rtol=0, atol=1e-13)
 
 
 def test_beta_goodness_takes_rewards_beyond_its_range_as_its_ends():
