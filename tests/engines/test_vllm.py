@@ -232,7 +232,9 @@ def sampler(server: VLLM, smollm2: Path, directory: Path | None, tokens: int, *o
         ]
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
     options = SamplingOptions(outputs=8, max_new_tokens=tokens, stop=Stop((tokenizer.eos_token_id,)))
-    return RemoteSampler(config, options, tokenizer, len(tokenizer), 128, ServedWeights(directory, "a version"))
+    # Without either it is asked for outputs of whatever weights it has.
+    version = None if directory is None and config.transfer == "directory" else "a version"
+    return RemoteSampler(config, options, tokenizer, len(tokenizer), 128, ServedWeights(directory, version))
 
 
 def give(ours: RemoteSampler, model: AutoModelForCausalLM, names: str = "") -> list[str]:
