@@ -75,6 +75,7 @@ class CompletionServer:
         self.names = ["policy"]
         self.context = 1000
         self.versions = kind in ("vllm", "sglang")  # whether it can say which weights it has
+        self.silent = False  # it answers who asks for them by HTTP 503
         self.before: Callable[[dict], None] = lambda body: None  # called before a request is looked at
         self.answered = 0
         self.loads: list[Path] = []
@@ -203,6 +204,8 @@ class CompletionServer:
             _send(handler, 200, {"object": "list", "data": models})
         elif handler.path == "/health":
             _send(handler, 200, b"")
+        elif handler.path == "/weight_info" and self.silent:
+            _send(handler, 503, {})
         elif handler.path == {"vllm": "/weight_info", "sglang": "/model_info"}.get(self.kind) and self.versions:
             _send(handler, 200, {"weight_version": self.version})
         else:

@@ -23,7 +23,7 @@ from nemo_brain.core.together import within
 _CONNECT_SECONDS = 10
 _FIRST_DELAY, _LONGEST_DELAY = 0.25, 15.0  # seconds between attempts, doubled from one to the other
 _BAD_ANSWERS = 4  # so many times in a row a wrong answer is not a hiccup: the request would be answered so for ever
-_PASSING = (408, 425, 429)  # HTTP statuses that say "later"; so does every 5xx
+PASSING = (408, 425, 429)  # HTTP statuses that say "later"; so does every 5xx
 
 Answer = TypeVar("Answer")
 
@@ -118,7 +118,7 @@ class HTTPClient:
                     return read(_json(response))
                 refused(response)
                 problem = f"HTTP {response.status_code}: {excerpt(response)}"
-                if response.status_code < 500 and response.status_code not in _PASSING:
+                if response.status_code < 500 and response.status_code not in PASSING:
                     raise self.error(what, problem + self._hint(response.status_code))
                 bad = 0
                 pause = max(pause, _retry_after(response))

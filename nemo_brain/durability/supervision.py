@@ -79,7 +79,8 @@ class _Watch:
         self._store = _shared_store(self._rank)
         self._done = threading.Event()
         self._ending = threading.Event()  # the thread ends this process, for a reason that another rank has given
-        self._thread = threading.Thread(target=self._run, name="supervisor", daemon=True)
+        self._heard, self._lock = False, threading.Lock()
+        self._thread = threading.Thread(target=self._guarded, name="supervisor", daemon=True)
         self._thread.start()
 
     def stop(self) -> None:
@@ -99,12 +100,18 @@ class _Watch:
                     self._await_hearing(_GRACE_SECONDS, self._size - 1)  # the store ends with this rank
             elif verdict["error"] == error:  # as on all ranks: this one ends by itself
                 self._done.set()
-                self._store.add(_HEARD, 1)
+                self._hear()
             else:  # a consequence: the thread ends this process
                 self._thread.join()
         except RuntimeError:  # rank 0 has gone, and the store with it
             if self._ending.is_set() and not self._done.is_set():  # as it had said that it would
                 self._thread.join()
+
+    def _guarded(self) -> None:
+        try:
+            self._run()
+        except BaseException as error:  # nothing else would end this rank
+            self._end(f"its supervisor has failed: {type(error).__name__}: {error}")
 
     def _run(self) -> None:
         counted, total, since = heartbeats(), None, time.monotonic()
@@ -146,7 +153,7 @@ class _Watch:
         if verdict["kind"] == "hang":
             self._show_stacks()
         with contextlib.suppress(RuntimeError):
-            self._store.add(_HEARD, 1)
+            self._hear()
         if verdict["kind"] == "hang":
             self._await_hearing(_LAST_SECONDS, self._size)
             self._end(
@@ -158,6 +165,13 @@ class _Watch:
         first = f"rank {verdict['rank']} has failed, which ends this one: "
         whole = int(os.environ.get("LOCAL_RANK", 0)) == 0
         self._end(first + (f"\n{verdict['text'].rstrip()}" if whole else verdict["error"]))
+
+    def _hear(self) -> None:
+        """Says that this rank knows how the run ends, once."""
+        with self._lock:
+            if not self._heard:
+                self._heard = True
+                self._store.add(_HEARD, 1)
 
     def _await_hearing(self, seconds: float, count: int) -> None:
         """Until so many ranks know how the run ends."""
@@ -180,8 +194,10 @@ class _Watch:
         print(f"[rank {self._rank}] {text}", file=sys.stderr, flush=True)
 
     def _end(self, text: str) -> NoReturn:
-        self._print(text)
-        os._exit(1)
+        try:
+            self._print(text)
+        finally:  # also where nobody reads what is printed
+            os._exit(1)
 
 
 def _shared_store(rank: int) -> dist.TCPStore:

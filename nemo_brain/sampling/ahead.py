@@ -42,6 +42,7 @@ class AheadSampler:
         self.sampler = sampler
         self._seed = seed
         self._open: set[queue.SimpleQueue] = set()
+        self._failure: BaseException | None = None
         self._begun: asyncio.Queue[_Batch] = asyncio.Queue()
         self._running = contextlib.ExitStack()
         self._loop = self._running.enter_context(in_background(self._work, queue.SimpleQueue()))
@@ -57,7 +58,11 @@ class AheadSampler:
         """
         found: queue.SimpleQueue = queue.SimpleQueue()
         self._open.add(found)
-        self._loop.call_soon_threadsafe(self._begun.put_nowait, _Batch(iteration, prompts, found))
+        if self._failure is not None:
+            found.put(self._failure)
+        else:
+            with contextlib.suppress(RuntimeError):  # it has just failed, and says so
+                self._loop.call_soon_threadsafe(self._begun.put_nowait, _Batch(iteration, prompts, found))
         return self._groups(prompts, found)
 
     def close(self) -> None:
@@ -94,7 +99,8 @@ class AheadSampler:
                 finally:
                     await cancelled(draws)
         except BaseException as error:  # being closed, too: nobody waits for what does not come
-            for found in self._open:
+            self._failure = error
+            for found in list(self._open):
                 found.put(error)
             raise
 
@@ -102,7 +108,9 @@ class AheadSampler:
         prompt, iteration = batch.prompts[p], batch.iteration
         try:
             outputs = await self.sampler.outputs(pool, client, prompt, numbers, self._seed, iteration)
-        except Exception as error:  # whoever reads the iteration raises it
+        except BaseException as error:  # whoever reads the iteration raises it
             batch.found.put(error)
+            if not isinstance(error, Exception):
+                raise
         else:
             batch.found.put((p, outputs))

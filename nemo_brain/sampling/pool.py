@@ -22,6 +22,8 @@ from nemo_brain.sampling.server import Server
 
 _WATCH_SECONDS = 1.0  # between looks at a server's health
 _FAILURES = 2  # so many in a row, and it is lost
+_ATTEMPTS = 10  # answers to a request of which none counts
+_SILENT = "it does not say which weights it has"
 _WAITS = "it waits for the weights"
 
 Answer = TypeVar("Answer")
@@ -63,14 +65,15 @@ class ServedWeights:
 @dataclass
 class _Member:
     """A server and what it has to do. problem: why it is left out, otherwise None; last: why it last was; life: what it
-    last named with a right version, None if it never has; looked, named: the times at which it was last asked for that
-    and answered, and named a right one; looking: while it is asked."""
+    last named with a right version, None if it never has; tried, looked, named: when it was last asked for that, and
+    answered, and named a right one; looking: while it is asked."""
 
     server: Server
     tokens: int = 0
     problem: str | None = None
     last: str | None = None
     life: str | None = None
+    tried: float = -math.inf
     looked: float = -math.inf
     named: float = -math.inf
     lost: asyncio.Event = field(default_factory=asyncio.Event)
@@ -135,7 +138,10 @@ class Pool:
         """While it lasts, each server's health is looked at, and lost ones are taken back."""
         # Connections of their own: the others' may all be in use.
         async with self._members[0].server.client(2 * len(self._members)) as self._client:
-            await together(self._look(member) for member in self._members)
+            problems = await together(self._look(member) for member in self._members)
+            for member, problem in zip(self._members, problems, strict=True):
+                if problem is not None and member.problem is None:
+                    member.leave(problem)
             watchers = [asyncio.create_task(self._watch(member)) for member in self._members]
             try:
                 yield
@@ -160,26 +166,40 @@ class Pool:
         Raises:
             ValueError: ``request`` did, or no server was there for ``rollout.remote.timeout_seconds``.
         """
-        while True:
+        for _ in range(_ATTEMPTS):
             async with self._places:
                 answer, asked = await self._answer(what, tokens, request)
             if await self._had_the_weights(asked):
                 return answer
+        raise ValueError(
+            f"rollout.remote: {what}: {_ATTEMPTS} times its server was lost, or had other weights, before it had named "
+            f"them after its answer: {self._problems()}"
+        )
 
     async def _had_the_weights(self, asked: _Asked) -> bool:
         """Whether a server has had ours, whichever they were, from when it was asked to now."""
         member, now = asked.member, time.monotonic()
         while not asked.lost.is_set():
+            heartbeat()
             if member.named > now:
                 return asked.life == member.life
-            if member.looked > now and member.life is None and not self._weights.named:
+            if member.looked > now and asked.life is None and member.life is None:
                 return True  # it keeps no name: nobody can tell
-            if member.life is None or not any(other.tokens for other in self._members):  # nothing else to wait for
+            if time.monotonic() - now > member.server.timeout_seconds:
+                member.leave(_SILENT)
+            elif member.tried <= now and (member.life is None or not self._busy):  # otherwise the watcher will look
                 async with member.looking:
-                    if member.looked <= now and (problem := await self._look(member)) is not None:
-                        member.leave(problem)
-            await asyncio.sleep(_WATCH_SECONDS / 100)
+                    if member.tried <= now and not asked.lost.is_set():
+                        problem = await self._look(member)
+                        if problem is not None and not asked.lost.is_set():
+                            member.leave(problem)
+            else:
+                await asyncio.sleep(_WATCH_SECONDS / 10)
         return False
+
+    @property
+    def _busy(self) -> bool:
+        return any(member.tokens for member in self._members)
 
     async def _answer(
         self, what: str, tokens: int, request: Callable[[Server], Awaitable[Answer]]
@@ -233,13 +253,20 @@ class Pool:
                 failures = 0
 
     async def _take_back(self, member: _Member) -> None:
+        member.life = None
         try:
             await self._give(self._client, member, reload=False, doubt=True)
         except ValueError as error:
             member.problem = str(error)
             return
+        if member.server.waiting:
+            member.problem = _WAITS
+            return
         # Before it is asked for anything: what it is asked for counts under the name that it has by then.
-        problem = _WAITS if member.server.waiting else await self._look(member)
+        now = time.monotonic()
+        problem = await self._look(member)
+        if problem is None and member.looked < now:
+            problem = _SILENT
         if problem is None:
             member.join()
         else:
@@ -247,11 +274,13 @@ class Pool:
 
     async def _look(self, member: _Member) -> str | None:
         """What is wrong with the weights that a server says it has."""
-        asked = time.monotonic()
+        asked = member.tried = time.monotonic()
         try:
             found = await member.server.named_now(self._client)
         except httpx.HTTPError:
             return None  # whether it is lost, its health says
+        if found is None and (self._weights.named or member.life is not None):
+            return _SILENT
         member.looked = asked
         if found is None:
             return None

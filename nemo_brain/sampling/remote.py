@@ -313,7 +313,7 @@ def in_background(work: Callable, outcome: queue.SimpleQueue) -> Iterator[asynci
             loop.run_until_complete(task)
             outcome.put(None)
         except asyncio.CancelledError:
-            pass
+            outcome.put(RuntimeError("ended by nobody"))  # which nobody reads who has left the context
         except BaseException as error:  # the caller raises it
             outcome.put(error)
         finally:

@@ -15,7 +15,7 @@ from typing import Any
 import httpx
 
 from nemo_brain.config.remote import RemoteConfig
-from nemo_brain.core.http import BadAnswer, HTTPClient, excerpt
+from nemo_brain.core.http import PASSING, BadAnswer, HTTPClient, excerpt
 from nemo_brain.core.together import within
 
 _INCOMPLETE = "incomplete"  # the version of weights that have not come in full
@@ -64,7 +64,7 @@ class Server(HTTPClient):
         """Why ``/health`` says that the server is gone; None: it does not, or the server has no ``/health``."""
         try:
             response = await client.get(self.url + "/health", headers=self._headers(), timeout=_PROBE_SECONDS)
-        except httpx.TimeoutException:
+        except (httpx.ReadTimeout, httpx.WriteTimeout, httpx.PoolTimeout):
             return None  # it may have much to do
         except httpx.RequestError as error:
             return f"{type(error).__name__}: {error}"
@@ -144,7 +144,7 @@ class Server(HTTPClient):
         """
         path = "/model_info" if self.config.server == "sglang" else "/weight_info"
         response = await client.get(self.url + path, headers=self._headers(), timeout=_PROBE_SECONDS)
-        if response.is_server_error:
+        if response.is_server_error or response.status_code in PASSING:
             response.raise_for_status()
         with contextlib.suppress(ValueError, KeyError, TypeError):
             if response.is_success:

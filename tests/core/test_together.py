@@ -99,6 +99,15 @@ def test_a_result_within_the_time_and_none():
     asyncio.run(asyncio.wait_for(main(), 10))
 
 
+def test_work_in_the_background_that_nobody_has_ended_says_so():
+    async def ends() -> None:
+        raise asyncio.CancelledError
+
+    outcome: queue.SimpleQueue = queue.SimpleQueue()
+    with in_background(ends, outcome):
+        assert isinstance(outcome.get(timeout=10), RuntimeError)
+
+
 def test_work_in_the_background_is_ended_with_its_thread():
     deaf = Deaf()
     began = time.monotonic()

@@ -100,7 +100,11 @@ def fails(run_dir: str, stuck: bool, *overrides: str) -> None:
     run(toy_config(f"run_dir={run_dir}", *SMALL, *overrides), callbacks=[Fails(stuck)])
 
 
-def hangs(run_dir: Path, fails: bool) -> None:
+def hangs(run_dir: Path, fails: bool, unread: bool = False) -> None:
+    if unread:  # what it prints: as after the end of a launcher
+        reading, writing = os.pipe()
+        os.dup2(writing, 2)
+        os.close(reading)
     overrides = (f"run_dir={run_dir}", *SMALL, "trainer.hang_timeout_minutes=0.1")
     run(toy_config(*overrides), callbacks=[Hangs(run_dir / "stacks" if fails else None)])
 
@@ -138,6 +142,12 @@ def test_a_run_that_hangs_prints_every_ranks_stacks_and_ends(tmp_path):
         assert (run_dir / "stacks" / f"rank_{rank:05d}.txt").read_text() in said
     assert "a_lock_that_nobody_opens" in ends[1][1] and "a_lock_that_nobody_opens" not in ends[0][1]
     assert "distributed_c10d.py" in ends[0][1], "it waits in a collective"
+
+
+def test_a_run_that_hangs_ends_though_nobody_reads_what_it_prints(tmp_path):
+    for seconds, said in started(hangs, 2, tmp_path, tmp_path / "run", False, True):
+        assert seconds < 2 * SECONDS and "stacks" not in said
+    assert len(list((tmp_path / "run" / "stacks").iterdir())) == 2
 
 
 def test_what_a_hang_makes_fail_is_not_taken_for_the_cause(tmp_path):

@@ -244,6 +244,55 @@ def test_no_output_counts_of_a_server_that_was_started_again_unnoticed(directory
         assert not starts and len(server.loads) >= 2 and are_of(expected, policy)
 
 
+@pytest.mark.parametrize("noticed", [False, True], ids=["unnoticed", "noticed"])
+def test_a_server_that_names_its_weights_no_longer_gets_them_again(directory, policy, short_watch, noticed):
+    """Started again without what makes it name them, it is taken as one that never has."""
+    with CompletionServer(directory) as server:
+        ours = sampler(server, reload=LOAD, directory=policy, version="1")
+        ours.refresh(reload=True)
+        expected = sampled(ours)
+        begun = threading.Event()
+
+        def before(body) -> None:
+            if server.answered > 20 and not begun.is_set():
+                begun.set()
+                server.versions = False
+                if noticed:
+                    server.kill()
+                    threading.Timer(0.3, server.restart).start()
+                else:
+                    server.replace()
+
+        server.before = before
+        assert sampled(ours) == expected
+        assert begun.is_set() and len(server.loads) == 2
+
+
+def test_a_server_that_gives_no_answer_about_its_weights_is_given_up(directory, policy, short_watch):
+    with CompletionServer(directory) as server:
+        ours = sampler(server, reload=LOAD, directory=policy, version="1", timeout_seconds=1.0)
+        ours.refresh(reload=True)
+        server.before = lambda body: setattr(server, "silent", True)
+        started = time.monotonic()
+        with pytest.raises(
+            ValueError, match=r"timeout_seconds=1: .*(does not say which weights|version of its weights)"
+        ):
+            sampled(ours)
+        assert time.monotonic() - started < 15
+
+
+def test_a_server_that_has_always_just_been_started_again_is_given_up(directory, policy, short_watch, monkeypatch):
+    monkeypatch.setattr(pool_module, "_ATTEMPTS", 3)
+    with CompletionServer(directory) as server:
+        ours = sampler(server, concurrency=1, reload=LOAD, directory=policy, version="1")
+        ours.refresh(reload=True)
+        server.before = lambda body: server.replace()
+        with pytest.raises(
+            ValueError, match=r"prompt 'p\d', output \d: 3 times its server was lost, or had other weights"
+        ):
+            sampled(ours)
+
+
 def test_weights_that_a_server_changes_on_its_own_are_seen_by_their_version(directory, policy, short_watch):
     with CompletionServer(directory) as server:
         ours = sampler(server, concurrency=1, reload=LOAD, directory=policy, version="1")
