@@ -36,6 +36,7 @@ from nemo_brain.model.random_weights import RandomWeights
 from nemo_brain.model.weights import Weights, load_weights
 from nemo_brain.objectives import make_objective
 from nemo_brain.training.brain.passes import BRAInPasses, Scores
+from nemo_brain.training.model import provide_fused_rotary
 
 SMOLLM2 = "SmolLM2-135M"
 ON_CARD = torch.cuda.is_available()
@@ -165,6 +166,7 @@ def build(size: str, kind: type[GPTConfig] = PackedGPTConfig, **options) -> Trai
 def bare(size: str, kind: type[GPTConfig] = PackedGPTConfig, **options) -> tuple[torch.nn.Module, GPTConfig, Weights]:
     """This rank's chunk alone, as ``build`` wraps it, with its config and where its weights come from."""
     weights = weights_of(size)
+    provide_fused_rotary()
     # NeMo's own config has no place for our additional fields, which are at their defaults here.
     fields = {field.name for field in dataclasses.fields(kind)}
     config = kind(

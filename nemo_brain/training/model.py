@@ -126,7 +126,7 @@ def _check_division(given: Mapping[str, Any], model: ModelConfig) -> None:
         raise ValueError(f"model.gpt.hidden_size ({given['hidden_size']}) must be a multiple of the {heads} heads")
 
 
-def _provide_fused_rotary() -> None:
+def provide_fused_rotary() -> None:
     """Gives Megatron ours on a card where nobody else's is there."""
     if torch.cuda.is_available() and lacks_fused_rotary() and importlib.util.find_spec("triton") is not None:
         from nemo_brain.model import rotary_kernel
@@ -137,7 +137,7 @@ def _provide_fused_rotary() -> None:
 
 def _run_fields(model: ModelConfig, trainer: RanksConfig, given: Mapping[str, Any]) -> dict[str, Any]:
     """How the model that ``given`` describes is run here, unless it says so itself."""
-    _provide_fused_rotary()
+    provide_fused_rotary()
     fields: dict[str, Any] = {
         "params_dtype": weights_dtype(trainer),
         "pipeline_dtype": weights_dtype(trainer),

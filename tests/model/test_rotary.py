@@ -76,12 +76,12 @@ def test_a_models_gradients_are_those_without_it():
 def test_it_is_used_on_a_card_where_it_works_and_nobody_elses_is_there(packaged, usable, expected, monkeypatch):
     slot = "megatron.core.models.common.embeddings.rope_utils.fused_apply_rotary_pos_emb"
     monkeypatch.setattr(slot, packaged)
-    training_model._provide_fused_rotary()
+    training_model.provide_fused_rotary()
     assert options.rope_utils.fused_apply_rotary_pos_emb is packaged, "nothing without a card"
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.current_device", lambda: 0)
     monkeypatch.setattr(rotary_kernel, "usable", lambda device: usable)
-    training_model._provide_fused_rotary()
+    training_model.provide_fused_rotary()
     expected = rotary_kernel.apply_rotary if expected == "ours" else expected
     assert options.rope_utils.fused_apply_rotary_pos_emb is expected
     assert options.gpt_options(False, {}).get("apply_rope_fusion", False) is (expected is not None)
