@@ -18,11 +18,12 @@ import socket
 import threading
 from collections import Counter
 from collections.abc import Callable
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+from listener import Listener
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from nemo_brain.data.tokenizers import byte_tokenizer
@@ -151,13 +152,11 @@ class CompletionServer:
             def log_message(self, *args):
                 pass
 
-        class Listener(ThreadingHTTPServer):
-            daemon_threads = True
-
+        class Quiet(Listener):
             def handle_error(self, *args):
                 pass  # the other end has gone
 
-        self.http = Listener(("127.0.0.1", self._port), Handler)
+        self.http = Quiet(("127.0.0.1", self._port), Handler)
         self._port = self.http.server_port
         self.url = f"http://127.0.0.1:{self._port}"
         threading.Thread(target=self.http.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()

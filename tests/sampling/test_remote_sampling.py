@@ -198,14 +198,15 @@ def until(condition) -> bool:
 
 
 def test_groups_come_as_they_are_finished_and_closing_ends_the_requests(directory):
-    def late(body) -> None:
-        if body["prompt"] == PROMPTS[0].token_ids:
-            until(lambda: server.answered >= 12)  # the first one of these to go on adds to it
-
+    others = threading.Event()
     with CompletionServer(directory) as server:
-        server.before = late
-        order = [index for index, _ in finished(sampler(server, concurrency=16))]
-        assert order[-1] == 0 and len(order) == 4
+        server.before = lambda body: body["prompt"] == PROMPTS[0].token_ids and others.wait(9)
+        order = []
+        for index, _ in finished(sampler(server, concurrency=16)):
+            order.append(index)
+            if sorted(order) == [1, 2, 3]:
+                others.set()
+        assert order[-1] == 0 and others.is_set()
 
         # Requests go on while the caller works on a group.
         server.bodies.clear()
