@@ -60,6 +60,12 @@ def pytest_collection_finish() -> None:
     gc.enable()
 
 
+@pytest.fixture
+def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between attempts at a request."""
+    monkeypatch.setattr("nemo_brain.core.http._FIRST_DELAY", 0.02)
+
+
 @pytest.fixture(scope="session")
 def warm_python() -> Iterator[Path]:
     """A program that stands for python and has imported NeMo."""

@@ -28,10 +28,10 @@ def apply_rotary(t_SBHD: torch.Tensor, freqs_SR: torch.Tensor, interleaved: bool
         freqs_SR: angles in radians, float32 [S, 1, 1, R].
 
     Raises:
-        NotImplementedError: ``interleaved``.
+        ValueError: ``interleaved``.
     """
     if interleaved:
-        raise NotImplementedError("rotary_interleaved: set model.options.apply_rope_fusion=false")
+        raise ValueError("rotary_interleaved is not fused here: set model.options.apply_rope_fusion=false")
     turned: torch.Tensor = _Rotary.apply(t_SBHD, freqs_SR)
     return turned
 

@@ -48,17 +48,18 @@ def beta(scaled_rewards_GN: torch.Tensor) -> torch.Tensor:
 
 def _log_upper_half(scores_GN: torch.Tensor) -> torch.Tensor:
     """log of the chance that Beta(24 s, 24 - 24 s) exceeds 1/2, for s up to 1/2, where its density is smooth there."""
-    places_K, log_weights_K = _upper_half(scores_GN.device)
+    logs_K, complements_K, weights_K = _upper_half(scores_GN.device)
     a_GN = _RATINGS * scores_GN
     b_GN = _RATINGS - a_GN
-    densities_GNK = (a_GN[..., None] - 1) * places_K.log() + (b_GN[..., None] - 1) * torch.log1p(-places_K)
-    mass_GN = (log_weights_K + densities_GNK).logsumexp(dim=-1)
+    densities_GNK = (a_GN[..., None] - 1) * logs_K + (b_GN[..., None] - 1) * complements_K
+    mass_GN = (weights_K + densities_GNK).logsumexp(dim=-1)
     return mass_GN + torch.lgamma(a_GN + b_GN) - torch.lgamma(a_GN) - torch.lgamma(b_GN)
 
 
 @functools.lru_cache(maxsize=8)
-def _upper_half(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gauss's nodes within [1/2, 1] and the logs of their weights, float64 [K]."""
+def _upper_half(device: torch.device) -> tuple[torch.Tensor, ...]:
+    """log t, log(1 - t) and log w of Gauss's nodes t within [1/2, 1] and their weights w, float64 [K]."""
     nodes_K, weights_K = (torch.from_numpy(values) for values in np.polynomial.legendre.leggauss(_NODES))
-    places_K, log_weights_K = 0.75 + nodes_K / 4, (weights_K / 4).log()
-    return places_K.to(device, non_blocking=True), log_weights_K.to(device, non_blocking=True)
+    places_K = 0.75 + nodes_K / 4
+    logs = (places_K.log(), torch.log1p(-places_K), (weights_K / 4).log())
+    return tuple(values_K.to(device, non_blocking=True) for values_K in logs)

@@ -104,15 +104,15 @@ class Pool:
     Args:
         servers: at least one.
         weights: that they are to have.
-        requests: so many at a time; None: the caller sees to that.
+        requests: so many at a time to each.
     """
 
-    def __init__(self, servers: Sequence[Server], weights: ServedWeights, requests: int | None = None):
+    def __init__(self, servers: Sequence[Server], weights: ServedWeights, requests: int):
         self._members = [_Member(server) for server in servers]
         self._weights = weights
-        self._places = contextlib.nullcontext() if requests is None else asyncio.Semaphore(requests)
+        self._places = asyncio.Semaphore(requests * len(self._members))
 
-    async def bring(self, reload: bool, doubt: bool = False) -> None:
+    async def bring(self, reload: bool) -> None:
         """Gives all servers that answer the weights: see ``Server.bring``. ValueError: one that answers failed.
 
         A server that does not answer is left out, unless it is the only one: that is waited for. One that is
@@ -123,7 +123,7 @@ class Pool:
             async with member.server.client() as client:
                 problem = await member.server.failure(client) if len(self._members) > 1 else None
                 if problem is None:
-                    await self._give(client, member, reload=reload, doubt=doubt)
+                    await self._give(client, member, reload=reload, doubt=False)
                     if member.server.waiting:
                         member.problem = _WAITS
                 else:

@@ -114,7 +114,7 @@ class RemoteSampler:
             ValueError: a step failed, or a server does not come back, or without ``rollout.remote.model``, or with too
                 short a context.
         """
-        pool = Pool(self._servers, self._weights)
+        pool = Pool(self._servers, self._weights, self.config.concurrency)
         outcome: queue.SimpleQueue = queue.SimpleQueue()
         with in_background(lambda: pool.bring(reload), outcome):
             if (error := outcome.get()) is not None:
@@ -208,11 +208,10 @@ class RemoteSampler:
     async def connected(self, reload: bool = False) -> AsyncIterator[tuple[Pool, httpx.AsyncClient]]:
         """The servers, watched, and connections to them, for ``outputs``; as many requests at a time as may be. reload:
         they are given the weights anew first."""
-        count = self.config.concurrency * len(self._servers)
-        pool = Pool(self._servers, self._weights, count)
+        pool = Pool(self._servers, self._weights, self.config.concurrency)
         if reload:
             await pool.bring(reload)
-        async with self._servers[0].client(count) as client, pool.watched():
+        async with self._servers[0].client(self.config.concurrency * len(self._servers)) as client, pool.watched():
             yield pool, client
 
     def requests(self, numbers: Sequence[int]) -> Iterator[range]:

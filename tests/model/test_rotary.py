@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from cards import DEVICE, ON_CARD
+from compiled_kernels import compiled
 from ranks import run_ranks
 from small_models import small_config, start
 
@@ -112,8 +109,5 @@ for capability in (80, 90, 100):
 
 def test_the_kernel_compiles_for_cards(tmp_path):
     """Ampere, Hopper and Blackwell; with cosines that are exact for hundreds of radians."""
-    environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path), "TRITON_INTERPRET": "0"}
-    command = [sys.executable, "-c", COMPILE]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    sizes = [[int(number) for number in line.split()] for line in run.stdout.splitlines()]
+    sizes = [[int(number) for number in line.split()] for line in compiled(COMPILE, tmp_path)]
     assert len(sizes) == 12 and all(size > 0 and not approximate for size, approximate in sizes), sizes

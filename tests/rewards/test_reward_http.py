@@ -16,7 +16,6 @@ from ranks import free_port, run_ranks
 from reward_server import RewardServer
 from toy_runs import recorded_run, toy_config
 
-from nemo_brain.core import http as http_client
 from nemo_brain.rewards.build import make_reward
 from nemo_brain.rewards.http import HTTPReward
 from nemo_brain.rewards.protocol import compute_rewards
@@ -26,9 +25,7 @@ OUTPUTS = ["a", "bb", "ccc", "dddd", "eeeee", "", "ggggggg"]
 LENGTHS = [float(len(output)) for output in OUTPUTS]
 
 
-@pytest.fixture(autouse=True)
-def short_pauses(monkeypatch):
-    monkeypatch.setattr(http_client, "_FIRST_DELAY", 0.02)
+pytestmark = pytest.mark.usefixtures("short_pauses")
 
 
 def http_reward(where: RewardServer | str, **arguments) -> HTTPReward:

@@ -5,14 +5,12 @@ In the place of a CUDA graph stands a recording of torch's operations, which is 
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from compiled_kernels import compiled
 from ranks import run_ranks
 from sampled_gpts import GPT, OPTIONS, PROMPTS, TOKENIZER, VOCAB, build, in_order, tokens_of
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -51,10 +49,7 @@ for capability in (80, 90, 100):
 
 def test_the_kernel_compiles_for_cards_and_fits_their_shared_memory(tmp_path):
     """Ampere (163 KiB of it), Hopper and Blackwell (227 KiB), with heads of 128."""
-    environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path), "TRITON_INTERPRET": "0"}
-    command = [sys.executable, "-c", COMPILE]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    shared = [int(size) for size in run.stdout.split()]
+    shared = [int(size) for size in compiled(COMPILE, tmp_path)]
     assert len(shared) == 6 and max(shared) < 163 * 1024
 
 

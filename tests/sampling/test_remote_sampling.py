@@ -10,7 +10,6 @@ import math
 import threading
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,7 +23,6 @@ from transformers import AutoModelForCausalLM
 
 from nemo_brain.config.brain import check
 from nemo_brain.config.remote import RemoteConfig
-from nemo_brain.core import http as http_client
 from nemo_brain.core.groups import Prompt
 from nemo_brain.data.stop import Stop
 from nemo_brain.data.tokenizers import decode
@@ -35,14 +33,7 @@ from nemo_brain.sampling.sampler import SamplingOptions
 LENGTH, ROWS = 3, 3_000  # of the test of the law: tokens of an output, outputs
 
 
-@pytest.fixture(autouse=True)
-def short_pauses(monkeypatch):
-    monkeypatch.setattr(http_client, "_FIRST_DELAY", 0.02)
-
-
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory) -> Path:
-    return save_model(tmp_path_factory.mktemp("model"), VOCAB, END)
+pytestmark = pytest.mark.usefixtures("short_pauses")
 
 
 @pytest.mark.parametrize(

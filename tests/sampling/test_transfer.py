@@ -16,7 +16,6 @@ from completion_server import END, TOKENIZER, VOCAB, CompletionServer, save_mode
 from transformers import AutoModelForCausalLM
 
 from nemo_brain.config.remote import RemoteConfig
-from nemo_brain.core import http as http_client
 from nemo_brain.core.groups import Prompt, SampledGroup
 from nemo_brain.data.stop import Stop
 from nemo_brain.sampling import transfer as transfer_module
@@ -29,8 +28,7 @@ PROMPTS = [Prompt("p", "a", [97]), Prompt("q", "xy", [120, 121])]
 
 
 @pytest.fixture(autouse=True)
-def short_pauses(monkeypatch):
-    monkeypatch.setattr(http_client, "_FIRST_DELAY", 0.02)
+def short_looks(short_pauses, monkeypatch):
     monkeypatch.setattr(transfer_module, "_LOOK_SECONDS", 0.05)
 
 
