@@ -22,7 +22,7 @@ STRATEGY_OPTIONS: dict[str, Any] = dict(
 
 # Of NeMo's GPTConfig, with virtual stages: how Megatron's interleaved schedule passes hidden states on. Batched, two
 # ranks that send to each other in both directions take one message for the other; deallocated once they have been
-# sent, outputs under way are overwritten. docs/layouts.md has more, tests/host/test_virtual_stages.py the first.
+# sent, outputs under way are overwritten. docs/layouts.md has more, tests/host/test_pipeline.py the first.
 INTERLEAVED: dict[str, Any] = dict(overlap_p2p_comm=True, batch_p2p_comm=False, deallocate_pipeline_outputs=False)
 
 
@@ -35,6 +35,9 @@ def gpt_options(virtual_stages: bool, gpt: Mapping[str, Any]) -> dict[str, Any]:
     """
     options = dict(
         cross_entropy_loss_fusion=False,
+        # The card is waited for after every message between stages, because of a fault that torch had until 1.13
+        # (pytorch/pytorch#82450): the messages themselves are waited for.
+        batch_p2p_sync=False,
     )
     if virtual_stages:
         options |= INTERLEAVED

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from nemo_brain.core.groups import Group
 from nemo_brain.core.heartbeat import heartbeat
 from nemo_brain.core.packing import Chunk, MicroBatch, Plan, pack, plan
+from nemo_brain.host.pipeline import run_schedule
 from nemo_brain.model.gpt import PackedGPTConfig
 
 
@@ -98,13 +98,11 @@ class GroupPasses:
             )
             return out, lambda logprobs_ET, **_: finish(batch, logprobs_ET)
 
-        return get_forward_backward_func()(
+        return run_schedule(
+            chunks,
+            [batch.tokens_1S.shape[1] for batch in batches],
             forward_step_func=step,
             data_iterator=[iter(batches) for _ in chunks] if len(chunks) > 1 else iter(batches),
-            model=list(chunks),
-            num_microbatches=len(mine),
-            seq_length=self.budget,
-            micro_batch_size=1,
             forward_only=isinstance(finish, _Collect),
             collect_non_loss_data=isinstance(finish, _Collect),
         )
