@@ -6,7 +6,9 @@ vocabulary), C columns of a chunk, E temperatures.
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterable, Iterator
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -17,7 +19,7 @@ from nemo_brain.logprobs import locate, vocabulary_shard
 
 # The logits of so many bytes exist at a time: enough for products at full speed on a CPU, and on a card most of it.
 _CHUNK_BYTES = {"cpu": 2**25, "cuda": 2**29}
-_SHARE_OF_FREE = 8  # never more than 1 / 8 of a card's free memory: three chunks exist at a time in the backward pass
+_SHARE_OF_FREE = 8  # never more than 1 / 8 of a card's free memory: up to three chunks exist at a time, without Triton
 _ALIGNED = 256  # columns: products of other widths take slow kernels on a card
 
 
@@ -85,48 +87,45 @@ class _LinearLogProbs(torch.autograd.Function):
     ) -> torch.Tensor:
         dtype = torch.promote_types(hidden_TH.dtype, torch.float32)
         chunks = _chunks(real_columns, chunk_bytes // max(1, len(targets_T) * dtype.itemsize))
+        kernels = _kernels(hidden_TH.device, dtype)
         max_T = hidden_TH.new_full(targets_T.shape, -torch.inf, dtype=dtype)  # of this rank's logits so far
         sums_ET = max_T.new_zeros(len(scales), len(targets_T))  # of exp(scale * (logit - max_T))
-        target_T = torch.zeros_like(max_T)  # the target's logit ...
-        mine_T = torch.zeros_like(max_T)  # ... on the rank that has it
+        target_T = torch.zeros_like(max_T)  # the target's logit, on the rank that has it
         scale_E1 = torch.cat([max_T.new_full((1, 1), scale) for scale in scales])  # a copy from the host would wait
-        logits_TC = exps_TC = None
+        logits_TC = None
         for part in chunks:
-            logits_TC = exps_TC = None  # one chunk's at a time
+            logits_TC = None  # one chunk's at a time
             logits_TC = _product(hidden_TH, weight_VH[part].T)
-            column_T1, here_T = locate(targets_T - part.start, part.stop - part.start)
-            mine_T += here_T
-            target_T += torch.where(here_T, logits_TC.gather(1, column_T1)[:, 0], 0.0)
-            higher_T = torch.maximum(max_T, logits_TC.amax(-1))
-            sums_ET *= (scale_E1 * (max_T - higher_T)).exp()
-            max_T = higher_T
-            for e, exps_TC in enumerate(_exps(logits_TC.sub_(max_T[:, None]), scales)):
-                sums_ET[e] += exps_TC.sum(-1)
+            if kernels is not None:
+                kernels.add_chunk(logits_TC, targets_T, part.start, scale_E1[:, 0], max_T, sums_ET, target_T)
+            else:
+                _add_chunk(logits_TC, targets_T - part.start, scales, scale_E1, max_T, sums_ET, target_T)
         local_max_T = max_T
         if group is not None:
             max_T = local_max_T.clone()
             dist.all_reduce(max_T, op=dist.ReduceOp.MAX, group=group)
             sums_ET *= (scale_E1 * (local_max_T - max_T)).exp()
-        totals = torch.cat([sums_ET, ((target_T - max_T) * mine_T)[None]])
+        _, mine_T = locate(targets_T, real_columns)
+        totals = torch.cat([sums_ET, torch.where(mine_T, target_T - max_T, 0.0)[None]])
         if group is not None:
             dist.all_reduce(totals, op=dist.ReduceOp.SUM, group=group)
         sums_ET, shifted_target_T = totals[:-1], totals[-1]
-        ctx.save_for_backward(hidden_TH, weight_VH, targets_T, max_T, sums_ET)
-        ctx.group, ctx.scales, ctx.chunks = group, scales, chunks
+        ctx.save_for_backward(hidden_TH, weight_VH, targets_T, max_T, sums_ET, scale_E1)
+        ctx.group, ctx.scales, ctx.chunks, ctx.kernels = group, scales, chunks, kernels
         # The last chunk's need not be made again; one temperature is all that is ever trained with.
-        ctx.kept = (exps_TC, local_max_T) if len(scales) == 1 else None
+        ctx.kept = (logits_TC, local_max_T) if len(scales) == 1 else None
         return scale_E1 * shifted_target_T - sums_ET.log()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_ET: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        hidden_TH, weight_VH, _, max_T, _ = ctx.saved_tensors
+        hidden_TH, weight_VH, _, max_T, *_ = ctx.saved_tensors
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         # Summed over the chunks in the accumulation dtype.
         grad_hidden_TH: Any = torch.zeros_like(hidden_TH, dtype=max_T.dtype) if needs_hidden else None
         grad_weight_VH: Any = torch.zeros_like(weight_VH) if needs_weight else None
         for part in reversed(ctx.chunks):  # the kept chunk first, so that its memory serves the others
-            grad_TC = _logit_gradient(ctx, part, grad_ET).to(weight_VH.dtype)
+            grad_TC = _logit_gradient(ctx, part, grad_ET)
             if needs_weight:
                 torch.mm(grad_TC.T, hidden_TH, out=grad_weight_VH[part])
             if needs_hidden:
@@ -139,17 +138,41 @@ class _LinearLogProbs(torch.autograd.Function):
         return grad_hidden_TH, grad_weight_VH, None, None, None, None, None
 
 
+def _add_chunk(
+    logits_TC: torch.Tensor,
+    targets_T: torch.Tensor,
+    scales: tuple[float, ...],
+    scale_E1: torch.Tensor,
+    max_T: torch.Tensor,
+    sums_ET: torch.Tensor,
+    target_T: torch.Tensor,
+) -> None:
+    """Adds a chunk's columns to what is known of those before, in place; the logits become exps of the last scale."""
+    column_T1, here_T = locate(targets_T, logits_TC.shape[1])
+    target_T += torch.where(here_T, logits_TC.gather(1, column_T1)[:, 0], 0.0)
+    higher_T = torch.maximum(max_T, logits_TC.amax(-1))
+    sums_ET *= (scale_E1 * (max_T - higher_T)).exp()
+    max_T.copy_(higher_T)
+    for e, exps_TC in enumerate(_exps(logits_TC.sub_(max_T[:, None]), scales)):
+        sums_ET[e] += exps_TC.sum(-1)
+
+
 def _logit_gradient(ctx: Any, part: slice, grad_ET: torch.Tensor) -> torch.Tensor:
-    """[T, C]: sum over the temperatures of grad * scale * (1[target] - p)."""
-    hidden_TH, weight_VH, targets_T, max_T, sums_ET = ctx.saved_tensors
-    if ctx.kept is not None:
-        exps: Iterable[torch.Tensor]
-        (exps_TC, local_max_T), ctx.kept = ctx.kept, None  # overwritten below: a second backward makes it again
-        # It is less this rank's maximum, the sums are less that of all ranks.
-        exps_TC *= (ctx.scales[0] * (local_max_T - max_T)).exp()[:, None]
-        exps = [exps_TC]
+    """[T, C] in the weight's dtype: sum over the temperatures of grad * scale * (1[target] - p)."""
+    hidden_TH, weight_VH, targets_T, max_T, sums_ET, scale_E1 = ctx.saved_tensors
+    kept, ctx.kept = ctx.kept, None  # overwritten below: a second backward makes it again
+    logits_TC = _product(hidden_TH, weight_VH[part].T) if kept is None else kept[0]
+    if ctx.kernels is not None:
+        gradient_TC: torch.Tensor = ctx.kernels.logit_gradient(
+            logits_TC, targets_T, part.start, scale_E1[:, 0], max_T, sums_ET, grad_ET, weight_VH.dtype
+        )
+        return gradient_TC
+    exps: Iterable[torch.Tensor]
+    if kept is None:
+        exps = _exps(logits_TC.sub_(max_T[:, None]), ctx.scales)
     else:
-        exps = _exps(_product(hidden_TH, weight_VH[part].T).sub_(max_T[:, None]), ctx.scales)
+        # They are exps less this rank's maximum, the sums are less that of all ranks.
+        exps = [logits_TC.mul_((scale_E1[0] * (kept[1] - max_T)).exp()[:, None])]
     column_T1, here_T = locate(targets_T - part.start, part.stop - part.start)
     total_TC: Any = None
     for e, exps_TC in enumerate(exps):
@@ -157,7 +180,8 @@ def _logit_gradient(ctx: Any, part: slice, grad_ET: torch.Tensor) -> torch.Tenso
         term_TC = exps_TC.mul_((-grad_T / sums_ET[e])[:, None])
         term_TC.scatter_add_(1, column_T1, torch.where(here_T, grad_T, 0.0)[:, None])
         total_TC = term_TC if total_TC is None else total_TC.add_(term_TC)
-    return total_TC
+    gradient_TC = total_TC.to(weight_VH.dtype)
+    return gradient_TC
 
 
 def _exps(shifted_TC: torch.Tensor, scales: tuple[float, ...]) -> Iterator[torch.Tensor]:
@@ -180,6 +204,15 @@ def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
         total.addmm_(a, b)
     else:
         total += _product(a, b)
+
+
+def _kernels(device: torch.device, dtype: torch.dtype) -> ModuleType | None:
+    """``output_kernels``, on a card where Triton and they work, for logits in float32."""
+    if device.type != "cuda" or dtype != torch.float32 or importlib.util.find_spec("triton") is None:
+        return None
+    from nemo_brain.model import output_kernels
+
+    return output_kernels if output_kernels.usable(device) else None
 
 
 def _budget(device: torch.device) -> int:

@@ -13,7 +13,7 @@ from ranks import run_ranks
 from torch.profiler import ProfilerActivity, profile
 
 from nemo_brain.logprobs import vocab_parallel_logprobs
-from nemo_brain.model import output_layer
+from nemo_brain.model import output_kernels, output_layer
 from nemo_brain.model.output_layer import linear_logprobs
 
 T, H, V = 11, 6, 48
@@ -53,12 +53,14 @@ def reference(hidden, weight, targets, grad, temperatures, real_vocab_size):
     return logprobs.detach(), hidden.grad, weight.grad
 
 
-def _check(group, ranks: int, rank: int) -> None:
+def _check(group, ranks: int, rank: int, kernels: bool) -> None:
     rows = slice(rank * V // ranks, (rank + 1) * V // ranks)
+    if kernels:
+        output_layer._kernels = lambda device, dtype: output_kernels if dtype == torch.float32 else None
     for dtype, temperatures, real in CASES:
         hidden, weight, targets, grad = draw(dtype, real, len(temperatures))
         expected = reference(hidden, weight, targets, grad, temperatures, real)
-        for chunk_bytes in CHUNKS:
+        for chunk_bytes in CHUNKS[1:] if kernels else CHUNKS:
             ours = hidden.clone().requires_grad_(), weight[rows].clone().requires_grad_()
             logprobs = linear_logprobs(*ours, targets, group, temperatures, real, chunk_bytes)
             assert logprobs.dtype == torch.promote_types(dtype, torch.float32)
@@ -77,21 +79,24 @@ def _check(group, ranks: int, rank: int) -> None:
                 )
 
 
-def test_one_rank_without_a_group():
-    _check(None, 1, 0)
+@pytest.mark.parametrize("kernels", [False, True], ids=["torch", "Triton"])
+def test_one_rank_without_a_group(kernels, monkeypatch):
+    monkeypatch.setattr(output_layer, "_kernels", output_layer._kernels)
+    _check(None, 1, 0, kernels)
 
 
-def _with_group():
+def _with_group(kernels):
     dist.init_process_group("gloo", init_method="env://")
     try:
-        _check(dist.group.WORLD, dist.get_world_size(), dist.get_rank())
+        _check(dist.group.WORLD, dist.get_world_size(), dist.get_rank(), kernels)
     finally:
         dist.destroy_process_group()
 
 
+@pytest.mark.parametrize("kernels", [False, True], ids=["torch", "Triton"])
 @pytest.mark.parametrize("ranks", [1, 2, 4])
-def test_tensor_parallel_ranks(ranks):
-    run_ranks(_with_group, ranks)
+def test_tensor_parallel_ranks(ranks, kernels):
+    run_ranks(_with_group, ranks, kernels)
 
 
 def test_frozen_weight_or_hidden_states():
