@@ -48,6 +48,7 @@ PARTS = {
     "nemo": Part("nemo", 20),
     "launches": Part("launches", 15),
     "sampling": Part("sampled", 60),
+    "attention, FlexAttention": Part("flex_attention_of_a_layer", 40),
     "step, Transformer Engine": Part("step", 60, _TRANSFORMER_ENGINE),
     "nemo, Transformer Engine": Part("nemo", 20, _TRANSFORMER_ENGINE),
     "launches, Transformer Engine": Part("launches", 15, _TRANSFORMER_ENGINE),

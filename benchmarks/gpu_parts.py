@@ -12,6 +12,7 @@ from functools import cached_property, partial
 
 import torch
 from nemo.collections.llm.gpt.model.base import GPTConfig
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.nn.functional import cross_entropy
 from torch.profiler import ProfilerActivity, profile
 
@@ -136,12 +137,9 @@ def output_layer(bench: Bench) -> Iterator[Row]:
 
 def attention_of_a_layer(bench: Bench) -> Iterator[Row]:
     """Forward and backward by each way that is there; training takes the first."""
-    heads, shared, width = (32, 8, 64) if models.ON_CARD else (4, 2, 16)
     found = {name: getattr(attention, name) for name in ("find_merging", "find_kernel")}
     for shape in bench.sizes.attention:
-        layout = torch.tensor([[shape.prompt - 1] + [shape.output] * shape.n] * shape.groups, dtype=torch.int32)
-        make = partial(torch.randn, device=models.DEVICE, dtype=models.DTYPE)
-        q, k, v = (make(h, int(layout.sum()), width).requires_grad_() for h in (heads, shared, shared))
+        layout, (q, k, v) = _packed(shape)
 
         def both(kept: tuple[str, ...], q=q, k=k, v=v, layout=layout) -> None:
             for name, find in found.items():
@@ -155,18 +153,68 @@ def attention_of_a_layer(bench: Bench) -> Iterator[Row]:
         if found["find_merging"](q, k) is not None:
             cases = {"merged by log-sums": partial(both, ("find_merging",)), **cases}
         try:
-            times, peaks = bench.timed(cases, len(bench.sizes.attention))
+            yield from _layer_rows(bench, shape, layout, cases)
         finally:
             for name, find in found.items():
                 setattr(attention, name, find)
-        for name, seconds in times.items():
-            yield {
-                "shape": shape.label,
-                "kernel": name,
-                "seconds": common.spread(seconds),
-                "memory": peaks[name],
-                "bytes_per_position": peaks[name] / int(layout.sum()),
-            }
+
+
+def flex_attention_of_a_layer(bench: Bench) -> Iterator[Row]:
+    """The same by FlexAttention, compiled once for all lengths; on a CPU, where it has no backward, forward alone.
+
+    The mask is made before: a micro-batch's layers share it. No training takes this way.
+    """
+    attend = torch.compile(flex_attention, dynamic=True) if models.ON_CARD else flex_attention
+    for shape in bench.sizes.attention:
+        layout, tensors = _packed(shape)
+        q, k, v = tensors if models.ON_CARD else (tensor.detach() for tensor in tensors)
+        mask = block_mask(layout, models.DEVICE)
+
+        def both(q=q, k=k, v=v, mask=mask) -> None:
+            out = attend(q[None], k[None], v[None], block_mask=mask, enable_gqa=True)
+            if models.ON_CARD:
+                out.sum().backward()
+            q.grad = k.grad = v.grad = None
+
+        yield from _layer_rows(bench, shape, layout, {"FlexAttention": both})
+
+
+def block_mask(layout: torch.Tensor, device: torch.device) -> BlockMask:
+    """FlexAttention's mask of a packed row: a position sees its own segment and its block's prefix, up to itself."""
+    bounds = []  # of every position: its block's start, its prefix's end, its segment's start
+    for prefix, *segments in layout.tolist():
+        start = len(bounds)
+        bounds += [(start, start + prefix, start)] * prefix
+        for length in segments:
+            bounds += [(start, start + prefix, len(bounds))] * length
+    start_S, end_S, own_S = torch.tensor(bounds, device=device).T.contiguous()
+
+    def sees(batch: torch.Tensor, head: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        return (k <= q) & ((k >= own_S[q]) | ((k >= start_S[q]) & (k < end_S[q])))
+
+    return create_block_mask(sees, None, None, len(bounds), len(bounds), device=str(device))
+
+
+def _packed(shape: Shape) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """The layout of the shape's groups in one row, and queries, keys and values [heads, positions, width]."""
+    heads, shared, width = (32, 8, 64) if models.ON_CARD else (4, 2, 16)
+    layout = torch.tensor([[shape.prompt - 1] + [shape.output] * shape.n] * shape.groups, dtype=torch.int32)
+    make = partial(torch.randn, device=models.DEVICE, dtype=models.DTYPE)
+    return layout, [make(h, int(layout.sum()), width).requires_grad_() for h in (heads, shared, shared)]
+
+
+def _layer_rows(
+    bench: Bench, shape: Shape, layout: torch.Tensor, cases: dict[str, Callable[[], object]]
+) -> Iterator[Row]:
+    times, peaks = bench.timed(cases, len(bench.sizes.attention))
+    for name, seconds in times.items():
+        yield {
+            "shape": shape.label,
+            "kernel": name,
+            "seconds": common.spread(seconds),
+            "memory": peaks[name],
+            "bytes_per_position": peaks[name] / int(layout.sum()),
+        }
 
 
 def drawing(bench: Bench) -> Iterator[Row]:
