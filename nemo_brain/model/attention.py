@@ -54,7 +54,8 @@ class GroupAttention(MegatronModule):
     ) -> torch.Tensor:
         """query [S, 1, H, D], key and value [S, 1, K, D] -> [S, 1, H * D]; attention_mask: layout tensor or KVCache."""
         positions, _, heads, width = query.shape
-        q_HSD, k_KSD, v_KSD = (tensor[:, 0].transpose(0, 1) for tensor in (query, key, value))
+        # No selection: its gradient would be another tensor, filled with zeros first.
+        q_HSD, k_KSD, v_KSD = (tensor.squeeze(1).transpose(0, 1) for tensor in (query, key, value))
         if isinstance(attention_mask, torch.Tensor):
             out_HSD = packed_attention(q_HSD, k_KSD, v_KSD, attention_mask, self.scale)
         else:

@@ -62,7 +62,7 @@ class PackedGPTModel(MCoreGPTModel):
         hidden = self.trunk(tokens_1S, positions_1S, attention)
         if not self.post_process:
             return hidden
-        return self.output_layer(hidden[:, 0].index_select(0, select_T), targets_T, temperatures)
+        return self.output_layer(hidden.squeeze(1).index_select(0, select_T), targets_T, temperatures)
 
     def trunk(self, tokens_1S: torch.Tensor, positions_1S: torch.Tensor, attention: Any) -> torch.Tensor:
         """The row's hidden states [S, 1, H]; on the last stage normalised and, under sequence parallelism, gathered."""

@@ -91,8 +91,8 @@ class _Merged(torch.autograd.Function):
             merged = torch.logaddexp(lse_here, lse_there)
             shares = [(part - merged).exp().t()[..., None] for part in (lse_here, lse_there)]
             both = out.index_select(0, parts.queries_T) * shares[0] + there * shares[1]  # at least in float32
-            out = out.index_copy(0, parts.queries_T, both.to(out.dtype))
-            lse = lse.index_copy(1, parts.queries_T, merged)
+            out.index_copy_(0, parts.queries_T, both.to(out.dtype))
+            lse.index_copy_(1, parts.queries_T, merged)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.given = parts, scale, kernel
         return out
@@ -111,10 +111,8 @@ class _Merged(torch.autograd.Function):
             shares = kernel.backward(d_out_T, q_T, k_P, v_P, out_T, lse_T, parts.shared, False, scale)
             places = parts.queries_T, parts.keys_P, parts.keys_P
             # Each position once: nothing is added in an order that may change.
-            d_q, d_k, d_v = (
-                whole.index_add(0, place, share)
-                for whole, place, share in zip((d_q, d_k, d_v), places, shares, strict=True)
-            )
+            for whole, place, share in zip((d_q, d_k, d_v), places, shares, strict=True):
+                whole.index_add_(0, place, share)
         return d_q, d_k, d_v, None, None, None
 
 

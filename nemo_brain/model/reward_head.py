@@ -73,7 +73,7 @@ class RewardGPTModel(PackedGPTModel):
         hidden = self.trunk(tokens_1S, positions_1S, attention)
         if not self.post_process:
             return hidden
-        return self.reward_head(hidden[:, 0].index_select(0, select_K))[None]
+        return self.reward_head(hidden.squeeze(1).index_select(0, select_K))[None]
 
 
 @dataclass

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from ranks import run_ranks
 
 from benchmarks import gpu, gpu_parts, gpu_tables, page
 from nemo_brain.model import attention
@@ -27,13 +28,17 @@ def test_every_part_runs_at_toy_sizes_and_its_figures_are_no_targets(tmp_path):
     assert "A smoke run" in text and "| yes |" not in text and "**no**" not in text
 
 
-def test_flex_attentions_mask_is_a_packed_rows():
+def _by_flex_attention() -> None:
     layout = torch.tensor([[5, 3, 9, 0], [20, 4, 1, 2], [0, 6, 2, 0]], dtype=torch.int32)
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(heads, int(layout.sum()), 16, generator=generator) for heads in (4, 2, 2))
     mask = gpu_parts.block_mask(layout, torch.device("cpu"))
     found = gpu_parts.flex_attention(q[None], k[None], v[None], block_mask=mask, enable_gqa=True)[0]
     torch.testing.assert_close(found, attention.packed_attention(q, k, v, layout), atol=1e-5, rtol=0)
+
+
+def test_flex_attentions_mask_is_a_packed_rows():
+    run_ranks(_by_flex_attention, 1)  # it compiles, with threads that forked ranks would miss
 
 
 def test_without_a_card_nothing_is_measured(tmp_path, capsys):
