@@ -9,7 +9,7 @@ import torch
 from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 
 from benchmarks import common, models
-from nemo_brain.logprobs import vocab_parallel_logprobs
+from nemo_brain.core.logprobs import vocab_parallel_logprobs
 from nemo_brain.model.output_layer import linear_logprobs
 
 TITLE = "Log-probs of targets"

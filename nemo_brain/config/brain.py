@@ -10,6 +10,7 @@ from typing import Any
 
 from omegaconf import MISSING, DictConfig
 
+from nemo_brain.config.checks import check_common, check_patience, check_patience_of_rewards, given_arguments
 from nemo_brain.config.common import (
     LENGTH,
     STEPS,
@@ -19,10 +20,6 @@ from nemo_brain.config.common import (
     ModelConfig,
     OutputsConfig,
     TrainingConfig,
-    check_common,
-    check_patience,
-    check_patience_of_rewards,
-    given_arguments,
 )
 from nemo_brain.config.remote import RemoteConfig, check_remote
 from nemo_brain.config.schema import key, parse

@@ -8,7 +8,7 @@ from typing import Any
 
 from omegaconf import MISSING, DictConfig
 
-from nemo_brain.config.common import given_arguments
+from nemo_brain.config.checks import given_arguments
 from nemo_brain.config.schema import key, parse
 from nemo_brain.data.preferences import FORKS
 

@@ -10,16 +10,8 @@ from typing import Any
 from omegaconf import MISSING, DictConfig
 
 from nemo_brain.config.brain import ValidationConfig
-from nemo_brain.config.common import (
-    ModelConfig,
-    OutputsConfig,
-    RanksConfig,
-    SplitModelConfig,
-    check_patience,
-    check_patience_of_rewards,
-    check_split,
-    given_arguments,
-)
+from nemo_brain.config.checks import check_patience, check_patience_of_rewards, check_split, given_arguments
+from nemo_brain.config.common import ModelConfig, OutputsConfig, RanksConfig, SplitModelConfig
 from nemo_brain.config.schema import key, parse
 
 

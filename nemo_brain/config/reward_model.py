@@ -7,13 +7,13 @@ from typing import Any
 
 from omegaconf import MISSING, DictConfig
 
+from nemo_brain.config.checks import check_common
 from nemo_brain.config.common import (
     EpochConfig,
     EpochDataConfig,
     EpochTrainerConfig,
     GroupTrainConfig,
     ModelConfig,
-    check_common,
 )
 from nemo_brain.config.schema import key, parse
 from nemo_brain.data.preferences import FORKS

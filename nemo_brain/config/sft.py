@@ -7,7 +7,8 @@ from typing import Any
 
 from omegaconf import MISSING, DictConfig
 
-from nemo_brain.config.common import EpochConfig, EpochDataConfig, check_common
+from nemo_brain.config.checks import check_common
+from nemo_brain.config.common import EpochConfig, EpochDataConfig
 from nemo_brain.config.schema import key, parse
 from nemo_brain.data.demonstrations import TURNS
 

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
-from nemo_brain.logprobs import locate, vocabulary_shard
+from nemo_brain.core.logprobs import locate, vocabulary_shard
 
 # The logits of so many bytes exist at a time: enough for products at full speed on a CPU, and on a card most of it.
 _CHUNK_BYTES = {"cpu": 2**25, "cuda": 2**29}

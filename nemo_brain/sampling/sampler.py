@@ -25,8 +25,8 @@ from transformers import PreTrainedTokenizerFast
 
 from nemo_brain.core.groups import Prompt, SampledGroup
 from nemo_brain.core.heartbeat import heartbeat
+from nemo_brain.core.logprobs import vocab_parallel_logprobs
 from nemo_brain.data.stop import Stop
-from nemo_brain.logprobs import vocab_parallel_logprobs
 from nemo_brain.model.gpt import PackedGPTConfig
 from nemo_brain.model.parameters import unwrap
 from nemo_brain.sampling.draws import draw_tokens, gather, truncate, uniforms

@@ -15,6 +15,7 @@ pytestmark = pytest.mark.gpu
 
 LAYOUTS = {
     "TP2, sequence parallel": (2, [TP2, SP]),
+    "PP2": (2, [PP2]),
     "PP2, 2 virtual stages": (2, [PP2, VIRTUAL]),
     "DP2, distributed optimizer, two pass": (
         2,

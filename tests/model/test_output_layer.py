@@ -12,7 +12,7 @@ from cards import DEVICE, no_waiting
 from ranks import run_ranks
 from torch.profiler import ProfilerActivity, profile
 
-from nemo_brain.logprobs import vocab_parallel_logprobs
+from nemo_brain.core.logprobs import vocab_parallel_logprobs
 from nemo_brain.model import output_kernels, output_layer
 from nemo_brain.model.output_layer import linear_logprobs
 

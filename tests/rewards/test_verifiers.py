@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from nemo_brain.config.common import given_arguments
+from nemo_brain.config.checks import given_arguments
 from nemo_brain.core.groups import Prompt
 from nemo_brain.rewards.build import make_reward
 from nemo_brain.rewards.protocol import RewardError, check_prompts, compute_rewards

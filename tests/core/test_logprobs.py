@@ -14,7 +14,7 @@ from cards import DEVICE, ON_CARD, no_waiting
 from ranks import run_ranks
 from torch.profiler import ProfilerActivity, profile
 
-from nemo_brain.logprobs import vocab_parallel_logprobs
+from nemo_brain.core.logprobs import vocab_parallel_logprobs
 
 B, S, V = 3, 7, 48
 CASES = [
