@@ -17,6 +17,7 @@ from ranks import free_port
 from toy_runs import QUIET, ROOT, toy_config
 
 from nemo_brain.config.brain import check
+from nemo_brain.durability import supervision
 from nemo_brain.training.brain.run import run
 
 SMALL = ("rollout.prompts_per_iteration=8", "train.global_batch_size=8", "data.holdout=0", "trainer.max_iterations=3")
@@ -189,3 +190,16 @@ def test_waiting_for_a_server_must_end_before_the_others_give_up():
     remote = "rollout.remote={url: http://localhost, model: m, timeout_seconds: 60}"
     with pytest.raises(ValueError, match=r"rollout\.remote\.timeout_seconds \(60\) must be less than"):
         check(toy_config(remote, "trainer.hang_timeout_minutes=1", "trainer.max_iterations=1"))
+
+
+def test_a_rank_that_knows_how_the_run_ends_is_counted_once():
+    """By its supervisor and by the thread that has failed: otherwise rank 0 would end while another has not heard."""
+    watch = object.__new__(supervision._Watch)
+    watch._heard, watch._lock = False, threading.Lock()
+    watch._store = dist.HashStore()
+    both = [threading.Thread(target=watch._hear) for _ in range(2)]
+    for thread in both:
+        thread.start()
+    for thread in both:
+        thread.join()
+    assert watch._store.add(supervision._HEARD, 0) == 1
