@@ -35,8 +35,6 @@ def test_answers_that_come_during_a_look_do_not_look_again_once_it_has_failed():
         server = NamesAnother()
         pool = Pool([server], ServedWeights(version="1"), 8)  # type: ignore[list-item]
         pool._client = None
-        (member,) = pool._members
-        member.life = "life"
 
         async def answered(after: float) -> bool:
             _, asked = await pool._answer("an output", 1, lambda _: asyncio.sleep(after))
