@@ -7,6 +7,8 @@ Shapes: S queries of all sequences, M keys, H query heads, K key-value heads, D 
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 
@@ -41,7 +43,13 @@ class FlashKernel:
         scale: float,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The gradients of queries, keys and values, for this output and these log-sums."""
-        none = torch.zeros(2, dtype=torch.uint64, device=q_SHD.device)  # the state of a dropout that there is not
+        none = _no_dropout(q_SHD.device)
         backward = torch.ops.aten._flash_attention_backward
         given = (d_out_SHD, q_SHD, k_MKD, v_MKD, out_SHD, lse_HS.contiguous())
         return backward(*given, *lengths, 0.0, causal, none, none, scale=scale)
+
+
+@functools.cache
+def _no_dropout(device: torch.device) -> torch.Tensor:
+    """The state of a dropout that there is not."""
+    return torch.zeros(2, dtype=torch.uint64, device=device)

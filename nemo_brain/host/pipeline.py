@@ -28,7 +28,7 @@ def run_schedule(chunks: Sequence[torch.nn.Module], lengths: Sequence[int], **ar
         arguments: of Megatron's function, the others.
 
     Raises:
-        RuntimeError: a stage is about to send something of another length than the next one expects.
+        RuntimeError: a stage is about to send something of another length than ``lengths`` say, and with it the next.
     """
     if parallel_state.get_pipeline_model_parallel_world_size() > 1:
         arguments["p2p_communicator"] = _KnownLengths(get_model_config(chunks[0]), lengths)
@@ -71,7 +71,7 @@ class _KnownLengths(P2PCommunicator):
     ) -> tuple[list[int], list[int]]:
         """The shapes of what comes; in Megatron's class the others are asked."""
         for tensor, expected in ((tensor_send_next, self._to_next), (tensor_send_prev, self._to_prev)):
-            if tensor is not None and list(tensor.shape) != (shape := next(expected)):
-                raise RuntimeError(f"a stage sends {list(tensor.shape)} where the next one expects {shape}")
+            if tensor is not None and list(tensor.shape) != (shape := next(expected, None)):
+                raise RuntimeError(f"a stage is about to send {list(tensor.shape)} where {shape} is due")
         nothing = [0, 0, 0]
         return next(self._from_prev) if recv_prev else nothing, next(self._from_next) if recv_next else nothing

@@ -6,15 +6,15 @@ vocabulary), C columns of a chunk, E temperatures.
 
 from __future__ import annotations
 
-import importlib.util
+import functools
 from collections.abc import Iterable, Iterator
-from types import ModuleType
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
+from nemo_brain.core.first_use import working
 from nemo_brain.core.logprobs import locate, vocabulary_shard
 
 # The logits of so many bytes exist at a time: enough for products at full speed on a CPU, and on a card most of it.
@@ -206,13 +206,13 @@ def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
         total += _product(a, b)
 
 
-def _kernels(device: torch.device, dtype: torch.dtype) -> ModuleType | None:
-    """``output_kernels``, on a card where Triton and they work, for logits in float32."""
-    if device.type != "cuda" or dtype != torch.float32 or importlib.util.find_spec("triton") is None:
+@functools.cache
+def _kernels(device: torch.device, dtype: torch.dtype) -> Any:
+    """``output_kernels`` on a card where they work, for logits in float32; otherwise None, with a warning there."""
+    if device.type != "cuda" or dtype != torch.float32:
         return None
-    from nemo_brain.model import output_kernels
-
-    return output_kernels if output_kernels.usable(device) else None
+    otherwise = "the output layer's log-probs go by many passes over the logits"
+    return working("nemo_brain.model.output_kernels", lambda kernels: kernels.problem(device), otherwise)
 
 
 def _budget(device: torch.device) -> int:

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from nemo_brain.core.first_use import works_here
+from nemo_brain.core import first_use
 from nemo_brain.core.ranks import is_first_rank
 from nemo_brain.host.flash import FlashKernel
 from nemo_brain.model.varlen import Lengths
@@ -129,7 +129,7 @@ def usable(device: torch.device, dtype: torch.dtype, per_kv: int, width: int) ->
         right = all(gap <= bound for gap, bound in zip(gaps, (3e-2, 1e-1), strict=True))  # half precision, sums of tens
         return None if right else f"two parts merged are {gaps} away from float64"
 
-    if not works_here(problem, "attention copies prefixes for their segments"):
+    if not first_use.works_here(problem, "attention copies prefixes for their segments"):
         return False
     if is_first_rank():
         print(f"attention: two calls of torch {torch.__version__}'s flash attention, merged", file=sys.stderr)
@@ -161,9 +161,5 @@ def largest_gaps(
     out = prefix_attention(ours[0], ours[1], ours[2], parts_of(blocks, device), None, kernel)
     (theirs * weight).sum().backward()
     (out * weight.to(device, dtype)).sum().backward()
-    gaps = [
-        (a.grad.double().cpu() - b.grad).abs().max().item()
-        for a, b in zip(ours, exact, strict=True)
-        if a.grad is not None and b.grad is not None
-    ]
-    return (out.double().cpu() - theirs).abs().max().item(), max(gaps)
+    gradients = [(a.grad, b.grad) for a, b in zip(ours, exact, strict=True)]
+    return first_use.largest_gap([(out, theirs)]), first_use.largest_gap(gradients)

@@ -9,13 +9,11 @@ tensor-parallel rank, M = H / K, D head width.
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
 
-from nemo_brain.core.first_use import works_here
+from nemo_brain.core import first_use
 
 # Positions whose keys are looked at together: fp32 products take several times the shared memory.
 _BLOCKS = {torch.float32: 32}
@@ -65,20 +63,15 @@ def attend(
     return out_RHD
 
 
-@functools.cache
-def usable(device: torch.device, dtype: torch.dtype, per_kv: int, width: int) -> bool:
-    """Whether the kernel runs there and agrees with float64; a warning where it does not.
+def problem(device: torch.device, dtype: torch.dtype, per_kv: int, width: int) -> str | None:
+    """How far it is from float64 there, if that is more than rounding; None: it is right.
 
     Args:
         per_kv, width: queries of a key-value head, and the width of a head.
     """
-
-    def problem() -> str | None:
-        gap = largest_gap(device, dtype, per_kv, width)
-        bound = 1e-5 if dtype == torch.float32 else 2e-2  # of values of size one: rounding to the dtype, twice
-        return None if gap <= bound else f"Triton's kernel is {gap:.2g} away from float64"
-
-    return works_here(problem, "attention in sampling goes by products")
+    gap = largest_gap(device, dtype, per_kv, width)
+    bound = 1e-5 if dtype == torch.float32 else 2e-2  # of values of size one: rounding to the dtype, twice
+    return None if gap <= bound else f"Triton's kernel is {gap:.2g} away from float64"
 
 
 def largest_gap(device: torch.device, dtype: torch.dtype, per_kv: int = 2, width: int = 32) -> float:
@@ -93,7 +86,7 @@ def largest_gap(device: torch.device, dtype: torch.dtype, per_kv: int = 2, width
     prompt = [random(groups, kv_heads, 130, width) for _ in range(2)]
     output = [random(rows, kv_heads, 70, width) for _ in range(2)]
     held = [[0, 0, 1, 1, 0], [130, 130, 1, 1, 0], [0, 69, 3, 64, 0]]
-    gap, scale = 0.0, width**-0.5
+    pairs, scale = [], width**-0.5
     out_RHD = attend(q_RHD, k_RKD, v_RKD, prompt, output, torch.tensor(held, device=device), scale).double()
     for r, (group, p, t) in enumerate(zip(*held, strict=True)):
         keys, values = (
@@ -101,8 +94,8 @@ def largest_gap(device: torch.device, dtype: torch.dtype, per_kv: int = 2, width
         )
         q_KMD = q_RHD[r].double().view(kv_heads, per_kv, width)
         exact = (q_KMD @ keys.transpose(1, 2) * scale).softmax(-1) @ values
-        gap = max(gap, (exact.view(heads, width) - out_RHD[r]).abs().max().item())
-    return gap
+        pairs.append((out_RHD[r], exact.view(heads, width)))
+    return first_use.largest_gap(pairs)
 
 
 @triton.jit

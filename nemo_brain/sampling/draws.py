@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from nemo_brain.core.first_use import works_here
+from nemo_brain.core.first_use import working
 
 _BLOCK = 512  # columns (W) whose probabilities are added up before any of them is looked at
 # Of logits that are exponentiated at a time, so that no copy of all of them exists: what a CPU's caches hold; on a card
@@ -94,16 +94,11 @@ def _kernels(device: torch.device) -> Any:
     """``draw_kernels`` where they run and draw what the operations of this file draw, otherwise None."""
     if device.type != "cuda":
         return None
-    found: Any = None
 
-    def problem() -> str | None:
-        nonlocal found
-        from nemo_brain.sampling import draw_kernels  # ImportError without Triton
+    def problem(kernels: Any) -> str | None:
+        return None if agrees(kernels, device) else "Triton's kernels draw other tokens than they should"
 
-        found = draw_kernels
-        return None if agrees(found, device) else "Triton's kernels draw other tokens than they should"
-
-    return found if works_here(problem, "tokens are drawn by many small operations") else None
+    return working("nemo_brain.sampling.draw_kernels", problem, "tokens are drawn by many small operations")
 
 
 def agrees(kernels: Any, device: torch.device) -> bool:

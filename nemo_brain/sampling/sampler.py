@@ -12,7 +12,7 @@ by the inverse of the cumulative distribution over the whole vocabulary, so ever
 
 from __future__ import annotations
 
-import importlib.util
+import functools
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -23,6 +23,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from transformers import PreTrainedTokenizerFast
 
+from nemo_brain.core.first_use import working
 from nemo_brain.core.groups import Prompt, SampledGroup
 from nemo_brain.core.heartbeat import heartbeat
 from nemo_brain.core.logprobs import vocab_parallel_logprobs
@@ -65,12 +66,14 @@ class SamplingOptions:
 
 def kernel_usable(device: torch.device, config: PackedGPTConfig) -> bool:
     """Whether the attention of what is behind the prompts can be that of ``decode_kernels``."""
-    if device.type != "cuda" or importlib.util.find_spec("triton") is None:
-        return False
-    from nemo_brain.sampling.decode_kernels import usable
-
     per_kv = config.num_attention_heads // (config.num_query_groups or config.num_attention_heads)
-    return usable(device, config.params_dtype, per_kv, config.kv_channels)
+    return device.type == "cuda" and _kernel_works(device, config.params_dtype, per_kv, config.kv_channels)
+
+
+@functools.cache
+def _kernel_works(*case: Any) -> bool:
+    name, otherwise = "nemo_brain.sampling.decode_kernels", "attention in sampling goes by products"
+    return working(name, lambda kernels: kernels.problem(*case), otherwise) is not None
 
 
 class Sampler:

@@ -6,7 +6,7 @@ Errors name the configuration key and the remedy.
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,6 +17,7 @@ from nemo_brain.config.schema import check_names
 from nemo_brain.convert.export import check_target, make_export
 from nemo_brain.convert.mapping import MappedExport
 from nemo_brain.convert.open import start_weights
+from nemo_brain.core.first_use import working
 from nemo_brain.data.stop import Stop, choose_stop
 from nemo_brain.host.layers import HAVE_TRANSFORMER_ENGINE
 from nemo_brain.host.options import INTERLEAVED, give_fused_rotary, gpt_options, lacks_fused_rotary
@@ -128,11 +129,16 @@ def _check_division(given: Mapping[str, Any], model: ModelConfig) -> None:
 
 def provide_fused_rotary() -> None:
     """Gives Megatron ours on a card where nobody else's is there."""
-    if torch.cuda.is_available() and lacks_fused_rotary() and importlib.util.find_spec("triton") is not None:
-        from nemo_brain.model import rotary_kernel
+    if torch.cuda.is_available() and lacks_fused_rotary():
+        kernel = _rotary_kernel(torch.device("cuda", torch.cuda.current_device()))
+        if kernel is not None:
+            give_fused_rotary(kernel.apply_rotary)
 
-        if rotary_kernel.usable(torch.device("cuda", torch.cuda.current_device())):
-            give_fused_rotary(rotary_kernel.apply_rotary)
+
+@functools.cache
+def _rotary_kernel(device: torch.device) -> Any:
+    otherwise = "rotary embeddings go by many small operations"
+    return working("nemo_brain.model.rotary_kernel", lambda kernel: kernel.problem(device), otherwise)
 
 
 def _run_fields(model: ModelConfig, trainer: RanksConfig, given: Mapping[str, Any]) -> dict[str, Any]:

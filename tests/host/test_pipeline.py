@@ -147,7 +147,7 @@ def test_no_micro_batch_is_taken_for_another_and_nothing_else_is_sent(stages, vi
         assert found == [([], 1.0, 0)] * stages
 
 
-def _stages_that_disagree() -> str:
+def _a_stage_in_error() -> str:
     dist.init_process_group("gloo")
     parallel_state.initialize_model_parallel(1, 2)
     options = gpt_options(False, {})
@@ -174,7 +174,7 @@ def _stages_that_disagree() -> str:
     return "nothing"
 
 
-def test_a_stage_that_would_send_something_else_says_so():
-    first, second = run_ranks(_stages_that_disagree, 2)
-    assert first == f"a stage sends [4, 1, {HIDDEN}] where the next one expects [5, 1, {HIDDEN}]"
+def test_a_stage_that_would_send_something_else_than_is_due_says_so():
+    first, second = run_ranks(_a_stage_in_error, 2)
+    assert first == f"a stage is about to send [4, 1, {HIDDEN}] where [5, 1, {HIDDEN}] is due"
     assert "losed" in second or "reset" in second  # connection

