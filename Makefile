@@ -78,8 +78,9 @@ docs: $(STAMP)
 	@echo "build/site/index.html; its search needs a server: $(RUN) -m http.server --directory build/site"
 
 # No $(STAMP): what is installed there is a CPU's. NEMO_BRAIN_TEST_DEVICE=cpu tries the tests themselves without a card.
+# By name: in a bundle not all that the other files import is there.
 test-gpu:
-	@$(RUN) -m pytest -n $(JOBS) --dist worksteal -m gpu
+	@$(RUN) -m pytest -n $(JOBS) --dist worksteal -m gpu $$(grep -rlE '^(@|pytestmark = )pytest\.mark\.gpu$$' tests)
 
 bundle: $(STAMP)
 	@$(RUN) -m bundle.make --python $(BUNDLE_PYTHON)

@@ -36,7 +36,7 @@ setup(
     entry_points={"console_scripts": ["nemo-brain=nemo_brain.cli.main:main"]},
     python_requires=">=3.11,<3.13",
     install_requires=[
-        "torch>=2.6",
+        "torch>=2.8",
         "nemo_toolkit[lightning]>=2.7,<3",
         "megatron-core>=0.15,<0.17",
         "transformers>=4.51,<5",

@@ -192,7 +192,8 @@ def block_mask(layout: torch.Tensor, device: torch.device) -> BlockMask:
     def sees(batch: torch.Tensor, head: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
         return (k <= q) & ((k >= own_S[q]) | ((k >= start_S[q]) & (k < end_S[q])))
 
-    return create_block_mask(sees, None, None, len(bounds), len(bounds), device=str(device))
+    make = torch.compile(create_block_mask, dynamic=True) if models.ON_CARD else create_block_mask
+    return make(sees, None, None, len(bounds), len(bounds), device=str(device))
 
 
 def _packed(shape: Shape) -> tuple[torch.Tensor, list[torch.Tensor]]:

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import torch
 
 from nemo_brain.core.groups import Group
+from nemo_brain.host.send import sent
 
 LAYOUTS = ("shared_prefix", "separate_rows")
 
@@ -58,7 +59,7 @@ class MicroBatch:
     def to(self, device: torch.device) -> MicroBatch:
         """The same micro-batch with its tensors on ``device``; the layout stays on the host, where it is read."""
         moved = {
-            name: getattr(self, name).to(device, non_blocking=True)
+            name: sent(getattr(self, name), device)
             for name in ("tokens_1S", "positions_1S", "target_positions_T", "targets_T", "output_of_target_T")
         }
         return MicroBatch(layout=self.layout, rows=self.rows, **moved)

@@ -12,6 +12,8 @@ here, and nowhere else. Their public interfaces (parallel_state, GPTModel, Megat
 - ``gpt``: what a GPT is built with: padded vocabulary, scaled rotary frequencies, an output layer of ours.
 - ``adapters``: NeMo's LoRA matrices for a layer.
 - ``flash``: torch's attention kernel, with the output and log-sums of more than one call.
+- ``pipeline``: messages between stages, of lengths that both sides know.
+- ``send``: tensors on their way to a card.
 - ``second_model``: a model beside the one that NeMo trains.
 - ``trainer``: a training without a last step.
 - ``optimizer``: no step where the gradient is not finite.

@@ -17,6 +17,7 @@ import torch
 from megatron.core.transformer.module import MegatronModule
 from torch.nn.functional import scaled_dot_product_attention
 
+from nemo_brain.host.send import sent
 from nemo_brain.model.prefix_attention import find_merging, parts_of, prefix_attention
 from nemo_brain.model.varlen import find_kernel, sequences, varlen_attention
 
@@ -139,7 +140,7 @@ def _segment_plan(segments: tuple[int, ...], device: torch.device) -> Any:
     steps = torch.arange(longest)
     gather = (starts[:, None] + steps).clamp(max=int(lengths.sum()) - 1).flatten()
     scatter = torch.cat([index * longest + steps[:length] for index, length in enumerate(segments)])
-    return gather.to(device, non_blocking=True), scatter.to(device, non_blocking=True)
+    return sent(gather, device), sent(scatter, device)
 
 
 # As many as the layers of one micro-batch use by turns, each a byte for every pair of positions.

@@ -45,7 +45,7 @@ def linear_logprobs(
         targets_T, tp_group, real_vocab_size: as in ``logprobs.vocab_parallel_logprobs``.
         temperatures: divide the logits.
         chunk_bytes: of the chunk's logits in the accumulation dtype; a chunk has at least one column. None: 32 MiB on a
-            CPU, 512 MiB on a GPU or an eighth of what is free there.
+            CPU, 512 MiB on a GPU. There it is never more than an eighth of what is free.
 
     Returns:
         [E, T] float32, or float64 for float64 weights; differentiable (once) in the hidden states, with their whole
@@ -59,10 +59,9 @@ def linear_logprobs(
         raise ValueError(f"hidden states, weight and targets have shapes {shapes}; they must be [T, H], [V, H] and [T]")
     if not temperatures or not min(temperatures) > 0:
         raise ValueError(f"temperatures are {temperatures}; they must be positive")
-    if chunk_bytes is None:
-        chunk_bytes = _budget(hidden_TH.device)
-    if chunk_bytes < 1:
+    if chunk_bytes is not None and chunk_bytes < 1:
         raise ValueError(f"chunk_bytes is {chunk_bytes}; it must be positive")
+    chunk_bytes = _budget(hidden_TH.device, chunk_bytes)
     shard = vocabulary_shard(targets_T, len(weight_VH), tp_group, real_vocab_size)
     scales = tuple(1 / temperature for temperature in temperatures)
     logprobs_ET = _LinearLogProbs.apply(
@@ -215,13 +214,13 @@ def _kernels(device: torch.device, dtype: torch.dtype) -> Any:
     return working("nemo_brain.model.output_kernels", lambda kernels: kernels.problem(device), otherwise)
 
 
-def _budget(device: torch.device) -> int:
-    """Bytes of a chunk."""
+def _budget(device: torch.device, wanted: int | None) -> int:
+    """Bytes of a chunk; ``wanted`` None: the device's own."""
     if device.type != "cuda":
-        return _CHUNK_BYTES["cpu"]
+        return wanted or _CHUNK_BYTES["cpu"]
     free, _ = torch.cuda.mem_get_info(device)
     free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # torch's own
-    return min(_CHUNK_BYTES["cuda"], max(_CHUNK_BYTES["cpu"], free // _SHARE_OF_FREE))
+    return min(wanted or _CHUNK_BYTES["cuda"], free // _SHARE_OF_FREE)
 
 
 def _chunks(columns: int, size: int) -> list[slice]:

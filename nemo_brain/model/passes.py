@@ -17,6 +17,7 @@ from nemo_brain.core.groups import Group
 from nemo_brain.core.heartbeat import heartbeat
 from nemo_brain.core.packing import Chunk, MicroBatch, Plan, pack, plan
 from nemo_brain.host.pipeline import run_schedule
+from nemo_brain.host.send import sent
 from nemo_brain.model.gpt import PackedGPTConfig
 
 
@@ -120,8 +121,7 @@ class GroupPasses:
                 [chunk.group * outputs + i for chunk in members for i in chunk.outputs], dtype=torch.long
             )
             # All at once, and without waiting for them.
-            places = places.to(self.device, non_blocking=True)
-            matrix_EGN.flatten(1).index_copy_(1, places, torch.cat(list(results), dim=1))
+            matrix_EGN.flatten(1).index_copy_(1, sent(places, self.device), torch.cat(list(results), dim=1))
             if len(planned.ranks) > 1:
                 dist.all_reduce(matrix_EGN, group=parallel_state.get_data_parallel_group())
         if stages.size() > 1:

@@ -24,6 +24,7 @@ import torch
 from nemo_brain.core import first_use
 from nemo_brain.core.ranks import is_first_rank
 from nemo_brain.host.flash import FlashKernel
+from nemo_brain.host.send import sent
 from nemo_brain.model.varlen import Lengths
 
 
@@ -53,7 +54,7 @@ def parts_of(blocks: tuple[tuple[int, int, tuple[int, ...]], ...], device: torch
             keys += range(start, start + prefix)
             queries += range(start + prefix, start + prefix + sum(segments))
 
-    queries_T, keys_P = (torch.tensor(places).to(device, non_blocking=True) for places in (queries, keys))
+    queries_T, keys_P = (sent(torch.tensor(places), device) for places in (queries, keys))
     shared = Lengths.of(seeing, seen, device) if seen else None
     return Parts(Lengths.of(own, own, device), shared, queries_T, keys_P)
 

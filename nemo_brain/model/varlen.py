@@ -21,6 +21,7 @@ import torch
 from packaging.version import Version
 
 from nemo_brain.core.ranks import is_first_rank
+from nemo_brain.host.send import sent
 
 # (q_SHD, k_MKD, v_MKD, sequences, scale) -> out_SHD, causal with lower right alignment
 Kernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, "Sequences", float | None], torch.Tensor]
@@ -40,7 +41,7 @@ class Lengths(NamedTuple):
         """Each sequence's number of queries and of keys."""
 
         def ends(lengths: Sequence[int]) -> torch.Tensor:
-            return torch.tensor([0, *lengths]).cumsum(0).int().to(device, non_blocking=True)
+            return sent(torch.tensor([0, *lengths]).cumsum(0).int(), device)
 
         return cls(ends(queries), ends(keys), max(queries), max(keys))
 
@@ -72,7 +73,7 @@ def sequences(blocks: tuple[tuple[int, int, tuple[int, ...]], ...], device: torc
             places += [*shared, *range(begin, begin + length)]
             begin += length
 
-    return Sequences(torch.tensor(places).to(device, non_blocking=True), Lengths.of(queries, keys, device))
+    return Sequences(sent(torch.tensor(places), device), Lengths.of(queries, keys, device))
 
 
 def varlen_attention(

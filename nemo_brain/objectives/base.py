@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from nemo_brain.host.send import sent
+
 # Coefficients below this are rounding: log-probs of 1e4 nats carry 2e-12 each in float64, an output a few of them.
 ZERO_COEFFICIENT = 1e-10
 
@@ -275,15 +277,10 @@ def _inputs(
     if prompt_ids is not None and len(prompt_ids) != shape[0]:
         raise ValueError(f"prompt_ids names {len(prompt_ids)} prompts; policy_logprobs_GN has {shape[0]} groups")
     device = policy_logprobs_GN.device
-    if mask_GN is None:
-        kept_GN = torch.ones(shape, dtype=torch.bool, device=device)
-    else:
-        kept_GN = mask_GN.bool().to(device, non_blocking=True)
+    kept_GN = torch.ones(shape, dtype=torch.bool, device=device) if mask_GN is None else sent(mask_GN.bool(), device)
     policy_GN = policy_logprobs_GN.to(torch.float64).masked_fill(~kept_GN, 0.0)
     constants_GN: dict[str, Any] = {
-        name: None
-        if matrix_GN is None
-        else matrix_GN.detach().to(device, torch.float64, non_blocking=True).masked_fill(~kept_GN, 0.0)
+        name: None if matrix_GN is None else sent(matrix_GN.detach(), device, torch.float64).masked_fill(~kept_GN, 0.0)
         for name, matrix_GN in matrices_GN.items()
     }
     return ObjectiveInputs(policy_GN, kept_GN=kept_GN, prompt_ids=prompt_ids, **constants_GN)
@@ -291,7 +288,7 @@ def _inputs(
 
 def _index(groups: Sequence[int], device: torch.device) -> torch.Tensor:
     """An index of the groups that lies on the device, without waiting for it."""
-    return torch.tensor(groups, dtype=torch.int64).to(device, non_blocking=True)
+    return sent(torch.tensor(groups, dtype=torch.int64), device)
 
 
 def masked_log_softmax(log_weights_GN: torch.Tensor, kept_GN: torch.Tensor) -> torch.Tensor:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from nemo_brain.host.send import sent
 from nemo_brain.objectives.registry import register
 
 _END = 1e-3  # how near a score comes to 0 and 1, where its law degenerates
@@ -62,4 +63,4 @@ def _upper_half(device: torch.device) -> tuple[torch.Tensor, ...]:
     nodes_K, weights_K = (torch.from_numpy(values) for values in np.polynomial.legendre.leggauss(_NODES))
     places_K = 0.75 + nodes_K / 4
     logs = (places_K.log(), torch.log1p(-places_K), (weights_K / 4).log())
-    return tuple(values_K.to(device, non_blocking=True) for values_K in logs)
+    return tuple(sent(values_K, device) for values_K in logs)

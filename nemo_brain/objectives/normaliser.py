@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from nemo_brain.host.send import sent
 from nemo_brain.objectives.base import ObjectiveInputs
 
 KINDS = ("group", "prompt", "known")
@@ -44,11 +45,11 @@ class Normaliser:
         """[G]. ValueError: the prompts are not known."""
         if self._kind == "known":
             values = [self._value(name) for name in _names(inputs)]
-            return torch.tensor(values, dtype=torch.float64).to(log_alpha_GN.device, non_blocking=True)
+            return sent(torch.tensor(values, dtype=torch.float64), log_alpha_GN.device)
         log_sum_G, count_G = _log_sum(inputs, log_alpha_GN), inputs.kept_GN.sum(-1)
         if self._kind == "prompt":
             before = [self._seen.get(name, (-math.inf, 0)) for name in _names(inputs)]
-            before_G2 = torch.tensor(before, dtype=torch.float64).to(log_alpha_GN.device, non_blocking=True)
+            before_G2 = sent(torch.tensor(before, dtype=torch.float64), log_alpha_GN.device)
             log_before_G, count_before_G = before_G2.unbind(-1)
             log_sum_G, count_G = torch.logaddexp(log_sum_G, log_before_G), count_G + count_before_G
         return log_sum_G - count_G.double().log()

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from nemo_brain.host.send import pinned, sent
 from nemo_brain.model.attention import packed_attention
 
 _BLOCK = 64  # positions, rows or groups by which the buffers grow at least; otherwise by half
@@ -257,7 +258,7 @@ class KeptRows:
         """What the cache holds before the pass; the arguments are those of ``_Rows``."""
         held = np.zeros(self._held.shape, dtype=np.int64)
         held[:, : len(group_of_row)] = group_of_row, prompt_lengths[group_of_row], length_of_row
-        self._held.copy_(torch.from_numpy(held), non_blocking=True)
+        self._held.copy_(pinned(torch.from_numpy(held), self._held.device), non_blocking=True)
 
     def advance(self) -> None:
         self._held[2] += 1
@@ -279,7 +280,7 @@ class KeptRows:
 
 
 def _tensor(array: np.ndarray, device: torch.device | str) -> torch.Tensor:
-    return torch.from_numpy(array).to(device, non_blocking=True)
+    return sent(torch.from_numpy(array), device)
 
 
 def _fill(array: np.ndarray, places: list[int], movers: list[int], leaving: int) -> np.ndarray:

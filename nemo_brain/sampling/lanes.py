@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from nemo_brain.core.groups import Prompt
+from nemo_brain.host.send import pinned, sent
 from nemo_brain.sampling.kv_cache import KeptRows, KVCache, vacate
 
 _ROWS = 16  # passes whose tensors are kept have a multiple of so many rows, and a graph each
@@ -110,8 +111,7 @@ class Lane:
         padding = [0] * (-len(tokens) % multiple)
         self.cache.plan(lengths, outputs, steps)
         tokens_1S, positions_1S, select_T = (
-            torch.tensor(part).to(self.cache.device, non_blocking=True)
-            for part in ([tokens + padding], [positions + padding], select)
+            sent(torch.tensor(part), self.cache.device) for part in ([tokens + padding], [positions + padding], select)
         )
         self.current = Pass(self, admitted, tokens_1S, positions_1S, select_T, steps)
 
@@ -121,7 +121,7 @@ class Lane:
         if kept is None:
             kept = self.kept[rows] = Kept(rows, most, self.cache.device)
         inputs = torch.tensor([part + [0] * (rows - len(part)) for part in (tokens, positions)])
-        kept.inputs_2S.copy_(inputs, non_blocking=True)
+        kept.inputs_2S.copy_(pinned(inputs, kept.inputs_2S.device), non_blocking=True)
         self.cache.plan(steps=steps, kept=kept.rows)
         tokens_1S, positions_1S = kept.inputs_2S[:1], kept.inputs_2S[1:]
         self.current = Pass(self, [], tokens_1S, positions_1S, kept.select_T, steps, kept)

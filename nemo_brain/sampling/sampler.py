@@ -28,6 +28,7 @@ from nemo_brain.core.groups import Prompt, SampledGroup
 from nemo_brain.core.heartbeat import heartbeat
 from nemo_brain.core.logprobs import vocab_parallel_logprobs
 from nemo_brain.data.stop import Stop
+from nemo_brain.host.send import sent
 from nemo_brain.model.gpt import PackedGPTConfig
 from nemo_brain.model.parameters import unwrap
 from nemo_brain.sampling.draws import draw_tokens, gather, truncate, uniforms
@@ -240,7 +241,7 @@ class Sampler:
                 # The prompts' logits come first; each serves all of its group's rows.
                 news = torch.arange(len(pass_.new)).repeat_interleave(options.outputs)
                 places = torch.cat([torch.arange(len(lane.rows)) + len(pass_.new), news])
-                logits = logits.index_select(0, places.to(self.device, non_blocking=True))
+                logits = logits.index_select(0, sent(places, self.device))
             drawn_3R = self._draw(logits, self._uniforms(rows, 1)[0])
         if self._size > 1:
             dist.broadcast(drawn_3R, dist.get_process_group_ranks(self._pipeline)[-1], group=self._pipeline)
@@ -311,7 +312,7 @@ class Sampler:
         """The rows' next draws [steps, R] float64, the last one again where there are no more."""
         last = self.options.max_new_tokens - 1
         draws = [[row.draws[min(len(row.tokens) + k, last)] for row in rows] for k in range(steps)]
-        return torch.tensor(draws, dtype=torch.float64).to(self.device, non_blocking=True)
+        return sent(torch.tensor(draws, dtype=torch.float64), self.device)
 
     def _take(self, lane: Lane, drawn_K3R: torch.Tensor) -> list[Row]:
         """The rows' next tokens, each row's up to its end. Takes the rows that have ended out, and returns them."""

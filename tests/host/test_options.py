@@ -64,6 +64,7 @@ def test_what_megatron_fuses_on_a_card_is_what_it_computes_exactly(gpt, fused, m
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     options = gpt_options(False, gpt)
     assert options.get("bias_activation_fusion", False) is fused
+    assert "gradient_accumulation_fusion" not in options, "NeMo's default: where Apex's kernel is installed"
     monkeypatch.setattr("megatron.core.models.common.embeddings.rope_utils.fused_apply_rotary_pos_emb", max)
     assert gpt_options(False, gpt)["apply_rope_fusion"] is True
     assert "apply_rope_fusion" not in gpt_options(False, {**gpt, "rotary_interleaved": True})

@@ -187,13 +187,23 @@ def test_chunks_cover_all_columns_once_and_are_aligned_where_they_can_be(columns
         assert len(chunks) == -(-columns // size)
 
 
-@pytest.mark.parametrize("free, expected", [(80 * 2**30, 2**29), (2**31, 2**28), (2**20, 2**25)])
-def test_a_cards_chunk_is_a_share_of_what_is_free(monkeypatch, free, expected):
+@pytest.mark.parametrize(
+    ("free", "wanted", "expected"),
+    [
+        (80 * 2**30, None, 2**29),
+        (2**31, None, 2**28),
+        (2**24, None, 2**21),
+        (80 * 2**30, 2**30, 2**30),
+        (2**31, 2**30, 2**28),
+        (2**31, 2**20, 2**20),
+    ],
+)
+def test_a_cards_chunk_is_a_share_of_what_is_free(monkeypatch, free, wanted, expected):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free - 2**19, 80 * 2**30))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 2**20)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 2**19)
-    assert output_layer._budget(torch.device("cuda")) == expected
-    assert output_layer._budget(torch.device("cpu")) == 2**25
+    assert output_layer._budget(torch.device("cuda"), wanted) == expected
+    assert output_layer._budget(torch.device("cpu"), None) == 2**25
 
 
 @pytest.mark.gpu

@@ -13,6 +13,7 @@ from ranks import run_ranks
 from small_models import small_config, start
 
 from nemo_brain.core.groups import Output, Prompt, ScoredGroup
+from nemo_brain.host.flash import FlashKernel
 from nemo_brain.model import attention
 from nemo_brain.model.passes import _Collect
 from nemo_brain.model.reward_head import RewardGPTConfig
@@ -23,6 +24,7 @@ from nemo_brain.training.brain.passes import BRAInPasses, Scores, _ObjectiveLoss
 from nemo_brain.training.reward_model.passes import PreferencePasses, _PreferenceLoss
 from nemo_brain.training.sft.passes import CompletionPasses, _CompletionLoss
 
+CASCADE, VARLEN, MERGED = "cascade", "one variable-length call", "two parts merged"
 OPTIONS = {"tau": 1.0, "beta": 0.1, "eta": 1.0}
 
 
@@ -46,7 +48,7 @@ def groups_of(lengths: list[list[int]]) -> list[ScoredGroup]:
     ]
 
 
-def run_on_meta(make, kernel: bool = False, recompute: bool = False) -> list[str]:
+def run_on_meta(make, kernel: str = CASCADE, recompute: bool = False) -> list[str]:
     """Sends two micro-batches through Megatron's schedule; the copies that waited."""
     start()
     groups = groups_of([[5, 3, 4], [2, 2, 6]])
@@ -54,8 +56,10 @@ def run_on_meta(make, kernel: bool = False, recompute: bool = False) -> list[str
     if recompute:
         chunk.config.recompute_granularity, chunk.config.recompute_method = "full", "uniform"
         chunk.config.recompute_num_layers = 1
-    if kernel:
+    if kernel == VARLEN:
         attention.find_kernel = lambda q: varlen
+    elif kernel == MERGED:  # torch's own operations: the meta device knows what they give
+        attention.find_merging = lambda q, k: FlashKernel()
     chunk = chunk.to("meta")
     # No buffer to Megatron, which takes it to the device with the first row, once.
     chunk.rotary_pos_emb.inv_freq = chunk.rotary_pos_emb.inv_freq.to("meta")
@@ -100,7 +104,7 @@ def test_no_objective_waits():
     assert found == {title: [] for title in found} and found.keys() > OBJECTIVES.keys()
 
 
-def other_passes(kernel: bool) -> list[list[str]]:
+def other_passes(kernel: str) -> list[list[str]]:
     def completions(groups):
         config = small_config()
         return CompletionPasses(config, "separate_rows", 24), config.configure_model(), _CompletionLoss(1.0)
@@ -125,7 +129,7 @@ def other_passes(kernel: bool) -> list[list[str]]:
     ]
 
 
-@pytest.mark.parametrize("kernel", [False, True], ids=["cascade", "one variable-length call"])
+@pytest.mark.parametrize("kernel", [CASCADE, VARLEN, MERGED])
 def test_neither_does_fine_tuning_nor_reward_training_nor_the_second_pass_nor_recompute_nor_scoring(kernel):
     assert run_ranks(other_passes, 1, kernel) == [[[]] * 5]
 

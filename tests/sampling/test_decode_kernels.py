@@ -10,6 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from cards import DEVICE, ON_CARD
 from compiled_kernels import compiled
 from ranks import run_ranks
 from sampled_gpts import GPT, OPTIONS, PROMPTS, TOKENIZER, VOCAB, build, in_order, tokens_of
@@ -28,6 +29,15 @@ pytest.importorskip("triton")
 def test_the_kernels_attention_is_float64s(dtype, bound, per_kv, width):
     """Prompts and outputs of none to several blocks. Rounding to the dtype, of values of size one."""
     assert decode_kernels.largest_gap(torch.device("cpu"), dtype, per_kv, width) < bound
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("per_kv", "width"), [(1, 80), (4, 64), (4, 128), (3, 16)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_on_a_card_the_kernels_attention_is_float64s(dtype, per_kv, width):
+    if not (ON_CARD or dtype != torch.bfloat16):
+        pytest.skip("Triton's interpreter has no products of bfloat16")
+    assert decode_kernels.problem(DEVICE, dtype, per_kv, width) is None
 
 
 COMPILE = """

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from cards import DEVICE
 from compiled_kernels import compiled
 from devices import Operations
 from laws import SIGNIFICANT, chi_square
@@ -40,8 +41,11 @@ def test_uniforms_are_uniform_and_keyed_by_every_part():
     assert stats.kstest(first**1.05, "uniform").pvalue < SIGNIFICANT
 
 
-def drawn(cases: list[tuple[torch.Tensor, torch.Tensor, int]]) -> list[tuple[torch.Tensor, ...]]:
+def drawn(cases: list[tuple[torch.Tensor, torch.Tensor, int]], kernels: bool = False) -> list[tuple[torch.Tensor, ...]]:
     dist.init_process_group("gloo")
+    if kernels:
+        found = importlib.import_module("nemo_brain.sampling.draw_kernels")
+        draws_module._kernels = lambda device: found
     ranks, rank = dist.get_world_size(), dist.get_rank()
     group = dist.group.WORLD if ranks > 1 else None
     results = []
@@ -210,6 +214,37 @@ def test_kernels_are_used_only_where_they_draw_what_they_should(kernels):
         find_columns=kernels.find_columns,
     )
     assert not agrees(heavy, torch.device("cpu"))
+
+
+def test_kernels_draw_alike_on_all_layouts_and_one_of_two_neighbours_where_intervals_meet():
+    """Of laws with padding, and columns and whole ranks without probability."""
+    pytest.importorskip("triton")
+    generator = torch.Generator().manual_seed(0)
+    law = 3 * torch.randn(60, 1200, generator=generator)  # at TP4 300 columns a rank, at TP2 two blocks
+    law[:, [0, 5, 299, 300, 599, 900]] = -torch.inf
+    law[20:30, 600:] -= 1e4
+    law[30:40, :300] -= 1e4
+    law[:, 1100:] = 60.0  # padding
+    cumulative = law[:, :1100].double().softmax(-1).cumsum(-1)
+    inside = torch.rand(60, generator=generator, dtype=torch.float64)
+    column = torch.randint(1, 1099, (60,), generator=generator)
+    # Within a few units of the last place of fp32 of where two tokens' intervals meet: either may be drawn.
+    meeting = (cumulative.gather(1, column[:, None])[:, 0] + (torch.arange(60) % 9 - 4) * 2**-24).clamp(1e-9, 1 - 1e-9)
+    one, two, four = (run_ranks(drawn, ranks, [(law, inside, 1100), (law, meeting, 1100)], True) for ranks in (1, 2, 4))
+    for results in (one, two, four):
+        assert all(torch.equal(result[0][0], (cumulative <= inside[:, None]).sum(-1)) for result in results)
+        assert all(torch.equal(result[1][0], results[0][1][0]) for result in results), "ranks agree"
+        tokens = results[0][1][0]
+        ends = torch.cat([torch.zeros(60, 1, dtype=torch.float64), cumulative], dim=1)
+        begin, end = (ends.gather(1, place[:, None])[:, 0] for place in (tokens, tokens + 1))
+        assert (end > begin).all(), "never a token without probability"
+        assert (begin - 1e-6 < meeting).all() and (meeting < end + 1e-6).all()
+
+
+@pytest.mark.gpu
+def test_on_a_card_kernels_draw_what_they_should():
+    pytest.importorskip("triton")
+    assert agrees(importlib.import_module("nemo_brain.sampling.draw_kernels"), DEVICE)
 
 
 COMPILE = """

@@ -15,7 +15,7 @@ from qkv import dense, draw
 
 from nemo_brain.model.attention import packed_attention
 from nemo_brain.sampling import kv_cache
-from nemo_brain.sampling.kv_cache import KVCache, vacate
+from nemo_brain.sampling.kv_cache import KVCache, _size, vacate
 
 PROMPTS = [3, 9, 1, 6, 12]
 OUTPUTS, LENGTH = 3, 70  # past one block of 64 output positions
@@ -122,3 +122,12 @@ def test_cache_gives_what_dictionaries_of_keys_and_values_give(passes, outputs, 
                 rows[hole] = rows[mover]
             rows = rows[: len(rows) - len(leaving)]
             cache.drop(leaving)
+
+
+def test_caches_grow_by_half():
+    """What is copied in all stays a multiple of what there is in the end: by a block each time it would not."""
+    assert [_size(1, 0), _size(64, 64), _size(65, 64), _size(257, 256), _size(1000, 256)] == [64, 64, 128, 384, 1024]
+    sizes = [64]
+    while sizes[-1] < 10_000:
+        sizes.append(_size(sizes[-1] + 1, sizes[-1]))
+    assert sum(sizes) < 4 * sizes[-1]

@@ -18,6 +18,7 @@ import torch
 
 from nemo_brain.core.groups import ScoredGroup, output_matrix
 from nemo_brain.core.packing import MicroBatch, chunk_tokens
+from nemo_brain.host.send import sent
 from nemo_brain.model.passes import GroupPasses
 from nemo_brain.objectives import Objective, ObjectiveOutput, coefficients
 
@@ -119,12 +120,12 @@ class _ObjectiveLoss:
         # Nothing here may wait for the device: what the host knows is sent, and nothing is read.
         if self.known_GN is not None:
             groups, outputs = [group for group, _ in batch.rows], [output for _, output in batch.rows]
-            coefficients_K = self.known_GN[groups, outputs].to(device, non_blocking=True)
+            coefficients_K = sent(self.known_GN[groups, outputs], device)
         else:
             present = sorted({group for group, _ in batch.rows})
             place_of = {group: place for place, group in enumerate(present)}
             places = torch.tensor([place_of[group] * width + output for group, output in batch.rows], dtype=torch.int64)
-            places_K = places.to(device, non_blocking=True)
+            places_K = sent(places, device)
             policy_GN = detached_K.new_zeros(len(present) * width).index_copy(0, places_K, detached_K).view(-1, width)
             coefficients_GN, _ = coefficients(self.objective, policy_GN, **self.scores.rows(present))
             coefficients_K = coefficients_GN.flatten().index_select(0, places_K)

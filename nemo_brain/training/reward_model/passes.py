@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 from nemo_brain.core.groups import Group
 from nemo_brain.core.packing import MicroBatch, chunk_tokens
+from nemo_brain.host.send import sent
 from nemo_brain.model.reward_passes import RewardPasses, lengthened
 
 
@@ -67,6 +68,6 @@ class _PreferenceLoss:
 
     def __call__(self, batch: MicroBatch, rewards_1K: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         rewards_P2 = rewards_1K[0].double().view(len(batch.rows) // 2, 2)
-        margins_P = self.margins_P[[pair for pair, _ in batch.rows[::2]]].to(rewards_P2.device, non_blocking=True)
+        margins_P = sent(self.margins_P[[pair for pair, _ in batch.rows[::2]]], rewards_P2.device)
         losses_P = preference_losses(rewards_P2, margins_P, self.centering)
         return losses_P.sum() * self.scale, rewards_P2.detach().view(1, -1)
