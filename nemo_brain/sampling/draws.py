@@ -57,9 +57,12 @@ def draw_tokens(
     ranks, rank = (1, 0) if group is None else (group.size(), group.rank())
     start = rank * logits_RV.shape[-1]
     real = max(0, min(logits_RV.shape[-1], real_vocab_size - start))
+    kernels = _kernels(logits_RV.device)
+    if group is None and kernels is not None:
+        alone: tuple[torch.Tensor, torch.Tensor] = kernels.draw(logits_RV[:, :real], uniforms_R, temperature, _BLOCK)
+        return alone
     peak_R = torch.full_like(uniforms_R, float("-inf"))
     total_R = torch.zeros_like(uniforms_R)
-    kernels = _kernels(logits_RV.device)
     if real:
         logits_RV = logits_RV[:, :real]
         peak_R, least_R, sums_RB = _masses(logits_RV, temperature, kernels)
@@ -115,7 +118,10 @@ def agrees(kernels: Any, device: torch.device) -> bool:
         found.append((peak_R, ends_RB[:, -1], search(logits_RV, least_R, 1.3, ends_RB, draws_R * ends_RB[:, -1])))
     (peak, mass, columns), (peak_there, mass_there, columns_there) = found
     close = torch.allclose(peak, peak_there, rtol=1e-6) and torch.allclose(mass, mass_there, rtol=1e-5)
-    return close and int((columns != columns_there).sum()) <= 1
+    tokens_R, logprobs_R = kernels.draw(logits_RV, draws_R, 1.3, _BLOCK)
+    exact_R = (logits_RV.double() / 1.3).log_softmax(-1).gather(1, tokens_R.clamp(min=0)[:, None])[:, 0]
+    close = close and torch.allclose(logprobs_R, exact_R, rtol=0, atol=1e-5)
+    return close and max(int((columns != others).sum()) for others in (columns_there, tokens_R)) <= 1
 
 
 def _masses(

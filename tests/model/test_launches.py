@@ -116,7 +116,6 @@ def test_a_micro_batch_is_few_launches_however_many_groups_it_has():
     """The first version on a card launched 8,200 times in a step of 16 layers, block by block."""
     counts = {(layers, groups): run_ranks(micro_batch, 1, layers, groups)[0] for layers in (1, 3) for groups in (2, 9)}
     layer = (counts[3, 2] - counts[1, 2]) / 2
-    print(layer, counts[1, 2] - layer)
     assert layer == 63 and counts[1, 2] - layer < 180
     assert counts[3, 2] == counts[3, 9] and counts[1, 2] == counts[1, 9]
 
@@ -150,4 +149,4 @@ def test_a_token_of_all_rows_is_few_launches():
     """The first version on a card launched 1,400 times for each, in 16 layers."""
     counts = {layers: run_ranks(token, 1, layers, 4)[0] for layers in (1, 3)}
     layer = (counts[3] - counts[1]) / 2
-    assert layer <= 15 and counts[1] - layer <= 66
+    assert layer <= 15 and counts[1] - layer <= 18

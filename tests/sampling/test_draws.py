@@ -125,19 +125,27 @@ def test_on_a_device_the_number_of_operations_does_not_grow_with_the_rows():
     assert counts[0] == counts[1] < 100 < counts[2]
 
 
-def test_kernels_take_the_place_of_half_of_the_operations(monkeypatch):
-    """Beside the two of them, which are not counted. The meta device has no use for what they compute."""
+def operations_of_a_draw(group, monkeypatch) -> list[tuple[int, ...]]:
+    """Their shapes, beside the kernels. The meta device has no use for what they compute."""
     kernels = SimpleNamespace(
+        draw=lambda logits, uniforms, *_: (uniforms, uniforms),
         block_masses=lambda logits, *_: (torch.empty(64, 251, device="meta"), torch.empty(64, 251, device="meta")),
         find_columns=lambda logits, *_: torch.empty(64, dtype=torch.int64, device="meta"),
     )
     monkeypatch.setattr(draws_module, "_kernels", lambda device: kernels)
+    monkeypatch.setattr(draws_module, "gather", lambda tensor, group: tensor[None])
+    draws = torch.full((64,), 0.5, dtype=torch.float64, device="meta")
+    logits = torch.zeros(64, 128_256, device="meta")
     with Operations() as operations:
-        draws = torch.full((64,), 0.5, dtype=torch.float64, device="meta")
-        draw_tokens(torch.zeros(64, 128_256, device="meta"), draws, 128_256)
-    assert len(operations.shapes) < 55
-    made = [shape for shape in operations.shapes if len(shape) == 2 and shape[1] > 251]
-    assert made == [(64, 128_256)], "nothing but the logits has the vocabulary's size"
+        draw_tokens(logits, draws, 128_256, group)
+    return operations.shapes
+
+
+def test_kernels_take_the_place_of_all_operations_or_of_half_where_ranks_share_the_vocabulary(monkeypatch):
+    assert not operations_of_a_draw(None, monkeypatch)
+    shared = operations_of_a_draw(SimpleNamespace(size=lambda: 1, rank=lambda: 0), monkeypatch)
+    assert 30 < len(shared) < 55
+    assert not [shape for shape in shared if len(shape) == 2 and shape[1] > 251], "none has the vocabulary's size"
 
 
 def test_a_row_without_a_law_has_no_token_and_masked_columns_are_never_drawn():
@@ -204,16 +212,26 @@ def test_kernels_see_rows_without_a_law_and_never_draw_what_has_no_probability(k
 
 def test_kernels_are_used_only_where_they_draw_what_they_should(kernels):
     assert agrees(kernels, torch.device("cpu"))
-    late = SimpleNamespace(
-        block_masses=kernels.block_masses,
-        find_columns=lambda *args, **options: kernels.find_columns(*args, **options) + 1,
-    )
-    assert not agrees(late, torch.device("cpu"))
-    heavy = SimpleNamespace(
-        block_masses=lambda *args: [part * 1.001 for part in kernels.block_masses(*args)],
-        find_columns=kernels.find_columns,
-    )
-    assert not agrees(heavy, torch.device("cpu"))
+
+    def others(**changed) -> SimpleNamespace:
+        given = {name: getattr(kernels, name) for name in ("block_masses", "find_columns", "draw")}
+        return SimpleNamespace(**given | changed)
+
+    def moved(change):
+        def draw(*args):
+            tokens, logprobs = kernels.draw(*args)
+            return change(tokens, logprobs)
+
+        return draw
+
+    wrong = [
+        others(find_columns=lambda *args, **options: kernels.find_columns(*args, **options) + 1),
+        others(block_masses=lambda *args: [part * 1.001 for part in kernels.block_masses(*args)]),
+        others(draw=moved(lambda tokens, logprobs: ((tokens - 1).clamp(min=0), logprobs))),
+        others(draw=moved(lambda tokens, logprobs: (tokens, logprobs + 1e-3))),
+        others(draw=moved(lambda tokens, logprobs: (tokens, logprobs * torch.nan))),
+    ]
+    assert not any(agrees(each, torch.device("cpu")) for each in wrong)
 
 
 def test_kernels_draw_alike_on_all_layouts_and_one_of_two_neighbours_where_intervals_meet():
@@ -254,10 +272,12 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from nemo_brain.sampling import draw_kernels
 numbers = dict(stride="i32", columns="i32", blocks="i32", temperature="fp32", BLOCK="constexpr", BLOCKS="constexpr")
+draw = dict(uniforms="*fp64", peaks="*fp32", sums="*fp32", tokens="*i64", logprobs="*fp64")
 masses, find = dict(peaks="*fp32", sums="*fp32"), dict(peaks="*fp64", ends="*fp64", locals_="*fp64", found="*i64")
 for capability in (80, 90, 100):
     for logits in ("*fp32", "*bf16"):
-        for kernel, given, blocks in ((draw_kernels._masses, masses, 8), (draw_kernels._find, find, 256)):
+        kernels = [(draw_kernels._masses, masses, 8), (draw_kernels._find, find, 256), (draw_kernels._draw, draw, 256)]
+        for kernel, given, blocks in kernels:
             sizes = {"BLOCK": 512, "BLOCKS": blocks}
             source = ASTSource(kernel, signature={"logits": logits, **given, **numbers}, constexprs=sizes)
             print(len(compile(source, target=GPUTarget("cuda", capability, 32)).asm["cubin"]))
@@ -267,4 +287,4 @@ for capability in (80, 90, 100):
 def test_kernels_compile_for_cards(tmp_path):
     """Ampere, Hopper and Blackwell: what no interpreter shows."""
     pytest.importorskip("triton")
-    assert len([size for size in compiled(COMPILE, tmp_path) if int(size) > 0]) == 12
+    assert len([size for size in compiled(COMPILE, tmp_path) if int(size) > 0]) == 18
