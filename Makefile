@@ -22,7 +22,7 @@ BUNDLE_PYTHON ?= 3.12
 # vLLM's CPU build, which wants other versions of what we pin: an environment of its own, for the server alone.
 ENGINES := .venv-vllm
 
-.PHONY: help demo test quick compatibility golden figures figures-lm lint docs install test-engines test-gpu bundle clean
+.PHONY: help demo test quick compatibility golden figures figures-lm lint docs install test-engines test-gpu card bundle clean
 
 help:
 	@echo "make demo     train the quickstart model on this machine's CPU (conf/quickstart.yaml)"
@@ -36,6 +36,7 @@ help:
 	@echo "make docs     the site, from docs/ and this README, into build/site (mkdocs.yml)"
 	@echo "make test-engines  tests/engines: a real vLLM samples (its CPU build, installed into $(ENGINES), 3 GB)"
 	@echo "make test-gpu  the tests that need a card, in the Python that has CUDA: make test-gpu RUN=python (docs/gpu.md)"
+	@echo "make card     one card's tests, then its figures and profiles, with RUN as above: docs/benchmarks.md"
 	@echo "make bundle   an archive for machines without a network: the project and what torch's images lack (docs/gpu.md)"
 	@echo "make install  only make .venv (the others do so by themselves)"
 	@echo "make clean    remove .venv, caches and build outputs; runs/ stays"
@@ -81,6 +82,10 @@ docs: $(STAMP)
 # By name: in a bundle not all that the other files import is there.
 test-gpu:
 	@$(RUN) -m pytest -n $(JOBS) --dist worksteal -m gpu $$(grep -rlE '^(@|pytestmark = )pytest\.mark\.gpu$$' tests)
+
+# The figures also where a test has failed.
+card:
+	@$(MAKE) --no-print-directory test-gpu; tests=$$?; $(RUN) benchmarks/gpu.py && exit $$tests
 
 bundle: $(STAMP)
 	@$(RUN) -m bundle.make --python $(BUNDLE_PYTHON)

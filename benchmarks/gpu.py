@@ -47,12 +47,12 @@ PARTS = {
     "drawing": Part("drawing", 10),
     "step": Part("step", 45),
     "nemo": Part("nemo", 15),
-    "launches": Part("launches", 10),
+    "launches": Part("launches", 15),
     "sampling": Part("sampled", 45),
-    "step, Transformer Engine": Part("step", 35, _TRANSFORMER_ENGINE),
+    "step, Transformer Engine": Part("step", 30, _TRANSFORMER_ENGINE),
     "nemo, Transformer Engine": Part("nemo", 10, _TRANSFORMER_ENGINE),
-    "launches, Transformer Engine": Part("launches", 5, _TRANSFORMER_ENGINE),
-    "attention, FlexAttention": Part("flex_attention_of_a_layer", 25),
+    "launches, Transformer Engine": Part("launches", 10, _TRANSFORMER_ENGINE),
+    "attention, FlexAttention": Part("flex_attention_of_a_layer", 20),
     "vllm": Part("vllm", 90, "vllm"),
 }
 

@@ -66,7 +66,12 @@ CARD = Sizes(
         Shape(16, 128, 128, 8, 16384),
         Shape(64, 400, 50, 8, 16384),
     ),
-    attention=(Shape(8, 400, 50, 8, 0), Shape(16, 128, 128, 8, 0), Shape(4, 512, 512, 8, 0)),
+    attention=(
+        Shape(8, 400, 50, 8, 0),
+        Shape(16, 128, 128, 8, 0),
+        Shape(4, 512, 512, 8, 0),
+        Shape(1, 2048, 512, 16, 0),
+    ),
     output_layer=(4096, 2048, 128256),
     sampling=((256, 8, 400, 64, 2, 20), (1024, 8, 400, 64, 1, 20), (64, 8, 400, 64, 2, 20)),
     repeats=3,
@@ -284,7 +289,7 @@ def nemo(bench: Bench) -> Iterator[Row]:
 
 
 def launches(bench: Bench) -> Iterator[Row]:
-    """What a step launches and waits for, in all and for each further micro-batch."""
+    """What a step launches and waits for, in all and for each further micro-batch; and sampling."""
     shape = bench.sizes.steps[0]
     groups = shape.drawn(bench.model.weights.vocab_size)
     counted = []
@@ -302,6 +307,12 @@ def launches(bench: Bench) -> Iterator[Row]:
         "micro_batches": 1,
         **{name: (second[name] - first[name]) / (many - few) for name in numbers},
     }
+    rows, n, prompt, new, *_ = bench.sizes.sampling[0]
+    prompts = sampling.text_prompts(bench.sizes.model, rows // n, prompt)
+    call = sampling.ours_on(bench.model, prompts, n, new, rows, None, [])
+    call()
+    of = f"{new} tokens of {rows} rows in sampling, and {rows // n} prompts of {prompt}"
+    yield {"of": of, "engine": _engine(), "micro_batches": None, **_profiled(call)}
 
 
 def _profiled(call: Callable[[], object]) -> dict[str, object]:

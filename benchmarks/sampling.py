@@ -145,7 +145,7 @@ def turns(model, theirs, size, case) -> dict:
     prompts = text_prompts(size, outputs // n, length)
     end = None if length else _end_token(model)
     counts: dict[str, list[int]] = {"ours": [], "transformers": []}
-    ours = _ours(model, prompts, n, new, rows, end, counts["ours"])
+    ours = ours_on(model, prompts, n, new, rows, end, counts["ours"])
     generate = _transformers(theirs, prompts, n, new, rows, end, counts["transformers"])
     meters = {"ours": common.Meter(ours), "transformers": common.Meter(generate)}
     # On a card the first call of a shape makes what later ones have.
@@ -169,7 +169,7 @@ def _end_token(model) -> int:
     return 44 if tokenizer is None else tokenizer(",")["input_ids"][-1]
 
 
-def _ours(model, prompts, n, new, rows, end, counts) -> Callable[[], None]:
+def ours_on(model, prompts, n, new, rows, end, counts) -> Callable[[], None]:
     decode = getattr(model.weights.tokenizer, "decode", lambda ids, **_: str(ids))
     tokenizer = SimpleNamespace(decode=decode)
     stop = Stop(() if end is None else (end,))
@@ -214,5 +214,5 @@ def _operations(size: str, case) -> list[dict]:
     models.start()
     rows, n, length, new, *_ = case
     counts: list[int] = []
-    call = _ours(models.build(size), text_prompts(size, rows // n, length), n, new, rows, None, counts)
+    call = ours_on(models.build(size), text_prompts(size, rows // n, length), n, new, rows, None, counts)
     return common.top_operations(call)
