@@ -6,6 +6,7 @@ as torch.compile makes it. Values mean nothing here.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -114,10 +115,11 @@ def micro_batch(layers: int, groups: int) -> int:
 
 def test_a_micro_batch_is_few_launches_however_many_groups_it_has():
     """The first version on a card launched 8,200 times in a step of 16 layers, block by block."""
-    counts = {(layers, groups): run_ranks(micro_batch, 1, layers, groups)[0] for layers in (1, 3) for groups in (2, 9)}
-    layer = (counts[3, 2] - counts[1, 2]) / 2
+    cases = [(1, 2), (1, 4), (2, 2)]
+    counts = {(layers, groups): run_ranks(micro_batch, 1, layers, groups)[0] for layers, groups in cases}
+    layer = counts[2, 2] - counts[1, 2]
     assert layer == 63 and counts[1, 2] - layer < 180
-    assert counts[3, 2] == counts[3, 9] and counts[1, 2] == counts[1, 9]
+    assert counts[1, 2] == counts[1, 4]
 
 
 def token(layers: int, rows: int) -> int:
@@ -138,8 +140,8 @@ def token(layers: int, rows: int) -> int:
         counted.append(launches.found.total())
         launches.found.clear()
 
-    sampler = Sampler([config.configure_model()], config, TOKENIZER, OPTIONS)
-    sampler._most_steps = 4
+    sampler = Sampler([config.configure_model()], config, TOKENIZER, replace(OPTIONS, max_new_tokens=5))
+    sampler._most_steps = 3
     sampler._repeat = lambda step, times, *_: [counts(step) for _ in range(times)]
     list(sampler.sample(PROMPTS[:rows], 1, 2))
     return max(counted)
