@@ -58,7 +58,7 @@ def largest_gap(
         turned_SBHD = function(leaf[..., channels : 2 * channels], freqs_SR if kind == dtype else freqs_SR.double())
         turned_SBHD.backward(grad_SBHD.to(kind))
         results.append((turned_SBHD.detach(), leaf.grad))
-    return first_use.largest_gap(list(zip(*results, strict=True)))
+    return first_use.largest_gap(zip(*results, strict=True))
 
 
 class _Rotary(torch.autograd.Function):

@@ -23,26 +23,11 @@ def draw(
     logits_RV: torch.Tensor, uniforms_R: torch.Tensor, temperature: float, block: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``draws.draw_tokens`` where this rank has all columns: two launches in all."""
-    rows, columns = logits_RV.shape
     peaks_RB, sums_RB = block_masses(logits_RV, temperature, block)
-    tokens_R = torch.empty(rows, dtype=torch.int64, device=logits_RV.device)
-    logprobs_R = torch.empty(rows, dtype=torch.float64, device=logits_RV.device)
-    blocks = peaks_RB.shape[1]
-    size: Any = triton.next_power_of_2(blocks)
-    _draw[(rows,)](
-        logits_RV,
-        uniforms_R,
-        peaks_RB,
-        sums_RB,
-        tokens_R,
-        logprobs_R,
-        logits_RV.stride(0),
-        columns,
-        blocks,
-        temperature,
-        BLOCK=block,
-        BLOCKS=size,
-    )
+    tokens_R = torch.empty_like(uniforms_R, dtype=torch.int64)
+    logprobs_R = torch.empty_like(uniforms_R)
+    tensors = (uniforms_R, peaks_RB, sums_RB, tokens_R, logprobs_R)
+    _for_each_row(_draw, logits_RV, tensors, peaks_RB.shape[1], temperature, block)
     return tokens_R, logprobs_R
 
 
@@ -78,24 +63,18 @@ def find_columns(
         ends_RB: their sums up to the end of each block, float64.
         local_R: float64, below the last of them.
     """
-    rows, columns = logits_RV.shape
-    columns_R = torch.empty(rows, dtype=torch.int64, device=logits_RV.device)
-    blocks = ends_RB.shape[1]
-    size: Any = triton.next_power_of_2(blocks)
-    _find[(rows,)](
-        logits_RV,
-        peak_R,
-        ends_RB,
-        local_R,
-        columns_R,
-        logits_RV.stride(0),
-        columns,
-        blocks,
-        temperature,
-        BLOCK=block,
-        BLOCKS=size,
-    )
+    columns_R = torch.empty(len(logits_RV), dtype=torch.int64, device=logits_RV.device)
+    _for_each_row(_find, logits_RV, (peak_R, ends_RB, local_R, columns_R), ends_RB.shape[1], temperature, block)
     return columns_R
+
+
+def _for_each_row(
+    kernel: Any, logits_RV: torch.Tensor, tensors: tuple[torch.Tensor, ...], blocks: int, temperature: float, block: int
+) -> None:
+    """One program for each row, which looks at all of its blocks' masses together."""
+    rows, columns = logits_RV.shape
+    size: Any = triton.next_power_of_2(blocks)
+    kernel[(rows,)](logits_RV, *tensors, logits_RV.stride(0), columns, blocks, temperature, BLOCK=block, BLOCKS=size)
 
 
 @triton.jit

@@ -105,7 +105,7 @@ def _kernels(device: torch.device) -> Any:
 
 
 def agrees(kernels: Any, device: torch.device) -> bool:
-    """Whether kernels like ``draw_kernels`` give masses and columns as the operations of this file do: the columns of
+    """Whether kernels like ``draw_kernels`` give masses, columns and draws as the operations of this file do: those of
     some hundred draws, of which rounding may change one."""
     generator = torch.Generator().manual_seed(0)
     logits_RV = (2 * torch.randn(256, 3 * _BLOCK + 7, generator=generator)).to(device)

@@ -89,12 +89,8 @@ class _Counted:
         dist.P2POp, p2p_communication._p2p_ops, torch.cuda.synchronize = batched, alone, wait
 
 
-def exchanged(stages: int, virtual: int | None, forward_only: bool, options: dict, lengths: list[int]) -> tuple:
-    """What a rank got that was not meant for the micro-batch it worked on, in several passes over rows of ``lengths``;
-    the messages of all ranks for each that was needed; and how often the rank waited for its card."""
-    dist.init_process_group("gloo")
-    parallel_state.initialize_model_parallel(1, stages, virtual)
-    config = TransformerConfig(
+def _config(stages: int, virtual: int | None, options: dict) -> TransformerConfig:
+    return TransformerConfig(
         num_layers=stages * (virtual or 1),
         hidden_size=HIDDEN,
         num_attention_heads=1,
@@ -103,8 +99,17 @@ def exchanged(stages: int, virtual: int | None, forward_only: bool, options: dic
         pipeline_dtype=torch.float32,
         variable_seq_lengths=True,
         moe_token_dispatcher_type="alltoall",
+        batch_p2p_sync=gpt_options(virtual is not None, {})["batch_p2p_sync"],
         **options,
     )
+
+
+def exchanged(stages: int, virtual: int | None, forward_only: bool, options: dict, lengths: list[int]) -> tuple:
+    """What a rank got that was not meant for the micro-batch it worked on, in several passes over rows of ``lengths``;
+    the messages of all ranks for each that was needed; and how often the rank waited for its card."""
+    dist.init_process_group("gloo")
+    parallel_state.initialize_model_parallel(1, stages, virtual)
+    config = _config(stages, virtual, options)
     rank, parts = dist.get_rank(), virtual or 1
     places = [rank + stages * index for index in range(parts)]
     chunks = [_Chunk(config, place, place == stages * parts - 1) for place in places]
@@ -141,7 +146,6 @@ def exchanged(stages: int, virtual: int | None, forward_only: bool, options: dic
 @pytest.mark.parametrize(("stages", "virtual"), [(2, None), (4, None), (2, 2), (2, 3), (4, 2)])
 def test_no_micro_batch_is_taken_for_another_and_nothing_else_is_sent(stages, virtual, forward_only):
     options = {} if virtual is None else INTERLEAVED
-    options = options | {"batch_p2p_sync": gpt_options(virtual is not None, {})["batch_p2p_sync"]}
     for lengths in ([4], [3, 4, 5]):
         found = run_ranks(exchanged, stages, stages, virtual, forward_only, options, lengths)
         assert found == [([], 1.0, 0)] * stages
@@ -150,17 +154,7 @@ def test_no_micro_batch_is_taken_for_another_and_nothing_else_is_sent(stages, vi
 def _a_stage_in_error() -> str:
     dist.init_process_group("gloo")
     parallel_state.initialize_model_parallel(1, 2)
-    options = gpt_options(False, {})
-    config = TransformerConfig(
-        num_layers=2,
-        hidden_size=HIDDEN,
-        num_attention_heads=1,
-        pipeline_model_parallel_size=2,
-        pipeline_dtype=torch.float32,
-        variable_seq_lengths=True,
-        moe_token_dispatcher_type="alltoall",
-        batch_p2p_sync=options["batch_p2p_sync"],
-    )
+    config = _config(2, None, {})
     rank = dist.get_rank()
     chunk = _Chunk(config, rank, rank == 1)
 

@@ -122,7 +122,7 @@ def test_a_micro_batch_is_few_launches_however_many_groups_it_has():
     assert counts[1, 2] == counts[1, 4]
 
 
-def token(layers: int, rows: int) -> int:
+def token(layers: int) -> int:
     """Launches of a token of all rows: what a CUDA graph of it has."""
     start()
     launches = Launches()
@@ -143,12 +143,12 @@ def token(layers: int, rows: int) -> int:
     sampler = Sampler([config.configure_model()], config, TOKENIZER, replace(OPTIONS, max_new_tokens=5))
     sampler._most_steps = 3
     sampler._repeat = lambda step, times, *_: [counts(step) for _ in range(times)]
-    list(sampler.sample(PROMPTS[:rows], 1, 2))
+    list(sampler.sample(PROMPTS, 1, 2))
     return max(counted)
 
 
 def test_a_token_of_all_rows_is_few_launches():
     """The first version on a card launched 1,400 times for each, in 16 layers."""
-    counts = {layers: run_ranks(token, 1, layers, 4)[0] for layers in (1, 3)}
+    counts = {layers: run_ranks(token, 1, layers)[0] for layers in (1, 3)}
     layer = (counts[3] - counts[1]) / 2
     assert layer <= 15 and counts[1] - layer <= 18
